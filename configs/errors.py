@@ -1,0 +1,16 @@
+"""The one exception whose message is meant for the user."""
+
+import re
+
+
+class UserError(ValueError):
+    """Something that the user can mend: a wrong key, a missing folder, an unreadable file.
+
+    The message is one line that names what is wrong and what would be right. `train.py` and `test.py` print it without
+    a traceback and exit with status 2.
+    """
+
+    def one_line(self) -> str:
+        """The message alone, also where a loader's worker has wrapped it into its traceback."""
+        lines = [line for line in str(self).strip().splitlines() if line.strip()]
+        return re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip()) if lines else "unknown error"

@@ -1,0 +1,77 @@
+"""From image to network input: the released transforms, made by timm, and mixup."""
+
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from configs import UserError
+
+SMALL_IMAGE = 32  # pixels; up to here training pads and crops, as for CIFAR, instead of cropping and resizing
+SMALL_IMAGE_PADDING = 4
+CROP_RATIO = 224 / 256  # edge of the centre crop over the short side of the resized image
+
+
+def train_transform(config: CfgNode) -> transforms.Compose:
+    """PIL image -> augmented, normalised float32 tensor (3, IMG_SIZE, IMG_SIZE)."""
+    aug, size = config.AUG, config.DATA.IMG_SIZE
+    try:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            color_jitter=aug.COLOR_JITTER or None,
+            auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT not in ("", "none") else None,
+            hflip=aug.HFLIP,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+            interpolation=config.DATA.INTERPOLATION,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({error})") from None
+    if size <= SMALL_IMAGE:
+        transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING)
+    return transform
+
+
+def eval_transform(config: CfgNode) -> transforms.Compose:
+    """PIL image -> resized, cropped and normalised float32 tensor (3, IMG_SIZE, IMG_SIZE)."""
+    size = config.DATA.IMG_SIZE
+    name = config.DATA.INTERPOLATION
+    interpolation = str_to_interp_mode("bicubic" if name == "random" else name)
+    if config.TEST.CROP:
+        steps: list[Any] = [
+            transforms.Resize(int(size / CROP_RATIO), interpolation=interpolation),
+            transforms.CenterCrop(size),
+        ]
+    else:
+        steps = [transforms.Resize((size, size), interpolation=interpolation)]
+    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    return transforms.Compose(steps)
+
+
+def build_mixup(config: CfgNode) -> Mixup | None:
+    """timm's mixup and cutmix as configured; None where neither is on."""
+    aug = config.AUG
+    if not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None) or aug.MIXUP_PROB == 0:
+        return None
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=config.MODEL.GMA.NUM_CLASSES,
+    )
+
+
+def denormalize(images: torch.Tensor) -> torch.Tensor:
+    """Normalised images (B, 3, H, W) -> values in [0, 1], to look at."""
+    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_DEFAULT_STD, device=images.device).view(3, 1, 1)
+    return (images * std + mean).clamp(0, 1)

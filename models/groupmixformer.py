@@ -1,0 +1,601 @@
+"""GroupMixFormer: "Advancing Vision Transformers with Group-Mix Attention" (https://arxiv.org/abs/2311.15157).
+
+This file needs torch and timm only, so that it can be copied into another project as it is.
+
+Shapes are written with these letters:
+
+    B  images in the batch             H, W  height and width of a stage's map
+    C  channels of a stage             N     tokens of a stage, N = H * W
+    s  channels of a segment, C / 5    h     attention heads
+    d  channels of a head, (4C/5) / h
+
+Module names are an interface: released weights carry them. `norm4` is the batch norm behind the last stage, `att` the
+Group-Mix Attention, `agg1..3` its 3x3, 5x5 and 7x7 group aggregators, `agg0` its local branch, `cpe` and `crpe` the
+convolutional position encodings of tokens and of attention.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Final
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+__all__ = ["VARIANTS", "GroupMixFormer"]
+
+NUM_SEGMENTS = 5  # four take part in attention, the fifth is the local branch
+GROUP_SIZES = (3, 5, 7)  # edge of the token groups that segments 2, 3 and 4 are mixed with (section 3.2)
+STEM_STRIDE = 4
+
+# Table 1 of the paper, with the released drop path rates. Large: its released file says 0.1 and that it needs
+# adjusting; the one public re-implementation uses 0.5, as base does.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "groupmixformer_miny": dict(
+        embed_dims=(40, 80, 160, 160), depths=(3, 3, 12, 4), mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.1
+    ),
+    "groupmixformer_tiny": dict(
+        embed_dims=(80, 160, 200, 240), depths=(4, 4, 12, 4), mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.1
+    ),
+    "groupmixformer_small": dict(
+        embed_dims=(80, 160, 320, 320), depths=(2, 4, 12, 4), mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.2
+    ),
+    "groupmixformer_base": dict(
+        embed_dims=(200, 240, 320, 480), depths=(8, 8, 12, 8), mlp_ratios=(2, 2, 4, 4), drop_path_rate=0.5
+    ),
+    "groupmixformer_large": dict(
+        embed_dims=(240, 320, 360, 480), depths=(8, 10, 30, 10), mlp_ratios=(4, 4, 2, 2), drop_path_rate=0.5
+    ),
+}
+
+
+class SeparableConv2d(nn.Module):
+    """Depthwise k x k convolution, then pointwise convolution, both without bias: (B, in, H, W) -> (B, out, H', W')."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(
+            in_chans, in_chans, kernel_size, stride, padding=kernel_size // 2, groups=in_chans, bias=False
+        )
+        self.pointwise_conv = nn.Conv2d(in_chans, out_chans, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise_conv(self.conv1(x))
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with batch norm and Hardswish: (B, in, H, W) -> (B, C1, H/4, W/4)."""
+
+    def __init__(self, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj1 = nn.Conv2d(in_chans, embed_dim // 2, 3, stride=2, padding=1)
+        self.norm1 = nn.BatchNorm2d(embed_dim // 2)
+        self.act1 = nn.Hardswish()
+        self.proj2 = nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1)
+        self.norm2 = nn.BatchNorm2d(embed_dim)
+        self.act2 = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.norm1(self.proj1(x)))
+        return self.act2(self.norm2(self.proj2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Separable 3x3 convolution, batch norm, Hardswish: (B, C_in, H, W) -> (B, C, ceil(H/stride), ceil(W/stride))."""
+
+    def __init__(self, in_chans: int, embed_dim: int, stride: int) -> None:
+        super().__init__()
+        self.proj = SeparableConv2d(in_chans, embed_dim, 3, stride)
+        self.norm = nn.BatchNorm2d(embed_dim)
+        self.act = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.proj(x)))
+
+
+class ConvPosEnc(nn.Module):
+    """Convolutional position encoding, x + DW3x3(x): (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        B, _, C = x.shape
+        x = x.transpose(1, 2).view(B, C, size[0], size[1])  # (B, N, C) -> (B, C, H, W), no copy: channels last
+        x = self.proj(x) + x
+        return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+
+
+class ConvRelPosEnc(nn.Module):
+    """Convolutional relative position: q * DWConv(v), with 3x3, 5x5 and 7x7 windows on 2, 3 and 3 of every 8 heads."""
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        eighth = num_heads // 8
+        self.channel_splits = [heads * eighth * head_dim for heads in (2, 3, 3)]
+        self.conv_list = nn.ModuleList(
+            nn.Conv2d(chans, chans, window, padding=window // 2, groups=chans)
+            for chans, window in zip(self.channel_splits, GROUP_SIZES)
+        )
+
+    def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        """q, v: (B, h, N, d) -> (B, h, N, d)."""
+        B, h, N, d = q.shape
+        v_map = v.transpose(-1, -2).reshape(B, h * d, size[0], size[1])  # (B, h, N, d) -> (B, 4C/5, H, W)
+        v_maps = torch.split(v_map, self.channel_splits, dim=1)
+        outs = []
+        for i, conv in enumerate(self.conv_list):
+            outs.append(conv(v_maps[i]))
+        position = torch.cat(outs, dim=1).reshape(B, h, d, N).transpose(-1, -2)  # (B, 4C/5, H, W) -> (B, h, N, d)
+        return q * position
+
+
+class LocalBranch(nn.Module):
+    """The fifth segment, which takes no part in attention: (B, 3s, H, W) of q, k and v -> (B, N, s)."""
+
+    def __init__(self, segment_dim: int) -> None:
+        super().__init__()
+        self.conv = SeparableConv2d(3 * segment_dim, segment_dim, 3)
+        self.norm = nn.LayerNorm(segment_dim)  # epsilon 1e-5 here, 1e-6 in the blocks: as released
+        self.act = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x).flatten(2).transpose(1, 2)))
+
+
+class GroupAggregator(nn.Module):
+    """Replaces the tokens of q, k and v by group proxies: single tokens, 3x3, 5x5 and 7x7 groups (section 3.2)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.segment_dim = dim // NUM_SEGMENTS
+        # Single tokens go through norm and activation only; the paper's group size 1 needs no convolution.
+        self.norm0 = nn.BatchNorm2d(self.segment_dim)
+        self.act0 = nn.Hardswish()
+        self.agg1 = SeparableConv2d(self.segment_dim, self.segment_dim, GROUP_SIZES[0])
+        self.norm1 = nn.BatchNorm2d(self.segment_dim)
+        self.act1 = nn.Hardswish()
+        self.agg2 = SeparableConv2d(self.segment_dim, self.segment_dim, GROUP_SIZES[1])
+        self.norm2 = nn.BatchNorm2d(self.segment_dim)
+        self.act2 = nn.Hardswish()
+        self.agg3 = SeparableConv2d(self.segment_dim, self.segment_dim, GROUP_SIZES[2])
+        self.norm3 = nn.BatchNorm2d(self.segment_dim)
+        self.act3 = nn.Hardswish()
+        self.agg0 = LocalBranch(self.segment_dim)
+
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """qkv: (3B, N, C), first all q, then all k, then all v -> proxies (3, B, h, N, d), local branch (B, N, s)."""
+        B3, N, C = qkv.shape
+        B, H, W = B3 // 3, size[0], size[1]
+        qkv = qkv.transpose(1, 2).view(B3, C, H, W)  # (3B, N, C) -> (3B, C, H, W), no copy: channels last
+        tokens, groups3, groups5, groups7, local = qkv.split(self.segment_dim, dim=1)  # each (3B, s, H, W)
+
+        tokens = self.act0(self.norm0(tokens))
+        groups3 = self.act1(self.norm1(self.agg1(groups3)))
+        groups5 = self.act2(self.norm2(self.agg2(groups5)))
+        groups7 = self.act3(self.norm3(self.agg3(groups7)))
+        proxies = torch.cat([tokens, groups3, groups5, groups7], dim=1)  # (3B, 4C/5, H, W)
+        # (3B, 4C/5, H, W) -> (3, B, h, d, N) -> (3, B, h, N, d)
+        head_dim = 4 * self.segment_dim // self.num_heads
+        proxies = proxies.reshape(3, B, self.num_heads, head_dim, N).permute(0, 1, 2, 4, 3)
+
+        # (3B, s, H, W) -> (3, B, s, H, W) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
+        local = local.reshape(3, B, self.segment_dim, H, W).permute(1, 0, 2, 3, 4)
+        local = self.agg0(local.reshape(B, 3 * self.segment_dim, H, W))
+        return proxies, local
+
+
+class GroupMixAttention(nn.Module):
+    """Group-Mix Attention (equations 3 to 5): (B, N, C) -> (B, N, C), in time and memory linear in N."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # The released scale counts all C channels, although attention runs on 4C/5 of them.
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.aggregator = GroupAggregator(dim, num_heads)
+        self.crpe = ConvRelPosEnc(num_heads, 4 * (dim // NUM_SEGMENTS) // num_heads)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        B, N, C = x.shape
+        # (B, N, 3C) -> (3B, N, C): q, k and v share the aggregators, whose batch norms see all three as one batch.
+        qkv = self.qkv(x).reshape(B, N, 3, C).permute(2, 0, 1, 3).reshape(3 * B, N, C)
+        proxies, local = self.aggregator(qkv, size)
+        q, k, v = proxies.unbind(0)  # each (B, h, N, d)
+
+        # Factorised attention: softmax of k alone, over the tokens; q is not normalised; the scale comes last.
+        k = self.attn_drop(k.softmax(dim=2))
+        context = torch.einsum("bhnk,bhnv->bhkv", k, v)  # (B, h, d, d)
+        attended = torch.einsum("bhnk,bhkv->bhnv", q, context)
+        attended = self.scale * attended + self.crpe(q, v, size)
+
+        attended = attended.transpose(1, 2).reshape(B, N, 4 * (C // NUM_SEGMENTS))  # (B, h, N, d) -> (B, N, 4C/5)
+        return self.proj_drop(self.proj(torch.cat([attended, local], dim=-1)))
+
+
+class GMABlock(nn.Module):
+    """Position encoding, then attention and MLP, each behind a layer norm and on a residual path: (B, N, C) -> same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        proj_drop: float,
+        attn_drop: float,
+        drop_path: float,
+        norm_layer: Callable[[int], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.cpe = ConvPosEnc(dim)
+        self.norm1 = norm_layer(dim)
+        self.att = GroupMixAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = self.cpe(x, size)
+        x = x + self.drop_path(self.att(self.norm1(x), size))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class GMAStage(nn.Module):
+    """The blocks of one stage: map (B, C, H, W) -> map (B, C, H, W)."""
+
+    def __init__(self, blocks: Sequence[GMABlock]) -> None:
+        super().__init__()
+        self.gma_stage = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        x = x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+        for block in self.gma_stage:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                context_fn = partial(_recompute_contexts, block)
+                x = checkpoint(block, x, (H, W), context_fn=context_fn)
+            else:
+                x = block(x, (H, W))
+        return x.transpose(1, 2).reshape(B, C, H, W).contiguous()  # (B, N, C) -> (B, C, H, W)
+
+
+def _recompute_contexts(block: nn.Module) -> tuple[Any, Any]:
+    """Contexts for the forward pass of a checkpointed block and for its recomputation in the backward pass."""
+    return nullcontext(), _frozen_running_statistics(block)
+
+
+@contextmanager
+def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep batch norms from counting a batch twice while a checkpointed block is recomputed."""
+    tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+
+
+def _check_sizes(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: Sequence[float], num_heads: int) -> None:
+    """Raise ValueError, naming the numbers, where widths and heads cannot be cut evenly."""
+    if not len(embed_dims) == len(depths) == len(mlp_ratios) >= 1:
+        raise ValueError(
+            f"embed_dims, depths and mlp_ratios need one value a stage, got {len(embed_dims)}, {len(depths)} and "
+            f"{len(mlp_ratios)} values"
+        )
+    if num_heads < 8 or num_heads % 8:
+        raise ValueError(
+            f"num_heads={num_heads} cannot be cut 2:3:3 between the 3x3, 5x5 and 7x7 windows: use a multiple of 8"
+        )
+    for stage, dim in enumerate(embed_dims, start=1):
+        if dim <= 0 or dim % NUM_SEGMENTS or (4 * dim // NUM_SEGMENTS) % num_heads or dim % 2:
+            raise ValueError(
+                f"embed_dims[{stage - 1}]={dim} cannot be cut into {NUM_SEGMENTS} segments whose first four give "
+                f"{num_heads} equal heads: it must be a positive multiple of {_dim_divisor(num_heads)}"
+            )
+
+
+def _dim_divisor(num_heads: int) -> int:
+    """The number that every embedding width must be a multiple of; 10 for 8 heads."""
+    return next(dim for dim in range(10, 10 * num_heads + 1, 10) if (4 * dim // NUM_SEGMENTS) % num_heads == 0)
+
+
+class GroupMixFormer(nn.Module):
+    """GroupMixFormer, a four-stage backbone at strides 4, 8, 16 and 32 with a linear classifier.
+
+    Args:
+        num_classes: outputs of the classifier; 0 leaves it out, and the model returns pooled features (B, C4).
+        in_chans: channels of the input images.
+        embed_dims: channels of each stage; multiples of 10 for 8 heads.
+        depths: blocks of each stage.
+        mlp_ratios: hidden width of the MLP over the width of the stage, of each stage.
+        num_heads: attention heads in every block; a multiple of 8.
+        qkv_bias: give the projection to q, k and v a bias.
+        qk_scale: factor on the attended values; None means (C / h) ** -0.5.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout behind the attention's projection and in the MLP (the released DROP_RATE).
+        attn_drop_rate: dropout on the softmax of k.
+        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0 over all blocks.
+        global_pool: 'avg' (the paper's), 'max', 'avgmax', 'catavgmax', or '' for maps without pooling.
+        return_interm_layers: `forward` returns the list of the stage maps [(B, C_i, H/stride_i, W/stride_i)] instead.
+
+    Input: (B, in_chans, H, W), H and W of at least 32; sizes that are not multiples of 32 round up at every stride.
+    Raises ValueError where widths and heads cannot be cut evenly.
+    """
+
+    return_interm_layers: Final[bool]
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        embed_dims: Sequence[int] = (80, 160, 320, 320),
+        depths: Sequence[int] = (2, 4, 12, 4),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        return_interm_layers: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(embed_dims, depths, mlp_ratios, num_heads)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.return_interm_layers = return_interm_layers
+        self.feature_info = [
+            dict(num_chs=dim, reduction=STEM_STRIDE * 2**i, module=f"groupmixformer_backbone.{i}")
+            for i, dim in enumerate(embed_dims)
+        ]
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        block_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        self.conv_stem = Stem(in_chans, embed_dims[0])
+        self.patch_embed_layers = nn.ModuleList(
+            PatchEmbed(embed_dims[max(i - 1, 0)], dim, stride=1 if i == 0 else 2) for i, dim in enumerate(embed_dims)
+        )
+        self.groupmixformer_backbone = nn.ModuleList(
+            GMAStage(
+                [
+                    GMABlock(
+                        dim, num_heads, mlp_ratio, qkv_bias, qk_scale, proj_drop_rate, attn_drop_rate, rate, norm_layer
+                    )
+                    for rate in rates
+                ]
+            )
+            for dim, mlp_ratio, rates in zip(embed_dims, mlp_ratios, block_rates)
+        )
+        self.norm4 = nn.BatchNorm2d(self.num_features)
+        self.global_pool = self.head_drop = self.head = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names beside one-dimensional parameters and biases that weight decay must spare: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that order the parameters by depth, for timm's layer-wise learning rate decay."""
+        if coarse:
+            blocks: Any = r"^(?:patch_embed_layers|groupmixformer_backbone)\.(\d+)"
+        else:
+            blocks = [
+                (r"^patch_embed_layers\.(\d+)", (0,)),
+                (r"^groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)", None),
+                (r"^norm4", (99999,)),
+            ]
+        return dict(stem=r"^conv_stem", blocks=blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass: same gradients and running statistics, less memory."""
+        for stage in self.groupmixformer_backbone:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one (0: by none), and the pooling where one is named.
+
+        Raises ValueError for classes without pooling: a linear classifier needs one vector an image.
+        """
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        if num_classes > 0 and self.global_pool.is_identity():
+            raise ValueError(f"num_classes={num_classes} needs pooling: global_pool='' goes with num_classes=0")
+        self.num_classes = num_classes
+        self.head_drop = nn.Dropout(self.drop_rate)
+        self.head = nn.Identity()
+        if num_classes > 0:
+            reference = self.norm4.weight
+            self.head = nn.Linear(self.num_features * self.global_pool.feat_mult(), num_classes)
+            self.head.to(device=reference.device, dtype=reference.dtype)
+            _init_weights(self.head)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """(B, in_chans, H, W) -> the maps of all stages, (B, C_i, ceil(H / stride_i), ceil(W / stride_i))."""
+        x = self.conv_stem(x)
+        maps = []
+        for embed, stage in zip(self.patch_embed_layers, self.groupmixformer_backbone):
+            x = stage(embed(x))
+            maps.append(x)
+        return maps
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of chosen stages, as timm defines it.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to return, counted from 0; an int means the last so many; None means all.
+            norm: pass the last stage's map through the final batch norm.
+            stop_early: do not compute stages behind the last one asked for.
+            output_fmt: 'NCHW' is the only one.
+            intermediates_only: return the list of maps alone, not (final features, maps).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: GroupMixFormer returns 'NCHW' maps only")
+        num_stages = len(self.groupmixformer_backbone)
+        take_indices, max_index = feature_take_indices(num_stages, indices)
+        last = max_index + 1 if stop_early and not torch.jit.is_scripting() else num_stages
+        x = self.conv_stem(x)
+        intermediates = []
+        for i in range(last):
+            x = self.groupmixformer_backbone[i](self.patch_embed_layers[i](x))
+            if i in take_indices:
+                intermediates.append(self.norm4(x) if norm and i == num_stages - 1 else x)
+        if intermediates_only:
+            return intermediates
+        return (self.norm4(x) if last == num_stages else x), intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates(indices)` does not need; returns the stages it will return."""
+        take_indices, max_index = feature_take_indices(len(self.groupmixformer_backbone), indices)
+        self.patch_embed_layers = self.patch_embed_layers[: max_index + 1]
+        self.groupmixformer_backbone = self.groupmixformer_backbone[: max_index + 1]
+        if prune_norm:
+            self.norm4 = nn.Identity()
+        if prune_head:
+            self.num_classes = 0
+            self.head = nn.Identity()
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the normalised last map (B, C4, ceil(H/32), ceil(W/32))."""
+        x = self.conv_stem(x)
+        for embed, stage in zip(self.patch_embed_layers, self.groupmixformer_backbone):
+            x = stage(embed(x))
+        return self.norm4(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C4, H, W) -> logits (B, num_classes), or with `pre_logits` the pooled features (B, C4)."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor):
+        """(B, in_chans, H, W) -> logits (B, num_classes), or the list of stage maps (`return_interm_layers`)."""
+        if self.return_interm_layers:
+            return self.forward_stages(x)
+        # not redundant: TorchScript compiles only the branch that the constant selects
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Linear weights truncated normal with sigma 0.02, biases 0; everything else as PyTorch initialises it."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Reduce a released file or a training checkpoint to the state dict of the raw model."""
+    for key in ("model", "state_dict"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return dict(
+        url="",  # weights are not hosted; load a file with create_model(..., checkpoint_path=...)
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        min_input_size=(3, 32, 32),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="conv_stem.proj1",
+        classifier="head",
+        license="mit",
+        paper_ids="arXiv:2311.15157",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+
+
+def _create_groupmixformer(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        GroupMixFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def groupmixformer_miny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMixFormer-M, 5.7 M parameters."""
+    return _create_groupmixformer("groupmixformer_miny", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMixFormer-T, 10.9 M parameters."""
+    return _create_groupmixformer("groupmixformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMixFormer-S, 22.4 M parameters."""
+    return _create_groupmixformer("groupmixformer_small", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMixFormer-B, 45.8 M parameters."""
+    return _create_groupmixformer("groupmixformer_base", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GroupMixFormer-L, 71.8 M parameters as released; the paper gives 70.3 M."""
+    return _create_groupmixformer("groupmixformer_large", pretrained, **kwargs)

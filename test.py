@@ -1,0 +1,17 @@
+"""Evaluate weights of a GroupMixFormer, on one process or many, or measure its speed and size.
+
+python test.py --cfg configs/groupmixformer_small.yaml --data-path DIR --resume FILE     Acc@1 and Acc@5
+python test.py --cfg configs/groupmixformer_small.yaml --throughput                      images/s
+python test.py --cfg configs/groupmixformer_small.yaml --flops                           FLOPs and parameters
+"""
+
+from utils.evaluation import run_evaluation
+from utils.session import run_script, start_session
+
+
+def main() -> None:
+    run_evaluation(start_session(__doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,258 @@
+"""Checkpoints: what is in one, how it is written and found again, and weights from elsewhere.
+
+A training checkpoint is a dict with
+
+    model, model_ema   state dicts of the raw network and of its moving average (model_ema only where EMA is on)
+    optimizer, lr_scheduler, scaler   their state dicts
+    epoch              the epoch it was taken in, counted from 0
+    next_epoch, next_update   where training goes on: the update of that epoch, counted from 0
+    num_updates        optimizer updates done since the start
+    max_accuracy       best top-1 so far, raw or EMA, percent; best_weights says which of the two ('raw', 'ema')
+    global_batch, world_size   images of an update, processes
+    config             the resolved configuration as YAML text
+
+Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
+or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping.
+"""
+
+import os
+import re
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs import UserError
+
+BEST_NAME = "ckpt_best.pth"
+_EPOCH_NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
+IMAGENET_21K_CLASSES = 21841
+HEAD_KEYS = ("head.weight", "head.bias")
+
+
+# ------------------------------------------------------------------------------------------------------ files and names
+def epoch_path(folder: Path, epoch: int) -> Path:
+    return folder / f"ckpt_epoch_{epoch}.pth"
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The periodic checkpoints of a run folder, oldest first."""
+    found = {
+        int(match[1]): path for path in folder.glob("ckpt_epoch_*.pth") if (match := _EPOCH_NAME.fullmatch(path.name))
+    }
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all: beside, synced, then renamed.
+
+    Raises UserError, the older file untouched, where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        partial.unlink(missing_ok=True)
+        needed = sum(tensor.nbytes for tensor in _tensors(state))
+        raise UserError(
+            f"{path}: cannot be written ({_first_line(error)}); it needs about {needed / 2**20:.0f} MiB, "
+            f"{free / 2**20:.0f} MiB are free"
+        ) from None
+
+
+def keep_as_best(path: Path) -> None:
+    """Let the run's best checkpoint be this file, without writing it twice where the file system can link."""
+    best = path.with_name(BEST_NAME)
+    partial = path.with_name(f".{BEST_NAME}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+    os.replace(partial, best)
+    _sync_folder(path.parent)
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` periodic checkpoints; 0 keeps all."""
+    if keep > 0:
+        for path in epoch_checkpoints(folder)[:-keep]:
+            path.unlink(missing_ok=True)
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU, after checking the CRC-32 that torch stored with every tensor.
+
+    torch itself does not check it: a flipped bit in a weight would load silently.
+    Raises UserError where the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+                if damaged is not None:
+                    raise UserError(f"{path}: damaged: the checksum of {damaged} does not match")
+        # A configuration pickled as yacs CfgNode, a dict by nature, becomes a plain ordered mapping.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UserError:
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded ({_first_line(error)})"
+        ) from None
+    except Exception as error:  # damaged pickles and zip files raise almost anything
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict to use from a loaded file, and what it is, for the log.
+
+    Args:
+        checkpoint: a training checkpoint, {'model': ...}, {'state_dict': ...} or a bare state dict.
+        which: 'raw'; 'ema'; or 'best', those that the checkpoint was kept for (raw where it does not say).
+        origin: the file's name, for messages.
+    """
+    if which == "best":
+        which = checkpoint.get("best_weights", "raw")
+    if which == "ema":
+        if not isinstance(checkpoint.get("model_ema"), dict):
+            raise UserError(f"{origin}: holds no EMA weights (model_ema); use --weights raw")
+        state = checkpoint["model_ema"]
+    else:
+        state = next(
+            (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
+        )
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{origin}: holds no state dict of a network (keys: {_some(checkpoint)})")
+    return state, f"{which} weights"
+
+
+def load_weights(network: nn.Module, path: str | Path, which: str = "best") -> str:
+    """Load weights into a network of the same shape and number of classes; returns what was loaded, for the log.
+
+    Raises UserError that names missing, unexpected and differently shaped entries.
+    """
+    state, kind = select_weights(load_file(path), which, str(path))
+    own, loaded = _num_classes(network.state_dict()), _num_classes(state)
+    if own != loaded and own and loaded:
+        raise UserError(
+            f"{path}: its head has {loaded} classes, but the data has {own}: class indices would not agree. Give the "
+            "data folder that the weights were trained on (all its classes), or fine-tune with train.py --pretrained"
+        )
+    load_exactly(network, state, str(path))
+    return f"{kind} of {path}"
+
+
+def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -> str:
+    """Load weights to fine-tune from; a head of another number of classes stays fresh, or is mapped.
+
+    A head of ImageNet-21k's 21841 classes becomes one of 1000 by `class_map`, a text file whose line i holds the
+    row of class i. Returns what was done, for the log.
+    """
+    state, kind = select_weights(load_file(path), "best", str(path))
+    own, loaded = _num_classes(network.state_dict()), _num_classes(state)
+    note = ""
+    if own != loaded:
+        if class_map:
+            rows = read_class_map(class_map, num_classes=own, num_rows=loaded)
+            state.update({key: state[key][rows] for key in HEAD_KEYS})
+            note = f"; head mapped from {loaded} to {own} classes by {class_map}"
+        elif loaded == IMAGENET_21K_CLASSES and own == 1000:
+            raise UserError(
+                f"{path}: its head has the {loaded} classes of ImageNet-21k; give the file that maps them to the 1000 "
+                "of ImageNet-1k (one row number a line) with --opts MODEL.CLASS_MAP FILE"
+            )
+        else:
+            state.update({key: network.state_dict()[key] for key in HEAD_KEYS})
+            note = f"; head of {loaded} classes left out, a fresh one has {own}"
+    load_exactly(network, state, str(path))
+    return f"{kind} of {path}{note}"
+
+
+def read_class_map(path: str | Path, num_classes: int, num_rows: int) -> list[int]:
+    """The row numbers of a class map, one a line; UserError where they do not fit."""
+    try:
+        rows = [int(word) for word in Path(path).read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL.CLASS_MAP = {path!r}: cannot be read: {_first_line(error)}") from None
+    if len(rows) != num_classes or not all(0 <= row < num_rows for row in rows):
+        raise UserError(
+            f"MODEL.CLASS_MAP = {path!r}: needs {num_classes} row numbers from 0 to {num_rows - 1}, has {len(rows)} "
+            f"from {min(rows, default=0)} to {max(rows, default=0)}"
+        )
+    return rows
+
+
+def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load a state dict strictly; UserError names missing, unexpected and differently shaped entries."""
+    own = network.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    reshaped = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or reshaped:
+        parts = [
+            f"{len(names)} {what} ({_some(names)})"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+            if names
+        ]
+        raise UserError(f"{origin}: weights of another network than --cfg describes: {'; '.join(parts)}")
+    network.load_state_dict(state)
+
+
+def _num_classes(state: dict[str, Tensor]) -> int:
+    return state["head.weight"].shape[0] if "head.weight" in state else 0
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

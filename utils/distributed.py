@@ -1,0 +1,108 @@
+"""This process among all, and the few collective operations that training and evaluation need."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process (`rank` of `world_size`, `local_rank` on its node) and the device that it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def init_processes(timeout_seconds: float) -> Processes:
+    """Join the process group that the launcher's environment describes: NCCL where there are GPUs, else gloo.
+
+    Without a launcher (no RANK in the environment) there is one process and no group. timm's
+    `init_distributed_device` sets no timeout, and a process that waits for a lost one must give up some time.
+
+    Raises UserError where a node has fewer GPUs than processes.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in _ENVIRONMENT)
+    use_cuda = torch.cuda.is_available()
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start as many processes "
+            "as there are GPUs (--nproc_per_node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU"
+        )
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(
+            backend="nccl" if use_cuda else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if use_cuda else None,
+        )
+    return Processes(rank, local_rank, world_size, device)
+
+
+_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def close_processes() -> None:
+    """Leave the process group in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap_distributed(network: nn.Module, processes: Processes) -> nn.Module:
+    """Average gradients over the processes, and on GPUs the statistics of batch norms.
+
+    On CPU, where torch has no synchronised batch norm, every process normalises by its own batch, and the running
+    statistics of process 0 are the network's: DDP hands them out before each forward pass.
+    """
+    if not processes.distributed:
+        return network
+    if processes.device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return DistributedDataParallel(network, device_ids=[processes.device.index], broadcast_buffers=False)
+    return DistributedDataParallel(network, broadcast_buffers=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def share_running_statistics(network: nn.Module, processes: Processes) -> None:
+    """Give every process the running statistics of process 0, so that all evaluate one and the same network."""
+    if processes.distributed:
+        distribute_bn(network, processes.world_size, reduce=False)
+
+
+def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
+    """Sum a tensor over all processes; it is returned, on every process."""
+    if processes.distributed:
+        dist.all_reduce(values)
+    return values
+
+
+def agree_on_main(value: object, processes: Processes) -> object:
+    """What the main process says, on every process."""
+    if not processes.distributed:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=processes.device)
+    return box[0]

@@ -1,0 +1,157 @@
+"""What a run tells: the log file of every process, the console, TensorBoard, and where the run came from."""
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from tensorboardX import SummaryWriter
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from configs.defaults import to_dict
+from data import denormalize
+
+from .distributed import Processes
+
+GRID_IMAGES = 16
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Prints above a progress bar, where there is one, instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def create_logger(folder: Path, processes: Processes) -> logging.Logger:
+    """A logger that appends to `<folder>/log_rank<r>.txt`, and on the main process prints the bare message too."""
+    logger = logging.getLogger(f"groupmixformer.{folder}.{processes.rank}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers.clear()
+    file = logging.FileHandler(folder / f"log_rank{processes.rank}.txt")
+    file.setFormatter(logging.Formatter("[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"))
+    logger.addHandler(file)
+    if processes.is_main:
+        console = _ConsoleHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(console)
+    return logger
+
+
+def log_provenance(logger: logging.Logger, processes: Processes) -> None:
+    """Log command line, code version, library versions and machine."""
+    logger.info(f"command: {' '.join(sys.argv)}")
+    logger.info(
+        f"git {git_commit()}; Python {sys.version.split()[0]}; torch {torch.__version__}; "
+        f"torchvision {torchvision.__version__}"
+    )
+    name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "CPU"
+    logger.info(f"processes: {processes.world_size}, each on: {name}, {torch.get_num_threads()} threads")
+
+
+def git_commit() -> str:
+    """The commit of this checkout, '+changes' where files differ from it; 'unknown' outside git."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(root: Path, *args: str) -> str:
+    command = ["git", "-C", str(root), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def write_config(folder: Path, config: CfgNode) -> None:
+    """Write the resolved configuration to `<folder>/config.json`, which --cfg takes as well."""
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+class ProgressLog:
+    """Console lines in the released shape, and a bar where a person watches.
+
+    Args:
+        logger: where lines go.
+        title: what a line begins with, 'Train: [3/300]'.
+        total: steps in all.
+        initial: steps done already.
+        every: steps between lines.
+        show_bar: draw a bar where standard error is a terminal.
+    """
+
+    def __init__(
+        self, logger: logging.Logger, title: str, total: int, initial: int = 0, every: int = 10, show_bar: bool = True
+    ) -> None:
+        self.logger, self.title, self.total, self.every = logger, title, total, every
+        self.done = self.initial = initial
+        self.start = self.last_line = time.perf_counter()
+        self.done_at_last_line = initial
+        hidden = not (show_bar and sys.stderr.isatty())
+        self.bar = tqdm(total=total, initial=initial, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
+
+    def step(self) -> bool:
+        """Count one step; True where a line is due: every so many steps, and at the last one."""
+        self.done += 1
+        self.bar.update()
+        return (self.done - 1) % self.every == 0 or self.done == self.total
+
+    def line(self, fields: str, images_per_step: int, lr: float | None = None) -> float:
+        """Write a line and return the images/s since the last one."""
+        now = time.perf_counter()
+        since_line = (now - self.last_line) / (self.done - self.done_at_last_line)
+        average = (now - self.start) / (self.done - self.initial)
+        seconds_left = round(average * (self.total - self.done))
+        eta = f"{seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"
+        speed = images_per_step / since_line
+        rate = "" if lr is None else f" lr {lr:.8f}"
+        head = f"{self.title}[{self.done - 1}/{self.total}]\teta {eta}{rate}\ttime {since_line:.4f} ({average:.4f})"
+        self.logger.info(f"{head}\t{fields}\t{speed:.1f} images/s")
+        self.last_line, self.done_at_last_line = now, self.done
+        return speed
+
+    def close(self) -> float:
+        """Remove the bar; returns the seconds since the start."""
+        self.bar.close()
+        return time.perf_counter() - self.start
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory so far, MiB: what tensors took on the GPU, or on CPU what the process took in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class TensorBoard:
+    """Event files in the run folder, written by the main process; everywhere else it does nothing."""
+
+    def __init__(self, folder: Path, enabled: bool, num_updates: int = 0) -> None:
+        # What a run wrote behind the checkpoint that it continues from is hidden, not shown twice.
+        purge = num_updates if num_updates else None
+        self.writer = SummaryWriter(str(folder), purge_step=purge) if enabled else None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def images(self, name: str, images: Tensor, step: int) -> None:
+        """One grid of up to 16 normalised images (B, 3, H, W)."""
+        if self.writer is not None and images.shape[1] == 3:
+            self.writer.add_image(name, make_grid(denormalize(images[:GRID_IMAGES].float()), nrow=4).cpu(), step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,91 @@
+"""How both scripts begin and end: command line, processes, run folder, logger; errors in one line."""
+
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import Logger
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+import models
+from configs import UserError, get_config, parse_args
+
+from .distributed import Processes, close_processes, init_processes
+from .logging import create_logger, log_provenance
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a script has before it does anything of its own."""
+
+    args: Namespace
+    config: CfgNode
+    processes: Processes
+    folder: Path
+    logger: Logger
+
+    @property
+    def trains(self) -> bool:
+        """Whether `train.py` is to train, rather than to evaluate or to measure."""
+        return not (self.config.EVAL_MODE or self.config.THROUGHPUT_MODE or self.args.flops)
+
+
+def start_session(description: str) -> Session:
+    """Read and check the command line and configuration, join the other processes, open run folder and log."""
+    args = parse_args(description=description)
+    notices: list[str] = []
+    config = get_config(args, notices.append)
+    processes = init_processes(config.DIST_TIMEOUT_SECONDS)
+    folder = _run_folder(config)
+    logger = create_logger(folder, processes)
+    log_provenance(logger, processes)
+    for notice in notices:
+        logger.info(notice)
+    _copy_model_file(config, folder, processes)
+    torch.backends.cudnn.benchmark = True  # input sizes do not change during a run
+    return Session(args, config, processes, folder, logger)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback."""
+    script = Path(sys.argv[0]).name
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        main()
+    except (UserError, FloatingPointError) as error:
+        # Mistakes in the command line are found before processes meet, by every one of them: one says so.
+        if torch.distributed.is_initialized() or rank == "0":
+            who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
+            message = error.one_line() if isinstance(error, UserError) else str(error)
+            print(f"{script}: {who}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    close_processes()
+
+
+def _run_folder(config: CfgNode) -> Path:
+    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there; UserError where it cannot be."""
+    folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output: {folder}: cannot be written to")
+    return folder
+
+
+def _copy_model_file(config: CfgNode, folder: Path, processes: Processes) -> None:
+    """Copy the network's source beside the run, so that the run can be understood after the code has moved on."""
+    source = Path(models.__file__).parent / config.MODEL_FILE
+    if not source.is_file():
+        names = ", ".join(sorted(path.name for path in source.parent.glob("*.py") if path.name != "__init__.py"))
+        raise UserError(f"--model-file {config.MODEL_FILE}: no such file in models/; there are {names}")
+    if processes.is_main:
+        shutil.copyfile(source, folder / source.name)
