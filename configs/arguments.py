@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -22,6 +23,10 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--use-checkpoint": (
         "TRAIN.USE_CHECKPOINT",
         dict(action="store_true", help="gradient checkpointing: less memory, more time"),
+    ),
+    "--allow-changes": (
+        "TRAIN.ALLOW_CHANGES",
+        dict(action="store_true", help="continue a run although its recipe or data has changed"),
     ),
     "--amp-opt-level": (
         "AMP_OPT_LEVEL",
@@ -45,6 +50,11 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
 class _Parser(argparse.ArgumentParser):
     """Reports one line, on the first process only, and suggests the nearest flag for an unknown one."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # argparse takes -0.1 for a value but -1e-3 for a flag; `--opts TRAIN.BASE_LR -1e-3` is to be told by its key.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -63,7 +73,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> argp
     """Parse the command line (without the program's name); exits with status 2 and one line where it is wrong."""
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="set any configuration key")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"
+    )
     for flag, (_, options) in CONFIG_FLAGS.items():
         parser.add_argument(flag, default=None, **options)
     parser.add_argument("--flops", action="store_true", help="count FLOPs and parameters only (test.py)")

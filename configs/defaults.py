@@ -32,6 +32,7 @@ _C.DATA.INTERPOLATION = "bicubic"  # resizing: 'bicubic', 'bilinear', 'lanczos',
 _C.DATA.ZIP_MODE = False  # read images from zip files
 _C.DATA.CACHE_MODE = "part"  # zip files in memory: 'no', 'full' (all, in each process), 'part' (the process's share)
 _C.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU; without a GPU it does nothing
+_C.DATA.MAX_UNREADABLE = 10  # unreadable training images a process passes over in a run, each named; one more ends it
 _C.DATA.NUM_WORKERS = 32  # loader processes a process, at most its share of the CPU cores
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -69,6 +70,8 @@ _C.TRAIN.MIN_LR = 5e-6  # learning rate towards which 'cosine' and 'linear' fall
 _C.TRAIN.CLIP_GRAD = 5.0  # largest L2 norm of all gradients together; 0: no clipping
 _C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint of the run folder
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches whose gradients make one update
+_C.TRAIN.MAX_NONFINITE_UPDATES = 10  # updates in a row that may be skipped because loss or gradients are not finite
+_C.TRAIN.ALLOW_CHANGES = False  # continue a run although its recipe or data changed since the checkpoint
 _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: blocks are recomputed in the backward pass
 
 _C.TRAIN.LR_SCHEDULER = CfgNode()
@@ -82,7 +85,7 @@ _C.TRAIN.OPTIMIZER.EPS = 1e-8  # epsilon of AdamW
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # betas of AdamW
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # momentum of SGD
 
-# ----------------------------------------------------------------------------------- moving average of the weights (EMA)
+# ---------------------------------------------------------------------------------- moving average of the weights (EMA)
 _C.EMA = CfgNode()
 _C.EMA.ENABLED = True  # keep an average of weights and running statistics, evaluated beside the raw weights
 _C.EMA.DECAY = 0.9999  # share of the old average at every update
@@ -114,10 +117,13 @@ _C.AMP_DTYPE = "bfloat16"  # 'bfloat16', or 'float16' with loss scaling
 _C.OUTPUT = ""  # root of the run folders; '': output
 _C.TAG = "default"  # name of the run
 _C.SAVE_FREQ = 1  # epochs between checkpoints
-_C.SAVE_KEEP = 3  # newest checkpoints kept beside the best one; 0: all
+_C.SAVE_KEEP = 3  # newest checkpoints of whole epochs kept beside the best one; 0: all
+_C.SAVE_EVERY_UPDATES = 0  # also save within an epoch, every so many updates; 0: not
+_C.SAVE_EVERY_MINUTES = 0.0  # also save within an epoch, every so many minutes; 0: not
+_C.LOG_SAMPLES = False  # write the images of every update to samples_rank<r>.txt in the run folder
 _C.PRINT_FREQ = 10  # updates between log lines
 _C.SEED = 0  # of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth
-_C.DIST_TIMEOUT_SECONDS = 1800  # how long a process waits for the others before it gives up
+_C.DIST_TIMEOUT_SECONDS = 600  # how long a process waits for the others before it gives up
 _C.EVAL_MODE = False  # evaluate only
 _C.THROUGHPUT_MODE = False  # measure images/s only
 _C.MODEL_FILE = "groupmixformer.py"  # file of models/ that is copied beside the run
@@ -150,7 +156,7 @@ _POSITIVE: Rule = (lambda v: v > 0), "must be greater than 0"
 _ALL_POSITIVE: Rule = (lambda v: len(v) > 0 and all(x > 0 for x in v)), "must be numbers greater than 0"
 _FILE_NAME: Rule = (
     (lambda v: v not in ("", ".", "..") and not set(v) & set("/\\\0\n")),
-    "names a folder: it must not be empty or hold a slash",
+    "names a folder or file: it must not be empty or hold a slash",
 )
 
 _RULES: dict[str, Rule] = {
@@ -160,6 +166,7 @@ _RULES: dict[str, Rule] = {
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),
     "DATA.NUM_WORKERS": _at_least(0),
+    "DATA.MAX_UNREADABLE": _at_least(0),
     "MODEL.TYPE": _one_of("groupmixformer"),
     "MODEL.NAME": _FILE_NAME,
     "MODEL.LABEL_SMOOTHING": _BELOW_ONE,
@@ -182,6 +189,7 @@ _RULES: dict[str, Rule] = {
     "TRAIN.MIN_LR": _at_least(0),
     "TRAIN.CLIP_GRAD": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(1),
+    "TRAIN.MAX_NONFINITE_UPDATES": _at_least(0),
     "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _at_least(1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": _POSITIVE,
@@ -213,8 +221,10 @@ _RULES: dict[str, Rule] = {
     "TAG": _FILE_NAME,
     "SAVE_FREQ": _at_least(1),
     "SAVE_KEEP": _at_least(0),
+    "SAVE_EVERY_UPDATES": _at_least(0),
+    "SAVE_EVERY_MINUTES": _at_least(0),
     "PRINT_FREQ": _at_least(1),
-    "SEED": _at_least(0),
+    "SEED": ((lambda v: 0 <= v < 2**63), "must lie between 0 and 2**63 - 1"),
     "DIST_TIMEOUT_SECONDS": _at_least(1),
     "MODEL_FILE": _FILE_NAME,
 }
@@ -285,12 +295,17 @@ def validate(config: CfgNode) -> None:
         )
     if train.START_EPOCH >= train.EPOCHS:
         raise UserError(f"TRAIN.START_EPOCH = {train.START_EPOCH}: must be less than TRAIN.EPOCHS = {train.EPOCHS}")
-    mixing = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
-    if mixing and config.DATA.BATCH_SIZE % 2 and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        raise UserError(
-            f"DATA.BATCH_SIZE = {config.DATA.BATCH_SIZE}: mixup and cutmix pair the images of a batch and need an even "
-            "number (or AUG.MIXUP 0 AUG.CUTMIX 0)"
-        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: PyYAML would silently drop the first one, with the whole group below it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen: tuple[Path, ...]) -> None:
@@ -299,7 +314,7 @@ def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen
     if resolved in seen:
         raise UserError(f"{path}: BASE leads back to the file itself")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file{_nearby_yaml(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -309,11 +324,18 @@ def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold KEY: value pairs, holds a {type(content).__name__}")
-    bases = content.pop("BASE", [])
-    for base in [bases] if isinstance(bases, str) else bases or []:
+    bases = content.pop("BASE", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: BASE = {bases!r}: must be a YAML file or a list of them")
+    for base in bases:
         if base:
-            _merge_file(config, path.parent / str(base), notify, (*seen, resolved))
-    for key, value in _flatten(content):
+            _merge_file(config, path.parent / base, notify, (*seen, resolved))
+    try:
+        values = list(_flatten(content))
+    except RecursionError:
+        raise UserError(f"{path}: not a configuration: a group of keys holds itself") from None
+    for key, value in values:
         _set(config, key, value, str(path), notify)
 
 
@@ -336,6 +358,8 @@ def _set(config: CfgNode, key: str, value: Any, origin: str, notify: Callable[[s
     if key in RETIRED_KEYS:
         notify(f"{origin}: {key} is ignored: {RETIRED_KEYS[key]}")
         return
+    if key == "BASE":
+        raise UserError(f"{origin}: BASE = {value!r}: is read from YAML files only; name that file with --cfg")
     known = dict(config_keys(_C))
     if key not in known:
         if any(name.startswith(f"{key}.") for name in known):
@@ -348,7 +372,7 @@ def _set(config: CfgNode, key: str, value: Any, origin: str, notify: Callable[[s
         node = node[group]
     try:
         node[name] = _coerce(key, value, known[key])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{origin}: {key} = {value!r}: {error}") from None
 
 
@@ -374,8 +398,6 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, float):
         return float(_number(value))
-    if key == "BASE":
-        return [str(x) for x in _sequence(value)]
     whole = key != "MODEL.GMA.MLP_RATIOS" and all(isinstance(x, int) for x in default)
     values = [_number(x) for x in _sequence(value)]
     if whole and not all(isinstance(x, int) for x in values):

@@ -1,20 +1,19 @@
 """Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
 
-from .loaders import build_eval_loader, build_train_loader, check_val_classes, open_split, usable_workers
+from .loaders import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
 from .randomness import TRAINING_STEP, seed_everything
-from .samplers import TrainingOrder
-from .sources import Source
+from .sources import Source, fingerprint
 from .transforms import build_mixup, denormalize
 
 __all__ = [
     "TRAINING_STEP",
     "Source",
-    "TrainingOrder",
+    "TrainingData",
     "build_eval_loader",
     "build_mixup",
-    "build_train_loader",
     "check_val_classes",
     "denormalize",
+    "fingerprint",
     "open_split",
     "seed_everything",
     "usable_workers",

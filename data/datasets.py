@@ -1,6 +1,9 @@
 """Labelled images as torch datasets."""
 
 import io
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,21 @@ from configs import UserError
 from .randomness import AUGMENTATION, seed_everything
 from .samplers import SampleKey
 from .sources import Source
+
+# What Pillow, zipfile and the file system raise on damaged, missing and hostile files.
+_DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    Image.DecompressionBombError,
+)
+MAX_SUBSTITUTES = 16  # neighbours tried in place of an unreadable image
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -39,18 +57,26 @@ class ImageDataset(Dataset):
         return len(self.source.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.source.samples[index]
+        return self.transform(self.load(index)), self.source.samples[index][1]
+
+    def load(self, index: int) -> Image.Image:
+        """The decoded image, before any transform."""
         try:
-            image = decode_image(self.source.read(index))
-        except (OSError, ValueError, SyntaxError, KeyError, RuntimeError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: cannot be read as an image: {' '.join(str(error).split())}") from None
-        return self.transform(image), label
+            return decode_image(self.source.read(index))
+        except _DECODING_ERRORS as error:
+            path = self.source.samples[index][0]
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{path}: cannot be read as an image: {reason}") from None
 
 
 class AugmentedDataset(Dataset):
-    """The training view of a dataset: `dataset[SampleKey(epoch, index)]`, augmented by (seed, epoch, index) alone.
+    """The training view of a dataset: `dataset[SampleKey(epoch, index)]` -> (augmented image, class index, index).
 
-    So the same sample of the same epoch looks the same whichever process, worker or restarted run loads it.
+    Augmentation depends on (seed, epoch, index) alone, so the same sample of the same epoch looks the same whichever
+    process, worker or restarted run loads it.
+
+    In place of an image that cannot be read comes the next readable one of the data set, with its own label; the index
+    that is returned tells which. The caller reports it.
     """
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
@@ -61,6 +87,14 @@ class AugmentedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Any, int]:
-        seed_everything(AUGMENTATION, self.seed, *key)
-        return self.dataset[key.index]
+    def __getitem__(self, key: SampleKey) -> tuple[Any, int, int]:
+        epoch, index = key
+        for attempt in range(MAX_SUBSTITUTES):
+            candidate = (index + attempt) % len(self.dataset)
+            seed_everything(AUGMENTATION, self.seed, epoch, candidate)
+            try:
+                return *self.dataset[candidate], candidate
+            except UserError:
+                if attempt == MAX_SUBSTITUTES - 1:
+                    raise
+        raise AssertionError("unreachable")

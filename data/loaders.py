@@ -4,11 +4,16 @@ torch's DataLoader rather than timm's: timm's pads the last evaluation shard wit
 its training order cannot be continued in the middle of an epoch.
 """
 
+import itertools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from yacs.config import CfgNode
+
+from configs import UserError
 
 from .datasets import AugmentedDataset, ImageDataset
 from .samplers import TrainingOrder
@@ -22,29 +27,98 @@ def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Sourc
     return open_source(data.DATA_PATH, data.DATASET, split, data.ZIP_MODE, data.CACHE_MODE, rank, world_size)
 
 
-def build_train_loader(
-    config: CfgNode, source: Source, rank: int, world_size: int, pin_memory: bool
-) -> tuple[DataLoader, TrainingOrder]:
-    """Augmented batches of DATA.BATCH_SIZE images for this process, and the order that they come in.
+class TrainingData:
+    """Training batches of this process, from any position on.
 
-    `order.set_position(epoch, update)` decides where the next iteration over the loader begins.
+    Args:
+        config: the run's configuration.
+        source: the training images.
+        rank, world_size: this process among all.
+        pin_memory: give batches in page-locked memory.
+        notify: is called with one line for every image that cannot be read.
+        worker_init_fn: runs in every loader worker.
+        samples_log: file that gets a line for every batch: epoch, update, image indices; None: no such log.
+
+    Raises UserError where the training set cannot fill one update.
     """
-    dataset = AugmentedDataset(ImageDataset(source, train_transform(config)), config.SEED)
-    order = TrainingOrder(
-        num_samples=len(dataset),
-        global_batch=config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS,
-        rank=rank,
-        world_size=world_size,
-        seed=config.SEED,
-        sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
-    )
-    return _loader(config, dataset, pin_memory, sampler=order), order
+
+    def __init__(
+        self,
+        config: CfgNode,
+        source: Source,
+        rank: int,
+        world_size: int,
+        pin_memory: bool,
+        notify: Callable[[str], None],
+        worker_init_fn: Callable[[int], None] | None = None,
+        samples_log: Path | None = None,
+    ) -> None:
+        self.images = ImageDataset(source, train_transform(config))
+        self.order = TrainingOrder(
+            num_samples=len(self.images),
+            global_batch=config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS,
+            rank=rank,
+            world_size=world_size,
+            seed=config.SEED,
+            sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
+        )
+        dataset = AugmentedDataset(self.images, config.SEED)
+        self.loader = _loader(config, dataset, pin_memory, worker_init_fn, self.order)
+        self.accumulation = config.TRAIN.ACCUMULATION_STEPS
+        self.max_unreadable = config.DATA.MAX_UNREADABLE
+        self.notify = notify
+        self.samples_log = samples_log
+        self.unreadable: set[int] = set()
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.order.updates_per_epoch
+
+    def batches(self, epoch: int, update: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, 3, H, W) and class indices (B), batch after batch, from this update of this epoch to its end.
+
+        An unreadable image is named and replaced by its next readable neighbour; UserError after too many of them.
+        """
+        self.order.set_position(epoch, update)
+        expected = iter(self.order)
+        for number, (images, labels, indices) in enumerate(self.loader):
+            used = indices.tolist()
+            for wanted, index in zip(itertools.islice(expected, len(used)), used):
+                if wanted.index != index:
+                    self._report_unreadable(wanted.index, index)
+            if self.samples_log is not None:
+                with self.samples_log.open("a") as log:
+                    log.write(f"{epoch} {update + number // self.accumulation} {' '.join(map(str, used))}\n")
+            yield images, labels
+
+    def _report_unreadable(self, index: int, substitute: int) -> None:
+        if index in self.unreadable:
+            return
+        self.unreadable.add(index)
+        try:
+            self.images.load(index)
+            problem = f"{self.images.source.samples[index][0]}: could not be read a moment ago"
+        except UserError as error:
+            problem = error.one_line()
+        self.notify(f"{problem}; {self.images.source.samples[substitute][0]} is seen in its place")
+        if len(self.unreadable) > self.max_unreadable:
+            raise UserError(
+                f"{len(self.unreadable)} unreadable training images, the last: {problem}; more than "
+                f"DATA.MAX_UNREADABLE = {self.max_unreadable}, see python -m data.check"
+            )
 
 
-def build_eval_loader(config: CfgNode, source: Source, rank: int, world_size: int, pin_memory: bool) -> DataLoader:
+def build_eval_loader(
+    config: CfgNode,
+    source: Source,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> DataLoader:
     """Batches of this process's share, every `world_size`-th image: shares differ by one, no image is in two."""
     dataset = ImageDataset(source, eval_transform(config))
-    return _loader(config, Subset(dataset, range(rank, len(dataset), world_size)), pin_memory)
+    return _loader(config, Subset(dataset, range(rank, len(dataset), world_size)), pin_memory, worker_init_fn)
 
 
 def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> None:
@@ -67,7 +141,13 @@ def usable_workers(config: CfgNode) -> int:
     return min(config.DATA.NUM_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _loader(config: CfgNode, dataset, pin_memory: bool, sampler: TrainingOrder | None = None) -> DataLoader:
+def _loader(
+    config: CfgNode,
+    dataset: Dataset,
+    pin_memory: bool,
+    worker_init_fn: Callable[[int], None] | None,
+    sampler: TrainingOrder | None = None,
+) -> DataLoader:
     workers = usable_workers(config)
     return DataLoader(
         dataset,
@@ -77,4 +157,5 @@ def _loader(config: CfgNode, dataset, pin_memory: bool, sampler: TrainingOrder |
         pin_memory=pin_memory and config.DATA.PIN_MEMORY,
         drop_last=False,  # training ends at a whole update anyway, evaluation must not drop an image
         persistent_workers=workers > 0,
+        worker_init_fn=worker_init_fn,
     )

@@ -58,13 +58,19 @@ class TrainingOrder(Sampler[SampleKey]):
         return (self.updates_per_epoch - self.update) * self.global_batch // self.world_size
 
     def __iter__(self) -> Iterator[SampleKey]:
+        epoch, per_update = self.epoch, self.global_batch // self.world_size
+        mine = self._permutation()[self.update * per_update : self.updates_per_epoch * per_update]
+        return (SampleKey(epoch, int(index)) for index in mine)
+
+    def indices_of(self, update: int) -> list[int]:
+        """The images of this process in that update of the current epoch, for messages."""
+        per_update = self.global_batch // self.world_size
+        return self._permutation()[update * per_update : (update + 1) * per_update].tolist()
+
+    def _permutation(self) -> np.ndarray:
+        """This process's part of the epoch's order."""
         rng = np.random.default_rng(derive_seed(ORDER, self.seed, self.epoch))
         if self.sharded:
             shares = [rng.permutation(np.arange(r, self.num_samples, self.world_size)) for r in range(self.world_size)]
-            mine = shares[self.rank]
-        else:
-            mine = rng.permutation(self.num_samples)[self.rank :: self.world_size]
-        per_update = self.global_batch // self.world_size
-        mine = mine[self.update * per_update : self.updates_per_epoch * per_update]
-        epoch = self.epoch
-        return (SampleKey(epoch, int(index)) for index in mine)
+            return shares[self.rank]
+        return rng.permutation(self.num_samples)[self.rank :: self.world_size]

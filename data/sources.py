@@ -1,7 +1,9 @@
 """Where labelled images come from: class folders or zip files. A source lists its samples and hands out their bytes."""
 
+import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -79,9 +81,13 @@ class ZipSource:
         members = self._members()
         self.samples = self._read_map(map_path, members)
         labels = {label for _, label in self.samples}
-        missing = sorted(set(range(max(labels) + 1)) - labels)
-        if missing:
-            raise UserError(f"{map_path}: no image of class index {_list([str(m) for m in missing])}")
+        num_classes = max(labels) + 1
+        if len(labels) < num_classes:
+            first = next(index for index in range(num_classes) if index not in labels)
+            raise UserError(
+                f"{map_path}: no image of class index {first}; {num_classes - len(labels)} of the {num_classes} class "
+                "indices up to the highest have none"
+            )
         self.classes = [str(label) for label in sorted(labels)]
 
         cached = {"no": range(0), "full": range(len(self.samples)), "part": range(rank, len(self.samples), world_size)}
@@ -99,11 +105,15 @@ class ZipSource:
 
     def _read_map(self, map_path: Path, members: dict[str, int]) -> list[tuple[str, int]]:
         samples = []
-        for number, line in enumerate(map_path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = map_path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{map_path}: cannot be read: {error}") from None
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             name, tab, label = line.rpartition("\t")
-            if not tab or not label.strip().isdigit():
+            if not tab or not label.strip().isdecimal():
                 raise UserError(f"{map_path}:{number}: {line!r} is not 'path inside the zip, tab, class index'")
             name = name.removeprefix("./").lstrip("/")
             if name not in members:
@@ -117,7 +127,10 @@ class ZipSource:
         self._cache = np.empty(sum(members[self.samples[i][0]] for i in indices), np.uint8)
         position = 0
         for index in indices:
-            encoded = self._read_from_archive(index)
+            try:
+                encoded = self._read_from_archive(index)
+            except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+                continue  # damaged: stays out of the cache, and reading the sample raises this again
             self._cache[position : position + len(encoded)] = np.frombuffer(encoded, np.uint8)
             self._cache_offsets[index] = (position, position + len(encoded))
             position += len(encoded)
@@ -143,6 +156,14 @@ def class_folders(root: Path) -> list[str]:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}") from None
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 over the name and class of every image: tells whether a data set is still the same, wherever it lies."""
+    digest = hashlib.sha256("\n".join(source.classes).encode())
+    for path, label in source.samples:
+        digest.update(f"\n{label}\t{'/'.join(Path(path).parts[-2:])}".encode())
+    return digest.hexdigest()
 
 
 def open_source(

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 from yacs.config import CfgNode
@@ -32,9 +34,27 @@ def train_transform(config: CfgNode) -> transforms.Compose:
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({error})") from None
+    _allow_zero_bits(transform)
     if size <= SMALL_IMAGE:
-        transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING)
+        transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING, pad_if_needed=True)
     return transform
+
+
+def _allow_zero_bits(transform: transforms.Compose) -> None:
+    """Let timm's 'PosterizeIncreasing' keep no bits, which the released policy asks for at magnitude 10.
+
+    That gave a black image until Pillow 13, which raises ValueError instead.
+    """
+    for step in transform.transforms:
+        for op in getattr(step, "ops", []):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits)
 
 
 def eval_transform(config: CfgNode) -> transforms.Compose:
@@ -54,10 +74,15 @@ def eval_transform(config: CfgNode) -> transforms.Compose:
 
 
 def build_mixup(config: CfgNode) -> Mixup | None:
-    """timm's mixup and cutmix as configured; None where neither is on."""
+    """timm's mixup and cutmix as configured; None where neither is on. UserError for batches that it cannot pair."""
     aug = config.AUG
     if not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None) or aug.MIXUP_PROB == 0:
         return None
+    if config.DATA.BATCH_SIZE % 2:
+        raise UserError(
+            f"DATA.BATCH_SIZE = {config.DATA.BATCH_SIZE}: mixup and cutmix pair the images of a batch and need an even "
+            "number (or AUG.MIXUP 0 AUG.CUTMIX 0)"
+        )
     return Mixup(
         mixup_alpha=aug.MIXUP,
         cutmix_alpha=aug.CUTMIX,

@@ -226,7 +226,7 @@ class GroupMixAttention(nn.Module):
         attended = torch.einsum("bhnk,bhkv->bhnv", q, context)
         attended = self.scale * attended + self.crpe(q, v, size)
 
-        attended = attended.transpose(1, 2).reshape(B, N, 4 * (C // NUM_SEGMENTS))  # (B, h, N, d) -> (B, N, 4C/5)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, h, N, d) -> (B, N, 4C/5)
         return self.proj_drop(self.proj(torch.cat([attended, local], dim=-1)))
 
 
@@ -272,29 +272,35 @@ class GMAStage(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
         for block in self.gma_stage:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                context_fn = partial(_recompute_contexts, block)
-                x = checkpoint(block, x, (H, W), context_fn=context_fn)
+                x = _checkpoint(block, x, (H, W))
             else:
                 x = block(x, (H, W))
         return x.transpose(1, 2).reshape(B, C, H, W).contiguous()  # (B, N, C) -> (B, C, H, W)
 
 
-def _recompute_contexts(block: nn.Module) -> tuple[Any, Any]:
-    """Contexts for the forward pass of a checkpointed block and for its recomputation in the backward pass."""
-    return nullcontext(), _frozen_running_statistics(block)
+def _checkpoint(block: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Run a block now, and once more in the backward pass instead of keeping its intermediate results."""
+    if torch.compiler.is_compiling():  # a compiled graph counts a batch once by itself, and takes no contexts
+        return checkpoint(block, x, size)
+    return checkpoint(block, x, size, context_fn=lambda: (nullcontext(), _frozen_running_statistics(block)))
 
 
 @contextmanager
 def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep batch norms from counting a batch twice while a checkpointed block is recomputed."""
-    tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
-    for norm in tracking:
-        norm.track_running_stats = False
+    """Keep batch norms from counting a batch twice while a checkpointed block is recomputed.
+
+    Momentum 0 leaves the statistics as they are, and the batch is counted on a copy of the counter. Switching
+    `track_running_stats` off would save other tensors than the forward pass did, which checkpointing refuses.
+    """
+    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 def _check_sizes(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: Sequence[float], num_heads: int) -> None:
@@ -472,29 +478,31 @@ class GroupMixFormer(nn.Module):
             intermediates_only: return the list of maps alone, not (final features, maps).
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: GroupMixFormer returns 'NCHW' maps only")
+            raise ValueError(f"output_fmt='{output_fmt}': GroupMixFormer returns 'NCHW' maps only")
         num_stages = len(self.groupmixformer_backbone)
         take_indices, max_index = feature_take_indices(num_stages, indices)
-        last = max_index + 1 if stop_early and not torch.jit.is_scripting() else num_stages
+        num_run = max_index + 1 if stop_early else num_stages
         x = self.conv_stem(x)
         intermediates = []
-        for i in range(last):
-            x = self.groupmixformer_backbone[i](self.patch_embed_layers[i](x))
-            if i in take_indices:
-                intermediates.append(self.norm4(x) if norm and i == num_stages - 1 else x)
+        for i, (embed, stage) in enumerate(zip(self.patch_embed_layers, self.groupmixformer_backbone)):
+            if i < num_run:  # TorchScript can neither slice nor leave a loop over modules
+                x = stage(embed(x))
+                if i in take_indices:
+                    intermediates.append(self.norm4(x) if norm and i == num_stages - 1 else x)
         if intermediates_only:
             return intermediates
-        return (self.norm4(x) if last == num_stages else x), intermediates
+        return (self.norm4(x) if num_run == num_stages else x), intermediates
 
     @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what `forward_intermediates(indices)` does not need; returns the stages it will return."""
-        take_indices, max_index = feature_take_indices(len(self.groupmixformer_backbone), indices)
+        num_stages = len(self.groupmixformer_backbone)
+        take_indices, max_index = feature_take_indices(num_stages, indices)
         self.patch_embed_layers = self.patch_embed_layers[: max_index + 1]
         self.groupmixformer_backbone = self.groupmixformer_backbone[: max_index + 1]
-        if prune_norm:
+        if prune_norm or max_index + 1 < num_stages:  # the norm belongs to the last stage
             self.norm4 = nn.Identity()
         if prune_head:
             self.num_classes = 0

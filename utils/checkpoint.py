@@ -15,9 +15,12 @@ Files are loaded with torch's `weights_only=True`, which runs no code from the f
 or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping.
 """
 
+import fcntl
+import math
 import os
 import re
 import shutil
+import socket
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -31,22 +34,48 @@ from torch import Tensor, nn
 from configs import UserError
 
 BEST_NAME = "ckpt_best.pth"
-_EPOCH_NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
+LOCK_NAME = "run.lock"
+_NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
 IMAGENET_21K_CLASSES = 21841
 HEAD_KEYS = ("head.weight", "head.bias")
 
 
 # ------------------------------------------------------------------------------------------------------ files and names
-def epoch_path(folder: Path, epoch: int) -> Path:
-    return folder / f"ckpt_epoch_{epoch}.pth"
+def checkpoint_path(folder: Path, epoch: int, update: int | None = None) -> Path:
+    """ckpt_epoch_<n>.pth behind a whole epoch, ckpt_epoch_<n>_update_<u>.pth behind the first u updates of one."""
+    return folder / (f"ckpt_epoch_{epoch}.pth" if update is None else f"ckpt_epoch_{epoch}_update_{update}.pth")
 
 
-def epoch_checkpoints(folder: Path) -> list[Path]:
-    """The periodic checkpoints of a run folder, oldest first."""
-    found = {
-        int(match[1]): path for path in folder.glob("ckpt_epoch_*.pth") if (match := _EPOCH_NAME.fullmatch(path.name))
-    }
-    return [found[epoch] for epoch in sorted(found)]
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints that a run can continue from, in the order of training."""
+
+    def position(path: Path) -> tuple[int, float]:
+        epoch, update = _NAME.fullmatch(path.name).groups()
+        return int(epoch), math.inf if update is None else int(update)
+
+    return sorted((path for path in folder.glob("ckpt_epoch_*.pth") if _NAME.fullmatch(path.name)), key=position)
+
+
+def lock_run_folder(folder: Path) -> int:
+    """Take the right to write a run folder, until this process ends, however it ends; returns the open descriptor.
+
+    The kernel drops the lock with the process, so a killed run leaves nothing to clear away but half-written files,
+    which go now. Raises UserError where another run holds the folder, naming it.
+    """
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 200).decode().strip() or "another process"
+        os.close(descriptor)
+        raise UserError(
+            f"{folder}: is being written by {holder}; give this run another --tag or wait for that one to end"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+    return descriptor
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -86,10 +115,14 @@ def keep_as_best(path: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` periodic checkpoints; 0 keeps all."""
-    if keep > 0:
-        for path in epoch_checkpoints(folder)[:-keep]:
-            path.unlink(missing_ok=True)
+    """Delete what newer checkpoints replace: all but the newest `keep` whole epochs (0 keeps all), and within an epoch
+    all but the newest checkpoint of the run.
+    """
+    *older, _ = paths = checkpoints_of(folder)
+    whole_epochs = [path for path in paths if "_update_" not in path.name]
+    surplus = whole_epochs[:-keep] if keep else []
+    for path in surplus + [path for path in older if "_update_" in path.name]:
+        path.unlink(missing_ok=True)
 
 
 def load_file(path: str | Path) -> dict[str, Any]:

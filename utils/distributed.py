@@ -1,8 +1,10 @@
 """This process among all, and the few collective operations that training and evaluation need."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,10 +101,17 @@ def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
     return values
 
 
-def agree_on_main(value: object, processes: Processes) -> object:
-    """What the main process says, on every process."""
+def decide_on_main(function: Callable[[], Any], processes: Processes) -> Any:
+    """What `function()` returns on the main process, on every process; its UserError is raised on every process."""
     if not processes.distributed:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=processes.device)
-    return box[0]
+        return function()
+    answer: list[Any] = [None, None]
+    if processes.is_main:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = error.one_line()
+    dist.broadcast_object_list(answer, src=0, device=processes.device)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]

@@ -2,17 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from logging import Logger
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import AverageMeter, ModelEmaV3
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -20,10 +19,12 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from configs import UserError
-from data import TRAINING_STEP, seed_everything
+from data import TRAINING_STEP, TrainingData, seed_everything
 
-from .distributed import Processes, sum_over_processes, unwrap
+from .distributed import sum_over_processes, unwrap
+from .faults import KeptStatistics, StopRequested, UpdateVerdict
 from .logging import ProgressLog, TensorBoard, peak_memory_mib
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -71,81 +72,124 @@ class Trainer:
     mixup: Mixup | None
     criterion: nn.Module
     precision: Precision
-    num_updates: int = 0  # optimizer updates done since the start of the run
+    num_updates: int = 0  # updates since the start of the run, skipped ones included
 
     @property
     def network(self) -> nn.Module:
         return unwrap(self.model)
 
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: training goes on at `next_update` of `next_epoch`, both counted from 0."""
+
+    next_epoch: int = 0
+    next_update: int = 0
+    loss_sum: float = 0.0  # over the updates of this epoch so far, each the mean over the processes
+    norm_sum: float = 0.0  # likewise, gradient norms
+    max_accuracy: float = 0.0  # best top-1 so far, raw or EMA, percent
+    best_weights: str = "raw"  # which of the two it was: 'raw' or 'ema'
+    nonfinite_in_a_row: int = 0  # updates skipped just now
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.next_epoch, self.next_update, self.loss_sum, self.norm_sum = epoch, 0, 0.0, 0.0
+
+    def record(self, accuracy: float, weights: str) -> bool:
+        """Note an accuracy of 'raw' or 'ema' weights; True where it is the best so far."""
+        if accuracy <= self.max_accuracy:
+            return False
+        self.max_accuracy, self.best_weights = accuracy, weights
+        return True
+
 
 def train_one_epoch(
-    config: CfgNode,
+    session: Session,
     trainer: Trainer,
-    loader: DataLoader,
-    epoch: int,
-    first_update: int,
-    processes: Processes,
-    logger: Logger,
+    progress: Progress,
+    data: TrainingData,
     board: TensorBoard,
+    after_update: Callable[[], None],
 ) -> float:
-    """Train from `first_update` of this epoch to its end; returns the mean loss over the epoch and all processes.
+    """Train from where `progress` stands to the end of its epoch; returns the epoch's mean loss over all processes.
 
-    Update t uses lr(t); gradients of TRAIN.ACCUMULATION_STEPS batches are averaged, synchronised once, then clipped.
-    Raises FloatingPointError, before anything is changed, where loss or gradients are not finite.
+    Update t uses lr(t). Gradients of TRAIN.ACCUMULATION_STEPS batches are averaged, synchronised once, clipped once.
+    An update in which a process's loss or gradients are not finite is skipped by all, and leaves no trace but the log.
+    Raises StopRequested, at the same update on all processes, once one of them was asked to stop, and
+    FloatingPointError where more than TRAIN.MAX_NONFINITE_UPDATES in a row were skipped.
     """
-    accumulation, device = config.TRAIN.ACCUMULATION_STEPS, processes.device
-    updates = first_update + len(loader) // accumulation
-    images_per_update = config.DATA.BATCH_SIZE * processes.world_size * accumulation
-    parameters = list(trainer.network.parameters())
-    trainer.model.train()
-    progress = ProgressLog(
-        logger, f"Train: [{epoch}/{config.TRAIN.EPOCHS}]", updates, first_update, config.PRINT_FREQ, processes.is_main
+    config, watch, epoch = session.config, session.watch, progress.next_epoch
+    console = ProgressLog(
+        session.logger,
+        f"Train: [{epoch}/{config.TRAIN.EPOCHS}]",
+        data.updates_per_epoch,
+        progress.next_update,
+        config.PRINT_FREQ,
+        session.processes.is_main,
     )
-    loss_meter, norm_meter = AverageMeter(), AverageMeter()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    batches = iter(loader)
-    for _ in range(first_update, updates):
+    parameters = list(trainer.network.parameters())
+    statistics = KeptStatistics(trainer.network)
+    trainer.model.train()
+    batches = data.batches(epoch, progress.next_update)
+    for update in range(progress.next_update, data.updates_per_epoch):
         trainer.scheduler.step_update(trainer.num_updates)
-        loss = torch.zeros((), device=device)
-        for step in range(accumulation):
-            images, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            seed_everything(TRAINING_STEP, config.SEED, processes.rank, trainer.num_updates, step)
-            if trainer.mixup is not None:
-                images, targets = trainer.mixup(images, targets)
-            if trainer.num_updates == 0 and step == 0:
-                board.images("train/images", images, 0)
-            with _gradient_sync(trainer.model, enabled=step == accumulation - 1):
-                with trainer.precision.autocast():
-                    step_loss = trainer.criterion(trainer.model(images), targets) / accumulation
-                trainer.scaler.scale(step_loss).backward()
-            loss += step_loss.detach()
+        statistics.keep()
+        loss = _accumulate_gradients(session, trainer, batches, board)
         trainer.scaler.unscale_(trainer.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf)
-        _check_finite(trainer, loss, grad_norm)
-        trainer.scaler.step(trainer.optimizer)
-        trainer.scaler.update()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf).item()
+        verdict = watch.conclude_update(loss.item(), grad_norm)
+        if not verdict.nonfinite_ranks or trainer.scaler.is_enabled():  # under loss scaling the scaler skips by itself
+            trainer.scaler.step(trainer.optimizer)
+            trainer.scaler.update()
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.num_updates += 1
-        if trainer.ema is not None:
-            trainer.ema.update(trainer.network, step=trainer.num_updates)
+        if verdict.nonfinite_ranks:
+            statistics.restore()
+            _report_skipped(session, trainer, progress, data, update, verdict, grad_norm)
+        else:
+            progress.nonfinite_in_a_row = 0
+            if trainer.ema is not None:
+                trainer.ema.update(trainer.network, step=trainer.num_updates)
+            progress.loss_sum += verdict.loss
+            progress.norm_sum += grad_norm
+        progress.next_update = update + 1
 
-        loss_sum += loss
-        if progress.step():
-            loss_meter.update(loss.item())
-            norm_meter.update(grad_norm.item())
-            lr = trainer.optimizer.param_groups[0]["lr"]
-            speed = progress.line(
-                f"loss {loss_meter.val:.4f} ({loss_meter.avg:.4f})"
-                f"\tgrad_norm {norm_meter.val:.4f} ({norm_meter.avg:.4f})\tmem {peak_memory_mib(device):.0f}MB",
-                images_per_update,
-                lr,
-            )
-            values = {"loss": loss_meter.val, "lr": lr, "grad_norm": norm_meter.val, "images_per_second": speed}
-            board.scalars({f"train/{name}": value for name, value in values.items()}, trainer.num_updates)
-    seconds = progress.close()
-    mean_loss = sum_over_processes(loss_sum, processes).item() / max(1, updates - first_update) / processes.world_size
-    logger.info(f"EPOCH {epoch} training takes {seconds:.1f} s, mean loss {mean_loss:.4f}")
+        if console.step():
+            _report_update(session, trainer, progress, console, board, verdict.loss, grad_norm)
+        after_update()
+        if verdict.stop:
+            raise StopRequested
+    seconds = console.close()
+    mean_loss = progress.loss_sum / data.updates_per_epoch
+    session.logger.info(f"EPOCH {epoch} training takes {seconds:.1f} s, mean loss {mean_loss:.4f}")
     return mean_loss
+
+
+def _accumulate_gradients(
+    session: Session, trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], board: TensorBoard
+) -> Tensor:
+    """Forward and backward passes of one update; returns the mean loss over its batches, on this process."""
+    config, processes = session.config, session.processes
+    total = torch.zeros((), device=processes.device)
+    for step in range(config.TRAIN.ACCUMULATION_STEPS):
+        images, targets = (x.to(processes.device, non_blocking=True) for x in next(batches))
+        seed_everything(TRAINING_STEP, config.SEED, processes.rank, trainer.num_updates, step)
+        if trainer.mixup is not None:
+            images, targets = trainer.mixup(images, targets)
+        if trainer.num_updates == 0 and step == 0:
+            board.images("train/images", images, 0)
+        is_last = step == config.TRAIN.ACCUMULATION_STEPS - 1
+        if is_last:
+            session.watch.arrive(trainer.num_updates)
+        with _gradient_sync(trainer.model, enabled=is_last):
+            with trainer.precision.autocast():
+                loss = trainer.criterion(trainer.model(images), targets) / config.TRAIN.ACCUMULATION_STEPS
+            trainer.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 def _gradient_sync(model: nn.Module, enabled: bool):
@@ -153,14 +197,51 @@ def _gradient_sync(model: nn.Module, enabled: bool):
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not enabled else nullcontext()
 
 
-def _check_finite(trainer: Trainer, loss: Tensor, grad_norm: Tensor) -> None:
-    """Stop before damage. Under loss scaling overflowing gradients are ordinary: the scaler skips that update."""
-    if trainer.scaler.is_enabled() or math.isfinite(grad_norm.item()):
-        return
-    raise FloatingPointError(
-        f"loss {loss.item():g} and gradient norm {grad_norm.item():g} at update {trainer.num_updates}, learning rate "
-        f"{trainer.optimizer.param_groups[0]['lr']:g}: stopped before the weights were changed or saved"
+def _report_update(
+    session: Session,
+    trainer: Trainer,
+    progress: Progress,
+    console: ProgressLog,
+    board: TensorBoard,
+    loss: float,
+    grad_norm: float,
+) -> None:
+    config, done = session.config, progress.next_update
+    speed = console.line(
+        f"loss {loss:.4f} ({progress.loss_sum / done:.4f})\tgrad_norm {grad_norm:.4f} ({progress.norm_sum / done:.4f})"
+        f"\tmem {peak_memory_mib(session.processes.device):.0f}MB",
+        config.DATA.BATCH_SIZE * session.processes.world_size * config.TRAIN.ACCUMULATION_STEPS,
+        trainer.lr,
     )
+    values = {"loss": loss, "lr": trainer.lr, "grad_norm": grad_norm, "images_per_second": speed}
+    if trainer.scaler.is_enabled():
+        values["loss_scale"] = trainer.scaler.get_scale()
+    board.scalars({f"train/{name}": value for name, value in values.items()}, trainer.num_updates)
+
+
+def _report_skipped(
+    session: Session,
+    trainer: Trainer,
+    progress: Progress,
+    data: TrainingData,
+    update: int,
+    verdict: UpdateVerdict,
+    grad_norm: float,
+) -> None:
+    """Log a skipped update, with the images of this process if it is to blame; end the run after too many in a row."""
+    progress.nonfinite_in_a_row += 1
+    ranks = ", ".join(map(str, verdict.nonfinite_ranks))
+    what = f"update {trainer.num_updates - 1} skipped: loss or gradients not finite on process {ranks}, "
+    what += f"learning rate {trainer.lr:g}, {progress.nonfinite_in_a_row} in a row"
+    if trainer.scaler.is_enabled():
+        what += f", loss scale now {trainer.scaler.get_scale():g}"
+    session.logger.warning(what)
+    if session.processes.rank in verdict.nonfinite_ranks:
+        session.logger.warning(f"process {session.processes.rank}, image indices: {data.order.indices_of(update)}")
+    if progress.nonfinite_in_a_row > session.config.TRAIN.MAX_NONFINITE_UPDATES:
+        raise FloatingPointError(
+            f"{what}: more than TRAIN.MAX_NONFINITE_UPDATES, the run ends; they changed neither weights nor checkpoints"
+        )
 
 
 @dataclass(frozen=True)
@@ -175,40 +256,38 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module,
-    loader: DataLoader,
-    precision: Precision,
-    processes: Processes,
-    logger: Logger,
-    print_freq: int,
-    title: str = "Test: ",
+    session: Session, network: nn.Module, loader: DataLoader, precision: Precision, title: str = "Test: "
 ) -> Evaluation:
     """Evaluate on every process's share; counts are summed over the processes once and divided once.
 
-    With fewer than five classes, top-5 means all of them. `network` is the bare network: shares differ in length, so
-    nothing in the loop may wait for another process.
-    Raises UserError where the outputs are not finite.
+    With fewer than five classes, top-5 means all of them. `network` is the bare network: shares differ in length,
+    so its forward pass must not wait for other processes.
+    Raises StopRequested, on all processes, where one was asked to stop, and UserError where outputs are not finite.
     """
-    device = processes.device
+    processes, logger = session.processes, session.logger
     network.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss, images: exact to 2^53
-    progress = ProgressLog(logger, title, len(loader), every=print_freq, show_bar=processes.is_main)
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    # Top-1 hits, top-5 hits, loss, images. Counts are exact in float64 up to 2**53.
+    sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
+    batches_everywhere = len(loader.dataset.dataset) // processes.world_size // loader.batch_size
+    console = ProgressLog(logger, title, len(loader), every=session.config.PRINT_FREQ, show_bar=processes.is_main)
+    for number, (images, labels) in enumerate(loader):
+        if number < batches_everywhere and session.watch.stop_agreed():
+            raise StopRequested
+        images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
         with precision.autocast():
             logits = network(images)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels), device=device)])
-        if progress.step():
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels), device=loss.device)])
+        if console.step():
             acc1, acc5, mean_loss = (sums[:3] / sums[3]).tolist()
-            progress.line(
+            console.line(
                 f"loss {mean_loss:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}"
-                f"\tmem {peak_memory_mib(device):.0f}MB",
+                f"\tmem {peak_memory_mib(processes.device):.0f}MB",
                 len(labels),
             )
-    progress.close()
+    console.close()
     hits1, hits5, loss_sum, count = sum_over_processes(sums, processes).tolist()
     if not math.isfinite(loss_sum):
         raise UserError(f"evaluation gave a loss of {loss_sum} over {count:.0f} images: the weights are damaged")

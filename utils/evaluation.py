@@ -60,7 +60,7 @@ def evaluate_weights(session: Session) -> Evaluation:
     logger.info(
         f"{len(source.samples)} images of {len(source.classes)} classes, {precision}, {usable_workers(config)} workers"
     )
-    return evaluate(network, loader, precision, processes, logger, config.PRINT_FREQ)
+    return evaluate(session, network, loader, precision)
 
 
 def report_throughput(session: Session) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -146,6 +147,13 @@ class TensorBoard:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def epoch(self, train_loss: float, results: dict[str, Any], num_updates: int) -> None:
+        """Results of an epoch: {'raw': Evaluation, 'ema': Evaluation} as val/acc1_raw and so on."""
+        values = {
+            f"val/{key}_{name}": getattr(r, key) for name, r in results.items() for key in ("acc1", "acc5", "loss")
+        }
+        self.scalars({"epoch/train_loss": train_loss, **values}, num_updates)
 
     def images(self, name: str, images: Tensor, step: int) -> None:
         """One grid of up to 16 normalised images (B, 3, H, W)."""

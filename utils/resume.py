@@ -1,7 +1,6 @@
-"""The state of a whole run: into a checkpoint, and back."""
+"""The state of a whole run: into a checkpoint at any update, and back from it."""
 
-from dataclasses import dataclass
-from logging import Logger
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from configs.defaults import to_dict
+from configs.defaults import config_keys, to_dict
 
 from .checkpoint import (
     BEST_NAME,
-    epoch_checkpoints,
-    epoch_path,
+    checkpoint_path,
+    checkpoints_of,
     keep_as_best,
     load_exactly,
     load_file,
@@ -24,119 +23,226 @@ from .checkpoint import (
     save_checkpoint,
     select_weights,
 )
-from .distributed import Processes, agree_on_main
-from .engine import Trainer
+from .distributed import decide_on_main
+from .engine import Progress, Trainer
 from .schedule import global_batch_size
+from .session import Session
+
+# Keys that may differ between stop and continuation: they decide where things are and how often they are said, not
+# what is computed. Batch size and accumulation are judged by the global batch that they make together.
+FREE_KEYS = {
+    "BASE",
+    "DATA.BATCH_SIZE",
+    "DATA.CACHE_MODE",
+    "DATA.DATA_PATH",
+    "DATA.MAX_UNREADABLE",
+    "DATA.NUM_WORKERS",
+    "DATA.PIN_MEMORY",
+    "DATA.ZIP_MODE",
+    "DIST_TIMEOUT_SECONDS",
+    "EVAL_MODE",
+    "LOG_SAMPLES",
+    "MODEL.CLASS_MAP",
+    "MODEL.PRETRAINED",
+    "MODEL.RESUME",
+    "MODEL_FILE",
+    "OUTPUT",
+    "PRINT_FREQ",
+    "SAVE_EVERY_MINUTES",
+    "SAVE_EVERY_UPDATES",
+    "SAVE_FREQ",
+    "SAVE_KEEP",
+    "TAG",
+    "TEST.WEIGHTS",
+    "THROUGHPUT_MODE",
+    "TRAIN.ACCUMULATION_STEPS",
+    "TRAIN.ALLOW_CHANGES",
+    "TRAIN.AUTO_RESUME",
+    "TRAIN.MAX_NONFINITE_UPDATES",
+    "TRAIN.START_EPOCH",
+    "TRAIN.USE_CHECKPOINT",
+}
 
 
-@dataclass
-class Progress:
-    """Where a run stands: training goes on at `next_update` of `next_epoch`, both counted from 0."""
+class Saver:
+    """Takes the checkpoints of a run; on every process but the main one it does nothing.
 
-    next_epoch: int = 0
-    next_update: int = 0
-    max_accuracy: float = 0.0  # best top-1 so far, raw or EMA, percent
-    best_weights: str = "raw"  # which of the two it was: 'raw' or 'ema'
-
-    def record(self, accuracy: float, weights: str) -> bool:
-        """Note an accuracy of 'raw' or 'ema' weights; True where it is the best so far."""
-        if accuracy <= self.max_accuracy:
-            return False
-        self.max_accuracy, self.best_weights = accuracy, weights
-        return True
-
-
-def find_resume(config: CfgNode, folder: Path, processes: Processes) -> str:
-    """The checkpoint to continue from: the run's own newest one (AUTO_RESUME), else MODEL.RESUME, else ''.
-
-    The main process decides for all.
+    Args:
+        session: the run.
+        config: its configuration, with the number of classes of the data.
+        trainer, progress: the state to save.
+        data_fingerprint: of the training set (`data.fingerprint`).
     """
-    own = epoch_checkpoints(folder) if config.TRAIN.AUTO_RESUME else []
-    return str(agree_on_main(str(own[-1]) if own else config.MODEL.RESUME, processes))
+
+    def __init__(
+        self, session: Session, config: CfgNode, trainer: Trainer, progress: Progress, data_fingerprint: str
+    ) -> None:
+        self.session, self.config = session, config
+        self.trainer, self.progress = trainer, progress
+        self.data_fingerprint = data_fingerprint
+        self.last_save = time.monotonic()
+
+    def after_update(self) -> None:
+        """Save within an epoch where SAVE_EVERY_UPDATES or SAVE_EVERY_MINUTES says so."""
+        every, minutes = self.config.SAVE_EVERY_UPDATES, self.config.SAVE_EVERY_MINUTES
+        due = every > 0 and self.trainer.num_updates % every == 0
+        due |= minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
+        if due:
+            self.save_position()
+
+    def save_position(self) -> Path | None:
+        """Save where the run stands, in the middle of an epoch or between training and validation."""
+        path = checkpoint_path(self.session.folder, self.progress.next_epoch, self.progress.next_update)
+        return self._save(path)
+
+    def after_epoch(self, epoch: int, is_best: bool) -> None:
+        """Save behind an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far."""
+        if (epoch + 1) % self.config.SAVE_FREQ == 0 or epoch + 1 == self.config.TRAIN.EPOCHS:
+            path = self._save(checkpoint_path(self.session.folder, epoch))
+            if path is not None and is_best:
+                keep_as_best(path)
+        elif is_best:
+            self._save(self.session.folder / BEST_NAME)
+
+    def _save(self, path: Path) -> Path | None:
+        if not self.session.processes.is_main:
+            return None
+        save_checkpoint(self._state(), path)
+        prune_checkpoints(self.session.folder, self.config.SAVE_KEEP)
+        self.last_save = time.monotonic()
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that an exact continuation needs, as `utils.checkpoint` describes it."""
+        trainer, progress, world_size = self.trainer, self.progress, self.session.processes.world_size
+        state = {
+            "model": trainer.network.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "lr_scheduler": trainer.scheduler.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "epoch": progress.next_epoch - (progress.next_update == 0),
+            "num_updates": trainer.num_updates,
+            "max_accuracy": progress.max_accuracy,
+            "best_weights": progress.best_weights,
+            "progress": vars(progress).copy(),
+            "global_batch": global_batch_size(self.config, world_size),
+            "world_size": world_size,
+            "data_fingerprint": self.data_fingerprint,
+            "config": yaml.safe_dump(to_dict(self.config)),
+        }
+        if trainer.ema is not None:
+            state["model_ema"] = trainer.ema.module.state_dict()
+        return state
 
 
-def training_state(
-    config: CfgNode, trainer: Trainer, progress: Progress, epoch: int, world_size: int
-) -> dict[str, Any]:
-    """Everything that an exact continuation needs, as `utils.checkpoint` describes it."""
-    state = {
-        "model": trainer.network.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "lr_scheduler": trainer.scheduler.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "epoch": epoch,
-        "next_epoch": progress.next_epoch,
-        "next_update": progress.next_update,
-        "num_updates": trainer.num_updates,
-        "max_accuracy": progress.max_accuracy,
-        "best_weights": progress.best_weights,
-        "global_batch": global_batch_size(config, world_size),
-        "world_size": world_size,
-        "config": yaml.safe_dump(to_dict(config)),
-    }
-    if trainer.ema is not None:
-        state["model_ema"] = trainer.ema.module.state_dict()
-    return state
+def load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
+    """The checkpoint to continue from, loaded, and its path; ('', None) where the run is new.
 
-
-def save_epoch(
-    config: CfgNode, folder: Path, trainer: Trainer, progress: Progress, epoch: int, world_size: int, is_best: bool
-) -> None:
-    """Save behind an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far."""
-    is_due = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS
-    if not (is_due or is_best):
-        return
-    state = training_state(config, trainer, progress, epoch, world_size)
-    if is_due:
-        path = epoch_path(folder, epoch)
-        save_checkpoint(state, path)
-        if is_best:
-            keep_as_best(path)
-        prune_checkpoints(folder, config.SAVE_KEEP)
-    else:
-        save_checkpoint(state, folder / BEST_NAME)
-
-
-def restore(path: str, trainer: Trainer, updates_per_epoch: int, logger: Logger) -> Progress:
-    """Load a training checkpoint, ours or a released one, into the trainer; returns where the run stands.
-
-    A released one has no EMA, which then starts from its weights. Raises UserError where it does not fit.
+    It is the run folder's newest one that is whole (AUTO_RESUME), else MODEL.RESUME. The main process finds and reads
+    it for all, so that they agree, also on nodes that do not share a disk. Raises UserError where MODEL.RESUME is
+    damaged, or the folder has checkpoints and all of them are.
     """
-    state = load_file(path)
+    return decide_on_main(lambda: _load_resume(session), session.processes)
+
+
+def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
+    config = session.config
+    own = checkpoints_of(session.folder) if config.TRAIN.AUTO_RESUME else []
+    for path in reversed(own):
+        try:
+            return str(path), load_file(path)
+        except UserError as error:
+            session.logger.warning(f"{error.one_line()}; trying the one before")
+    if own:
+        raise UserError(
+            f"{session.folder}: none of its {len(own)} checkpoints can be read; move them away to start anew, or set "
+            "TRAIN.AUTO_RESUME False"
+        )
+    if config.MODEL.RESUME:
+        return config.MODEL.RESUME, load_file(config.MODEL.RESUME)
+    return "", None
+
+
+def restore(
+    session: Session,
+    config: CfgNode,
+    path: str,
+    state: dict[str, Any],
+    trainer: Trainer,
+    updates_per_epoch: int,
+    data_fingerprint: str,
+) -> Progress:
+    """Put a loaded training checkpoint, ours or a released one, into the trainer; returns where the run stands.
+
+    A released one has no EMA, which then starts from its weights. Raises UserError where the checkpoint does not fit,
+    and, without TRAIN.ALLOW_CHANGES, where recipe or data are not what they were.
+    """
+    logger, world_size = session.logger, session.processes.world_size
     if "optimizer" not in state or "epoch" not in state:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
-    _restore_network(trainer.network, state, path)
+    changes = recipe_changes(state, config, world_size, data_fingerprint)
+    if changes and not config.TRAIN.ALLOW_CHANGES:
+        raise UserError(
+            f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, continue all the same "
+            "with --allow-changes, or start a new run with another --tag"
+        )
+    for change in changes:
+        logger.warning(f"continuing with a change: {change}")
+    if state.get("world_size", world_size) != world_size:
+        logger.info(
+            f"continuing on {world_size} processes instead of {state['world_size']}: same images, augmentation and "
+            "learning rate in every update; batch-norm statistics, mixup and stochastic depth are per process"
+        )
+
+    load_exactly(trainer.network, select_weights(state, "raw", path)[0], path)
     if trainer.ema is not None:
-        _restore_ema(trainer.ema, state, path, logger)
+        _restore_ema(session, trainer.ema, state, path)
     try:
         trainer.optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     if state.get("scaler") and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
-    next_epoch = int(state.get("next_epoch", state["epoch"] + 1))
-    next_update = int(state.get("next_update", 0))
-    trainer.num_updates = int(state.get("num_updates", next_epoch * updates_per_epoch))
-    if trainer.num_updates != next_epoch * updates_per_epoch + next_update:
-        raise UserError(
-            f"{path}: stands at update {trainer.num_updates}, but with this data and global batch epoch {next_epoch} "
-            f"update {next_update} is update {next_epoch * updates_per_epoch + next_update}: continue with the "
-            "batch size, processes, accumulation and data that the run began with, or start from its weights with "
-            "--pretrained"
-        )
-    logger.info(f"resumed from {path}: epoch {next_epoch}, update {trainer.num_updates}")
-    return Progress(
-        next_epoch, next_update, float(state.get("max_accuracy", 0.0)), str(state.get("best_weights", "raw"))
-    )
+
+    progress = Progress(**state.get("progress", {"next_epoch": int(state["epoch"]) + 1}))
+    progress.max_accuracy = float(state.get("max_accuracy", 0.0))
+    if state.get("global_batch") not in (None, global_batch_size(config, world_size)):
+        images_seen = progress.next_update * state["global_batch"]
+        progress.next_update = min(images_seen // global_batch_size(config, world_size), updates_per_epoch)
+    trainer.num_updates = progress.next_epoch * updates_per_epoch + progress.next_update
+    logger.info(f"resumed from {path}: epoch {progress.next_epoch}, update {progress.next_update}")
+    return progress
 
 
-def _restore_network(network: nn.Module, state: dict[str, Any], path: str) -> None:
-    weights, _ = select_weights(state, "raw", path)
-    load_exactly(network, weights, path)
+def recipe_changes(state: dict[str, Any], config: CfgNode, world_size: int, data_fingerprint: str) -> list[str]:
+    """What differs between the run that a checkpoint belongs to and this one, a phrase each."""
+    changes = []
+    batch = global_batch_size(config, world_size)
+    if state.get("global_batch", batch) != batch:
+        changes.append(f"global batch {state['global_batch']} -> {batch}")
+    if state.get("data_fingerprint", data_fingerprint) != data_fingerprint:
+        changes.append("the training images (names, classes or number) are not the same")
+    stored = state.get("config")
+    if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
+        before = dict(_flatten(yaml.safe_load(stored)))
+        for key, now in config_keys(config):
+            now = list(now) if isinstance(now, tuple) else now
+            if key in before and key not in FREE_KEYS and before[key] != now:
+                changes.append(f"{key} {before[key]!r} -> {now!r}")
+    return changes
 
 
-def _restore_ema(ema: ModelEmaV3, state: dict[str, Any], path: str, logger: Logger) -> None:
+def _restore_ema(session: Session, ema: ModelEmaV3, state: dict[str, Any], path: str) -> None:
     which = "ema" if "model_ema" in state else "raw"
     if which == "raw":
-        logger.info(f"{path} holds no EMA: it starts from the raw weights")
-    load_exactly(ema.module, select_weights(state, which, path)[0], path)
+        session.logger.info(f"{path} holds no EMA: it starts from the raw weights")
+    network: nn.Module = ema.module
+    load_exactly(network, select_weights(state, which, path)[0], path)
+
+
+def _flatten(content: dict[str, Any], prefix: str = ""):
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -16,6 +16,7 @@ import models
 from configs import UserError, get_config, parse_args
 
 from .distributed import Processes, close_processes, init_processes
+from .faults import Watch, die_with_launcher
 from .logging import create_logger, log_provenance
 
 
@@ -28,6 +29,7 @@ class Session:
     processes: Processes
     folder: Path
     logger: Logger
+    watch: Watch
 
     @property
     def trains(self) -> bool:
@@ -40,6 +42,7 @@ def start_session(description: str) -> Session:
     args = parse_args(description=description)
     notices: list[str] = []
     config = get_config(args, notices.append)
+    die_with_launcher()
     processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     folder = _run_folder(config)
     logger = create_logger(folder, processes)
@@ -48,7 +51,7 @@ def start_session(description: str) -> Session:
         logger.info(notice)
     _copy_model_file(config, folder, processes)
     torch.backends.cudnn.benchmark = True  # input sizes do not change during a run
-    return Session(args, config, processes, folder, logger)
+    return Session(args, config, processes, folder, logger, Watch(processes, config.DIST_TIMEOUT_SECONDS))
 
 
 def run_script(main: Callable[[], None]) -> None:
