@@ -4,8 +4,6 @@ python train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 """
 
-import sys
-
 import torch
 from timm.utils import ModelEmaV3
 
@@ -32,7 +30,7 @@ from utils.engine import (
     train_one_epoch,
 )
 from utils.evaluation import run_evaluation
-from utils.faults import EXIT_STOPPED, StopRequested, quiet_loader_worker
+from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
 from utils.logging import TensorBoard, write_config
 from utils.optimizer import build_optimizer
 from utils.resume import Saver, load_resume, restore
@@ -128,7 +126,7 @@ def main() -> None:
     except StopRequested:
         path = saver.save_position()
         logger.info(f"stopped by request at update {trainer.num_updates}, saved {path}; the same command continues")
-        sys.exit(EXIT_STOPPED)
+        exit_stopped()
 
     # ------------------------------------------------------------------------------------------------------------ close
     board.close()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -140,6 +142,13 @@ class KeptStatistics:
         torch._foreach_copy_(self._buffers, self._copies)
 
 
+def exit_stopped() -> NoReturn:
+    """End this process with EXIT_STOPPED, and leave word for the launcher: torchrun turns every such code into 1."""
+    if path := os.environ.get("LAUNCHER_EXIT_FILE"):
+        Path(path).write_text(str(EXIT_STOPPED))
+    sys.exit(EXIT_STOPPED)
+
+
 def die_with_launcher() -> None:
     """Let the kernel ask this process to stop when torchrun dies, so that it does not train on unseen.
 
@@ -154,9 +163,12 @@ def die_with_launcher() -> None:
 
 
 def quiet_loader_worker(worker_id: int) -> None:
-    """For `worker_init_fn`: a loader worker leaves stopping to its process, and never outlives it."""
+    """For `worker_init_fn`: a loader worker leaves stopping to its process, and never outlives it.
+
+    torchrun and terminals signal whole process groups: a worker that obeyed would end the run before it could save.
+    """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform.startswith("linux"):
         _set_parent_death_signal(signal.SIGKILL)
 

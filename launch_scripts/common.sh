@@ -1,0 +1,128 @@
+# What the launch scripts share; sourced, never run. It only defines functions and ROOT, the checkout it lies in.
+#
+# The callers use `set -euo pipefail`; `die` ends them with one line that says what to do.
+
+ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# The five published variants in the order of the paper's table; any other configs/groupmixformer_<name>.yaml is a
+# valid VARIANT too (digits, or one of your own).
+PUBLISHED_VARIANTS=(miny tiny small base large)
+
+# torchrun forwards a signal to its workers only if it is named here; the rest would kill torchrun and leave the workers
+# running. SIGUSR1 is what SLURM sends before the time is up. OMP_NUM_THREADS and NCCL_* are left as they are: torchrun
+# sets OMP_NUM_THREADS to 1 where it starts several processes and you chose nothing, which is right for training
+# (the work is on the GPU or in the loader's processes), and one process on a CPU should have all cores.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+
+die() {
+    printf '%s: %s\n' "$(basename -- "$0")" "$*" >&2
+    exit 1
+}
+
+# Prints the comment block at the top of the running script as its help.
+show_help() {
+    sed -n '2,/^[^#]/{ /^#SBATCH/d; s/^# \{0,1\}//p; }' "$0"
+}
+
+# split_arguments MOST "$@": what stands before `--` goes to POSITIONAL (MOST of them at most), the rest to EXTRA.
+split_arguments() {
+    local most=$1
+    shift
+    POSITIONAL=()
+    EXTRA=()
+    while (($#)); do
+        case $1 in
+        --)
+            shift
+            EXTRA=("$@")
+            break
+            ;;
+        -h | --help)
+            show_help
+            exit 0
+            ;;
+        -*) die "unknown flag $1: flags for train.py and test.py go after --, as in: $(basename -- "$0") -- $1" ;;
+        esac
+        POSITIONAL+=("$1")
+        shift
+    done
+    ((${#POSITIONAL[@]} <= most)) || die "too many arguments: ${POSITIONAL[*]} (--help shows what it takes)"
+}
+
+# choose_python CHECKOUT: sets PYTHON, unless the environment did, to the checkout's .venv or else to python3. The path is
+# made absolute, for the callers change folders.
+choose_python() {
+    if [[ -z ${PYTHON:-} ]]; then
+        PYTHON=python3
+        [[ ! -x $1/.venv/bin/python ]] || PYTHON=$1/.venv/bin/python
+    fi
+    local path
+    path=$(command -v -- "$PYTHON") || die "no Python at $PYTHON: set PYTHON, or run bash launch_scripts/setup_env.sh"
+    [[ $path == /* ]] || path=$PWD/$path
+    PYTHON=$path
+}
+
+# choose_config CHECKOUT: sets CFG, unless the environment did, to the YAML of VARIANT.
+choose_config() {
+    local names
+    if [[ -z ${CFG:-} ]]; then
+        CFG=configs/groupmixformer_${VARIANT:-small}.yaml
+        if [[ ! -f $1/$CFG ]]; then
+            names=$(cd -- "$1" && printf '%s\n' configs/groupmixformer_*.yaml | sed 's/.*groupmixformer_\(.*\)\.yaml/\1/')
+            die "no variant ${VARIANT:-small}; valid ones: ${names//$'\n'/ }"
+        fi
+    fi
+    [[ -f $CFG || -f $1/$CFG ]] || die "no such config: $CFG (relative paths are taken from $1)"
+}
+
+# choose_gpus: sets GPUS, unless the environment did, to what torch sees here; 1 process where there is no GPU.
+choose_gpus() {
+    if [[ -z ${GPUS:-} ]]; then
+        GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)' 2>/dev/null) ||
+            die "$PYTHON cannot import torch: run bash launch_scripts/setup_env.sh, or set PYTHON"
+    fi
+    [[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "GPUS is the number of processes to start, at least 1, not '$GPUS'"
+}
+
+# run_distributed SCRIPT "$@": what run_train.sh and run_eval.sh do, which differ in SCRIPT only. Replaces this shell.
+run_distributed() {
+    local script=$1 code arguments
+    shift
+    split_arguments 2 "$@"
+    code=$(CDPATH='' cd -- "${POSITIONAL[1]:-$ROOT}" && pwd) || die "no such checkout: ${POSITIONAL[1]}"
+    [[ -f $code/$script ]] || die "no $script in $code"
+    if ((${#POSITIONAL[@]})); then
+        # <root> is taken from where the caller stands, which the cd below changes.
+        [[ ${POSITIONAL[0]} == /* ]] || POSITIONAL[0]=$PWD/${POSITIONAL[0]}
+        DATA_PATH=${POSITIONAL[0]}/data/ILSVRC/Data/CLS-LOC
+    fi
+    choose_python "$code"
+    choose_config "$code"
+    choose_gpus
+    arguments=(--cfg "$CFG" --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}")
+    [[ -z ${BATCH_SIZE:-} ]] || arguments+=(--batch-size "$BATCH_SIZE")
+    [[ -z ${TAG:-} ]] || arguments+=(--tag "$TAG")
+    cd -- "$code"
+    # exec: signals reach torchrun itself, and no shell stays behind.
+    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$script" "${arguments[@]}" "${EXTRA[@]}"
+}
+
+# run_measurement FLAG "$@": what run_cal_flops.sh and test_throughput.sh do: test.py FLAG for one variant or for all.
+run_measurement() {
+    local flag=$1 variant
+    shift
+    split_arguments 1 "$@"
+    choose_python "$ROOT"
+    VARIANT=${POSITIONAL[0]:-${VARIANT:-small}}
+    # A variant that is named on the command line wins over CFG from the environment.
+    ((${#POSITIONAL[@]} == 0)) || CFG=
+    cd -- "$ROOT"
+    if [[ $VARIANT == all && -z ${CFG:-} ]]; then
+        for variant in "${PUBLISHED_VARIANTS[@]}"; do
+            "$PYTHON" test.py --cfg "configs/groupmixformer_$variant.yaml" "$flag" "${EXTRA[@]}"
+        done
+    else
+        choose_config "$ROOT"
+        exec "$PYTHON" test.py --cfg "$CFG" "$flag" "${EXTRA[@]}"
+    fi
+}

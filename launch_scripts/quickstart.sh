@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained and evaluated network in a few minutes, on a CPU or on one GPU, without ImageNet.
+#
+#     bash launch_scripts/quickstart.sh [flags of train.py]
+#
+# Installs what is needed into .venv, writes scikit-learn's handwritten digits as a folder of images, trains a small
+# GroupMixFormer on them with train.py and evaluates its best checkpoint with test.py. Run again, it reuses all of it.
+# Both get the same flags, so that test.py builds the network that was trained.
+#
+# From the environment, relative paths being taken from the checkout:
+# DATA_PATH          where the digits are written; default datasets/digits
+# OUTPUT, TAG        the run folder is $OUTPUT/groupmixformer_digits/$TAG; default output and quickstart
+# PYTHON, NO_VENV=1  see setup_env.sh
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+case ${1:-} in -h | --help) show_help && exit 0 ;; esac
+
+setup_env
+cd -- "$ROOT"
+DATA_PATH=${DATA_PATH:-datasets/digits}
+OUTPUT=${OUTPUT:-output}
+TAG=${TAG:-quickstart}
+run_folder=$OUTPUT/groupmixformer_digits/$TAG
+flags=(--cfg configs/groupmixformer_digits.yaml --data-path "$DATA_PATH" --output "$OUTPUT" --tag "$TAG" "$@")
+
+"$PYTHON" -m data.digits --output "$DATA_PATH"
+"$PYTHON" train.py "${flags[@]}"
+"$PYTHON" test.py "${flags[@]}" --resume "$run_folder/ckpt_best.pth"
+
+tensorboard=("$(dirname -- "$PYTHON")/tensorboard")
+[[ -x ${tensorboard[0]} ]] || tensorboard=("$PYTHON" -m tensorboard.main)
+[[ $run_folder == /* ]] || run_folder=$ROOT/$run_folder
+echo "Run folder: $run_folder"
+echo "Look at it: $(printf '%q ' "${tensorboard[@]}" --logdir "$run_folder")"

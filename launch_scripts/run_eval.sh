@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Evaluate weights on the GPUs of this machine: Acc@1 and Acc@5 over the whole validation set.
+#
+#     bash launch_scripts/run_eval.sh [<root> [<code>]] [-- flags of test.py]
+#     VARIANT=small DATA_PATH=~/imagenet bash launch_scripts/run_eval.sh -- --resume ckpt_best.pth
+#
+# Without --resume or --pretrained, test.py takes the weights from pretrained/groupmixformer_<variant>.pth.
+#
+# <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
+# <code>      the checkout to run in; default: the one of this script
+#
+# From the environment, relative paths being taken from the checkout:
+# VARIANT     miny tiny small base large digits; default small
+# CFG         a YAML file, instead of VARIANT
+# DATA_PATH   folder with val/; default ./datasets/imagenet
+# OUTPUT      folder for logs; default ./output
+# GPUS        processes, one a GPU; default: all GPUs of this machine
+# BATCH_SIZE  images a GPU; default: the config's
+# TAG         name of the run; default: the config's
+# PYTHON      the interpreter; default: the checkout's .venv, else python3
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+run_distributed test.py "$@"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train on the GPUs of this machine (on one CPU process where there are none).
+#
+#     bash launch_scripts/run_train.sh [<root> [<code>]] [-- flags of train.py]
+#     VARIANT=base DATA_PATH=~/imagenet bash launch_scripts/run_train.sh -- --amp-opt-level O0
+#
+# <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
+# <code>      the checkout to run in; default: the one of this script
+#
+# From the environment, relative paths being taken from the checkout:
+# VARIANT     miny tiny small base large digits; default small
+# CFG         a YAML file, instead of VARIANT
+# DATA_PATH   folder with train/ and val/; default ./datasets/imagenet
+# OUTPUT      folder for runs; default ./output
+# GPUS        processes, one a GPU; default: all GPUs of this machine
+# BATCH_SIZE  images a GPU; default: the config's
+# TAG         name of the run; default: the config's
+# PYTHON      the interpreter; default: the checkout's .venv, else python3
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+run_distributed train.py "$@"

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Make the virtual environment .venv in the checkout and install requirements.txt; a second run reuses it.
+#
+#     bash launch_scripts/setup_env.sh [dev]
+#
+# `dev` also installs requirements-dev.txt. Other scripts source this file and call `setup_env [dev]`, which leaves the
+# interpreter to use in PYTHON and puts its folder first in PATH.
+#
+# From the environment:
+# PYTHON      the interpreter that .venv is made with, 3.10 or newer; default: python3, else the newest python3.x
+# NO_VENV=1   make and install nothing: use PYTHON (or python3) as it is, on clusters or within conda
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+# python_version INTERPRETER: prints "3 11"; fails where it is none.
+python_version() {
+    "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null
+}
+
+# is_recent VERSION: whether "MAJOR MINOR" is 3.10 or newer.
+is_recent() {
+    local major minor
+    read -r major minor <<<"$1"
+    ((major > 3 || (major == 3 && minor >= 10)))
+}
+
+# Sets PYTHON to an interpreter that is recent enough: the one that PYTHON names, else python3, else a newer python3.x.
+find_python() {
+    local candidates=(python3 python3.{19..10}) candidate version old=""
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        version=$(python_version "$candidate") || continue
+        if is_recent "$version"; then
+            PYTHON=$candidate
+            choose_python "$ROOT"
+            return
+        fi
+        old=${old:-"$candidate is Python ${version/ /.}, too old"}
+    done
+    if [[ -n ${PYTHON:-} ]]; then
+        die "${old:-PYTHON=$PYTHON is no Python interpreter}: set PYTHON to one of version 3.10 or newer"
+    fi
+    die "${old:-no python3 found}: install Python 3.10 or newer, or set PYTHON to where it is"
+}
+
+# install_state FILE: what a finished install of FILE depends on: its contents and the version of Python.
+install_state() {
+    "$PYTHON" -c 'import hashlib, sys
+print(hashlib.sha256(repr(sys.version_info[:2]).encode() + open(sys.argv[1], "rb").read()).hexdigest())' "$1"
+}
+
+# Makes .venv unless there is one that works, and sets PYTHON to its interpreter.
+make_venv() {
+    local venv=$ROOT/.venv version=""
+    version=$(python_version "$venv/bin/python") || true
+    if [[ -z $version ]]; then
+        find_python
+        "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || die "$PYTHON lacks the modules venv and ensurepip:" \
+            "install them (Debian, Ubuntu: apt install python3-venv), or set NO_VENV=1 to use it as it is"
+        echo "Making $venv with $PYTHON"
+        # --clear: what an interrupted run left there.
+        "$PYTHON" -m venv --clear "$venv" || die "could not make $venv (see above)"
+    else
+        is_recent "$version" || die "$venv has Python ${version/ /.}, too old: remove it and start again"
+    fi
+    PYTHON=$venv/bin/python
+    # An environment from another tool, or an interrupted run, may have an interpreter and no pip.
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null ||
+        die "$venv has no pip: remove it and start again"
+}
+
+# install FILE: pip installs it into .venv, unless that was done; the stamp is written last, so that an interrupted
+# install is redone.
+install() {
+    local stamp=$ROOT/.venv/.installed-$1 state
+    state=$(install_state "$ROOT/$1")
+    [[ ! -f $stamp || $(<"$stamp") != "$state" ]] || return 0
+    echo "Installing $1 into $ROOT/.venv"
+    # PIP_USER=0: a user-wide `pip config` asking for --user fails in a virtual environment.
+    PIP_USER=0 "$PYTHON" -m pip install --disable-pip-version-check -r "$ROOT/$1" ||
+        die "could not install $1 (see above); run it again to try again"
+    printf '%s\n' "$state" >"$stamp"
+}
+
+# require FILE: every package that FILE names is there; names only, as conda and clusters pin versions their own way.
+require() {
+    local missing
+    missing=$("$PYTHON" - "$ROOT/$1" <<'PYTHON_CODE'
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+for line in open(sys.argv[1], encoding="utf-8"):
+    name = re.match(r"[A-Za-z0-9][\w.-]*", line)
+    try:
+        name and version(name[0])
+    except PackageNotFoundError:
+        print(name[0], end=" ")
+PYTHON_CODE
+    )
+    [[ -z $missing ]] || die "NO_VENV=1, and $PYTHON lacks: $missing(install them: $PYTHON -m pip install -r $1)"
+}
+
+# setup_env [dev]: sets PYTHON and PATH.
+setup_env() {
+    local files=(requirements.txt) file
+    [[ ${1:-} != dev ]] || files+=(requirements-dev.txt)
+    if [[ ${NO_VENV:-0} == 1 ]]; then
+        find_python
+        for file in "${files[@]}"; do require "$file"; done
+    else
+        make_venv
+        for file in "${files[@]}"; do install "$file"; done
+        export VIRTUAL_ENV=$ROOT/.venv
+    fi
+    export PYTHON PATH="$(dirname -- "$PYTHON"):$PATH"
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    set -euo pipefail
+    case ${1:-} in
+    "" | dev) ;;
+    -h | --help)
+        show_help
+        exit 0
+        ;;
+    *) die "unknown argument $1: it takes nothing, or dev" ;;
+    esac
+    setup_env "$@"
+    echo "Ready: $PYTHON"
+fi

@@ -1,0 +1,50 @@
+"""Fixtures that several test files share."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for a bare `pytest`, which does not put the folder that it runs in on the path
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a launcher's, where the tests run under one
+    os.environ.pop(name, None)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+from yacs.config import CfgNode  # noqa: E402
+
+from configs import get_config, parse_args  # noqa: E402
+
+CLASSES = ("ant", "bee", "cat")
+TRAIN_IMAGES_PER_CLASS, VAL_IMAGES_PER_CLASS = 6, 2
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., CfgNode]:
+    """Build the configuration of a command line; the digits one where no --cfg is given. Notices are swallowed."""
+
+    def make(*arguments: str) -> CfgNode:
+        cfg = () if "--cfg" in arguments else ("--cfg", str(ROOT / "configs" / "groupmixformer_digits.yaml"))
+        return get_config(parse_args([*cfg, *map(str, arguments)]), notify=lambda line: None)
+
+    return make
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A data set that a test may change: three classes of 32 x 32 noise, 6 images each to train and 2 to validate."""
+    root = tmp_path / "data"
+    write_image_folder(root)
+    return root
+
+
+def write_image_folder(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES_PER_CLASS), ("val", VAL_IMAGES_PER_CLASS)):
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")

@@ -1,0 +1,518 @@
+"""Checkpoints: what is written is what is read, or nothing; released files load; no file runs code."""
+
+import errno
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from configs import UserError
+from models import build_model
+from utils import checkpoint
+from utils.checkpoint import (
+    BEST_NAME,
+    checkpoint_path,
+    checkpoints_of,
+    keep_as_best,
+    load_exactly,
+    load_file,
+    load_pretrained,
+    load_weights,
+    prune_checkpoints,
+    read_class_map,
+    save_checkpoint,
+    select_weights,
+)
+
+TINY_NETWORK = ("MODEL.GMA.EMBEDDING_DIMS", "[10,10,10,10]", "MODEL.GMA.SERIAL_DEPTHS", "[1,1,1,1]")
+
+
+@pytest.fixture
+def make_network(make_config):
+    """A network of a few thousand parameters, with weights of its own."""
+
+    def make(num_classes: int = 7, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        network = build_model(make_config("--opts", *TINY_NETWORK, "MODEL.GMA.NUM_CLASSES", str(num_classes)))
+        with torch.no_grad():
+            for tensor in network.state_dict().values():  # running statistics and biases too
+                if tensor.is_floating_point():
+                    tensor.uniform_(-1, 1)
+        return network
+
+    return make
+
+
+@pytest.fixture
+def state() -> dict[str, Any]:
+    """A small training checkpoint with everything in it that a real one has."""
+    torch.manual_seed(1)
+    weights = {"head.weight": torch.randn(7, 10), "head.bias": torch.randn(7), "batches": torch.tensor(12)}
+    return {
+        "model": weights,
+        "model_ema": {name: value * 2 for name, value in weights.items()},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(7, 10)}},
+            "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "fused": None, "params": [0]}],
+        },
+        "scaler": {},
+        "epoch": 9,
+        "max_accuracy": 81.25,
+        "best_weights": "ema",
+        "config": "DATA:\n  BATCH_SIZE: 64\n",
+    }
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Same types, same structure, same bits."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def message_of(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def has_weights_of(network: nn.Module, state_dict: dict[str, Tensor]) -> bool:
+    return equal(dict(network.state_dict()), dict(state_dict))
+
+
+# ---------------------------------------------------------------------------------------------------- whole or absent
+def test_round_trip(tmp_path, state):
+    save_checkpoint(state, tmp_path / "c.pth")
+    assert equal(load_file(tmp_path / "c.pth"), state)
+    assert names_in(tmp_path) == ["c.pth"]
+    save_checkpoint({**state, "epoch": 10}, tmp_path / "c.pth")
+    assert load_file(str(tmp_path / "c.pth"))["epoch"] == 10, "and over an older one"
+
+
+def damaged_copies(path: Path) -> list[tuple[str, bytes]]:
+    """30 truncations, 100 flipped bits, and the flips that neither Python's zip reader nor torch notices by itself."""
+    whole, rng = path.read_bytes(), random.Random(0)
+    copies = [(f"cut at {length}", whole[:length]) for length in sorted(rng.sample(range(len(whole)), 30))]
+    bits = rng.sample(range(8 * len(whole)), 100)
+    with zipfile.ZipFile(path) as archive:
+        # An entry of the zip's directory is 46 bytes and a name; 38 bytes into it are the attributes of the record.
+        # Bit 4 declares it a folder, and torch then gives uninitialised memory for its content.
+        entry = archive.start_dir
+        for record in archive.infolist():
+            bits.append(8 * (entry + 38) + 4)
+            entry += 46 + len(record.filename.encode()) + len(record.extra)
+    for bit in bits:
+        copy = bytearray(whole)
+        copy[bit // 8] ^= 1 << bit % 8
+        copies.append((f"bit {bit % 8} of byte {bit // 8}", bytes(copy)))
+    return copies
+
+
+def test_damage_is_noticed_or_harmless(tmp_path, state):
+    """A flipped bit may lie where nothing is stored; then what is loaded must still be equal, bit for bit."""
+    save_checkpoint(state, tmp_path / "whole.pth")
+    refused = 0
+    for what, content in damaged_copies(tmp_path / "whole.pth"):
+        (tmp_path / "damaged.pth").write_bytes(content)
+        try:
+            loaded = load_file(tmp_path / "damaged.pth")
+        except UserError as error:
+            assert str(error).startswith(str(tmp_path / "damaged.pth")) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert not what.startswith("cut"), what
+            assert equal(loaded, state), f"{what} went unnoticed"
+    assert refused > 80
+
+
+def test_every_bit_of_the_weights_is_guarded(tmp_path, state):
+    save_checkpoint(state, tmp_path / "c.pth")
+    whole = (tmp_path / "c.pth").read_bytes()
+    start = whole.index(state["model"]["head.weight"].numpy().tobytes())
+    for byte in range(start, start + state["model"]["head.weight"].nbytes, 7):
+        damaged = bytearray(whole)
+        damaged[byte] ^= 1
+        (tmp_path / "c.pth").write_bytes(damaged)
+        assert "damaged" in message_of(load_file, tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", pickle.dumps([1]), pickle.dumps({}), bytes(500)])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "c.pth").write_bytes(content)
+    assert str(tmp_path / "c.pth") in message_of(load_file, tmp_path / "c.pth")
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "no such file" in message_of(load_file, tmp_path / "c.pth")
+    assert str(tmp_path) in message_of(load_file, tmp_path)
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    assert "holds a list" in message_of(load_file, tmp_path / "list.pth")
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: str, partial: Path) -> None:
+    """Let the disk be full when this step of a save is reached."""
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step == "write":
+        partial.symlink_to("/dev/full")  # the kernel's own "no space left", at the first flush
+    elif step == "torch.save":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(os, step, full)
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+@pytest.mark.parametrize("step", ["write", "torch.save", "fsync", "replace"])
+def test_full_disk_leaves_the_older_checkpoint_and_no_partial_file(tmp_path, state, monkeypatch, step, size):
+    path = tmp_path / "ckpt_epoch_3.pth"
+    save_checkpoint(state, path)
+    before = path.read_bytes()
+    large = {"model": {"w": torch.zeros(size)}}
+    with monkeypatch.context() as patch:
+        fail_at(patch, step, tmp_path / ".ckpt_epoch_3.pth.partial")
+        message = message_of(save_checkpoint, large, path)
+    assert str(path) in message and "No space left on device" in message
+    assert f"about {4 * size / 2**20:.0f} MiB" in message and "MiB are free" in message
+    assert names_in(tmp_path) == ["ckpt_epoch_3.pth"]
+    assert path.read_bytes() == before
+    save_checkpoint(large, path)
+    assert equal(load_file(path), large), "and once there is space, it goes on"
+
+
+def test_folder_that_vanished_is_named(tmp_path, state):
+    path = tmp_path / "gone" / "c.pth"
+    assert str(path) in message_of(save_checkpoint, state, path)
+
+
+def test_save_does_not_follow_into_the_older_file(tmp_path, state):
+    """ckpt_best.pth may be a link to the file that is replaced; it must keep what it holds."""
+    path = tmp_path / "ckpt_epoch_3.pth"
+    save_checkpoint(state, path)
+    keep_as_best(path)
+    save_checkpoint({**state, "epoch": 99}, path)
+    assert load_file(tmp_path / BEST_NAME)["epoch"] == 9
+
+
+# ------------------------------------------------------------------------------------------------------- names, pruning
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for epoch in (10, 9, 2, 100, 0):
+        checkpoint_path(tmp_path, epoch).touch()
+    for name in ("ckpt_epoch_x.pth", "ckpt_epoch_5.pth.bak", ".ckpt_epoch_7.pth.partial", BEST_NAME, "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"ckpt_epoch_{n}.pth" for n in (0, 2, 9, 10, 100)]
+
+
+def test_a_whole_epoch_is_newer_than_a_part_of_it(tmp_path):
+    for path in (
+        checkpoint_path(tmp_path, 2, update=100),
+        checkpoint_path(tmp_path, 2, update=20),
+        checkpoint_path(tmp_path, 2),
+        checkpoint_path(tmp_path, 1),
+        checkpoint_path(tmp_path, 3, update=1),
+    ):
+        path.touch()
+    names = ["1", "2_update_20", "2_update_100", "2", "3_update_1"]
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"ckpt_epoch_{name}.pth" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(0, [7, 8, 9, 10, 11]), (1, [11]), (3, [9, 10, 11]), (9, [7, 8, 9, 10, 11])]
+)
+def test_pruning_keeps_the_newest_by_number(tmp_path, keep, left):
+    for epoch in (7, 8, 9, 10, 11):
+        checkpoint_path(tmp_path, epoch).touch()
+    for name in (BEST_NAME, "log_rank0.txt"):
+        (tmp_path / name).touch()
+    prune_checkpoints(tmp_path, keep)
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"ckpt_epoch_{epoch}.pth" for epoch in left]
+    assert (tmp_path / BEST_NAME).exists() and (tmp_path / "log_rank0.txt").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_pruning_before_the_first_periodic_checkpoint(tmp_path, keep):
+    """With SAVE_FREQ above 1 the best checkpoint may be there before any other."""
+    (tmp_path / BEST_NAME).touch()
+    prune_checkpoints(tmp_path, keep)
+    assert names_in(tmp_path) == [BEST_NAME]
+
+
+def test_pruning_drops_replaced_parts_of_epochs(tmp_path):
+    for epoch, update in ((0, None), (1, 5), (1, 10), (1, None), (2, 5), (2, 10)):
+        checkpoint_path(tmp_path, epoch, update).touch()
+    prune_checkpoints(tmp_path, keep=3)
+    assert names_in(tmp_path) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth", "ckpt_epoch_2_update_10.pth"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_survives_pruning(tmp_path, state, monkeypatch, links):
+    """Where the file system has no hard links, the best one is a copy."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    for epoch in range(4):
+        path = checkpoint_path(tmp_path, epoch)
+        save_checkpoint({**state, "epoch": epoch}, path)
+        if epoch in (0, 1):
+            keep_as_best(path)
+        prune_checkpoints(tmp_path, keep=1)
+    assert names_in(tmp_path) == [BEST_NAME, "ckpt_epoch_3.pth"]
+    assert load_file(tmp_path / BEST_NAME)["epoch"] == 1
+
+
+def test_best_that_cannot_be_written_is_told_and_the_older_one_kept(tmp_path, state, monkeypatch):
+    for epoch in (0, 1):
+        save_checkpoint({**state, "epoch": epoch}, checkpoint_path(tmp_path, epoch))
+    keep_as_best(checkpoint_path(tmp_path, 0))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
+    assert BEST_NAME in message_of(keep_as_best, checkpoint_path(tmp_path, 1))
+    assert names_in(tmp_path) == [BEST_NAME, "ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]
+    assert load_file(tmp_path / BEST_NAME)["epoch"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- what a file holds
+@pytest.mark.parametrize("form", ["model", "state_dict", "bare", "model module.", "bare module."])
+def test_forms_of_weight_files(tmp_path, make_network, form):
+    source, target = make_network(seed=1), make_network(seed=2)
+    weights = source.state_dict()
+    content = {f"module.{name}": value for name, value in weights.items()} if "module." in form else dict(weights)
+    key = form.split()[0]
+    torch.save(content if key == "bare" else {key: content}, tmp_path / "w.pth")
+    assert not has_weights_of(target, weights)
+    said = load_weights(target, tmp_path / "w.pth")
+    assert has_weights_of(target, weights)
+    assert "raw weights" in said and str(tmp_path / "w.pth") in said
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_released_training_checkpoint_with_a_pickled_configuration(tmp_path, make_network, zipped, frozen):
+    config = CfgNode({"DATA": {"BATCH_SIZE": 64, "PATHS": ["a", "b"]}, "BETAS": (0.9, 0.999), "NONE": None})
+    if frozen:
+        config.freeze()
+    source, target = make_network(seed=1), make_network(seed=2)
+    released = {
+        "model": source.state_dict(),
+        "optimizer": torch.optim.AdamW(source.parameters()).state_dict(),
+        "lr_scheduler": {"base_values": [1e-3], "t_initial": 375300, "metric": None},
+        "max_accuracy": 83.4,
+        "epoch": 299,
+        "config": config,
+    }
+    torch.save(released, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    loaded = load_file(tmp_path / "w.pth")
+    assert not isinstance(loaded["config"], CfgNode), "a plain mapping: the class's own code is not run"
+    assert dict(loaded["config"]["DATA"]) == {"BATCH_SIZE": 64, "PATHS": ["a", "b"]}
+    assert loaded["config"]["BETAS"] == (0.9, 0.999) and loaded["epoch"] == 299
+    load_weights(target, tmp_path / "w.pth")
+    assert has_weights_of(target, source.state_dict())
+
+
+def test_which_weights_of_a_checkpoint():
+    raw, ema = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    both = {"model": raw, "model_ema": ema}
+    for which, content, expected in (
+        ("raw", both, raw),
+        ("ema", both, ema),
+        ("best", both, raw),
+        ("best", {**both, "best_weights": "ema"}, ema),
+        ("best", {**both, "best_weights": "raw"}, raw),
+        ("raw", {**both, "best_weights": "ema"}, raw),
+        ("best", {"model": raw}, raw),
+    ):
+        state, said = select_weights(content, which, "f.pth")
+        assert equal(state, expected)
+        assert said == ("ema weights" if expected is ema else "raw weights")
+    for which, content in (("ema", {"model": raw}), ("best", {"model": raw, "best_weights": "ema"})):
+        message = message_of(select_weights, content, which, "f.pth")
+        assert "f.pth" in message and "EMA" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"model": {}}, {"epoch": 3}, {"model": {"w": 1}}, {"state": {0: {}}, "param_groups": []}, {1: torch.zeros(1)},
+     {"model": {0: torch.zeros(1)}}],
+)  # fmt: skip
+def test_files_without_a_state_dict(content):
+    message = message_of(select_weights, content, "best", "f.pth")
+    assert message.startswith("f.pth: holds no state dict")
+
+
+def test_weights_of_another_network_are_named(tmp_path, make_network):
+    network = make_network()
+    weights = dict(network.state_dict())
+    missing = weights.pop("norm4.weight")
+    weights["extra.weight"] = missing
+    weights["norm4.bias"] = torch.zeros(11)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save({"model": weights}, tmp_path / "w.pth")
+    for load in (load_weights, load_pretrained):
+        message = message_of(load, network, tmp_path / "w.pth")
+        assert str(tmp_path / "w.pth") in message and "--cfg" in message
+        assert "1 missing (norm4.weight)" in message
+        assert "1 unexpected (extra.weight)" in message
+        assert "1 of another shape (norm4.bias (11,) for (10,))" in message
+    assert has_weights_of(network, before), "nothing is loaded by halves"
+
+
+def test_many_differences_are_cut_short(make_network):
+    message = message_of(load_exactly, make_network(), {"x": torch.zeros(1)}, "f.pth")
+    assert ", ...)" in message and len(message) < 400
+
+
+def test_half_precision_weights_load(tmp_path, make_network):
+    source, target = make_network(seed=1), make_network(seed=2)
+    torch.save({"model": {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}},
+               tmp_path / "w.pth")  # fmt: skip
+    load_weights(target, tmp_path / "w.pth")
+    assert target.head.weight.dtype == torch.float32
+    torch.testing.assert_close(target.head.weight, source.head.weight, atol=1e-3, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- number of classes
+def test_evaluating_weights_of_other_classes_is_explained(tmp_path, make_network):
+    torch.save({"model": make_network(10).state_dict()}, tmp_path / "w.pth")
+    message = message_of(load_weights, make_network(7), tmp_path / "w.pth")
+    assert "10 classes" in message and "7" in message and "--pretrained" in message
+
+
+def test_fine_tuning_keeps_a_fresh_head(tmp_path, make_network):
+    source, target = make_network(10, seed=1), make_network(7, seed=2)
+    fresh = {name: value.clone() for name, value in target.state_dict().items() if name.startswith("head.")}
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    said = load_pretrained(target, str(tmp_path / "w.pth"))
+    assert "10" in said and "7" in said and "head" in said
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, fresh[name] if name in fresh else source.state_dict()[name]), name
+
+
+def test_fine_tuning_with_the_same_classes_takes_the_head(tmp_path, make_network):
+    source, target = make_network(7, seed=1), make_network(7, seed=2)
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    assert "head" not in load_pretrained(target, str(tmp_path / "w.pth"))
+    assert has_weights_of(target, source.state_dict())
+
+
+def test_fine_tuning_from_a_backbone_without_a_head(tmp_path, make_network):
+    source, target = make_network(seed=1), make_network(seed=2)
+    backbone = {name: value for name, value in source.state_dict().items() if not name.startswith("head.")}
+    torch.save(backbone, tmp_path / "w.pth")
+    load_pretrained(target, str(tmp_path / "w.pth"))
+    assert torch.equal(target.norm4.weight, source.norm4.weight)
+    assert "missing" in message_of(load_weights, target, tmp_path / "w.pth"), "but it cannot be evaluated"
+
+
+@pytest.fixture
+def weights_21k(tmp_path, make_network) -> tuple[nn.Module, str]:
+    source = make_network(21841, seed=1)
+    torch.save({"model": source.state_dict()}, tmp_path / "w21k.pth")
+    return source, str(tmp_path / "w21k.pth")
+
+
+def test_21k_head_needs_its_map(make_network, weights_21k):
+    message = message_of(load_pretrained, make_network(1000), weights_21k[1])
+    assert "21841" in message and "MODEL.CLASS_MAP" in message
+
+
+def test_21k_head_is_mapped_to_1k(tmp_path, make_network, weights_21k):
+    source, path = weights_21k
+    rows = random.Random(0).sample(range(21841), 1000)
+    (tmp_path / "map.txt").write_text("\n".join(map(str, rows)))
+    target = make_network(1000, seed=2)
+    said = load_pretrained(target, path, str(tmp_path / "map.txt"))
+    assert "mapped from 21841 to 1000" in said
+    assert torch.equal(target.head.weight, source.head.weight[rows])
+    assert torch.equal(target.head.bias, source.head.bias[rows])
+    assert torch.equal(target.norm4.weight, source.norm4.weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "cannot be read"),
+        ("1\n2\nthree\n", "cannot be read"),
+        ("1\n2\n", "has 2"),
+        ("\n".join(["0"] * 999 + ["21841"]), "from 0 to 21841"),
+        ("\n".join(["0"] * 999 + ["-1"]), "from -1 to 0"),
+        ("", "has 0"),
+    ],
+)
+def test_wrong_class_map_is_told(tmp_path, make_network, weights_21k, text, expected):
+    path = tmp_path / "map.txt"
+    if text is not None:
+        path.write_text(text)
+    network = make_network(1000)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    message = message_of(load_pretrained, network, weights_21k[1], str(path))
+    assert "MODEL.CLASS_MAP" in message and str(path) in message and expected in message
+    assert has_weights_of(network, before)
+
+
+def test_class_map_without_a_head_to_map(tmp_path, make_network):
+    weights = {name: value for name, value in make_network(10).state_dict().items() if name != "head.bias"}
+    torch.save(weights, tmp_path / "w.pth")
+    (tmp_path / "map.txt").write_text(" ".join("0" * 7))
+    assert read_class_map(tmp_path / "map.txt", num_classes=7, num_rows=10) == [0] * 7
+    assert "head.bias" in message_of(load_pretrained, make_network(7), tmp_path / "w.pth", str(tmp_path / "map.txt"))
+
+
+# ------------------------------------------------------------------------------------------------------- hostile files
+class Malicious:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_no_code_of_a_file_is_run(tmp_path, form):
+    proof, path = tmp_path / "proof", tmp_path / "w.pth"
+    content = {"model": {"w": torch.zeros(1)}, "config": Malicious(f"touch {proof}")}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content["config"]))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    message = message_of(load_file, path)
+    assert str(path) in message
+    assert not proof.exists()
+    assert "weights_only" not in message, "torch's own message advises to load the file unsafely"
+    os.system(f"touch {proof}")
+    assert proof.exists(), "the command would have shown"
+
+
+def test_name_of_the_configuration_class_gives_no_way_in(tmp_path):
+    """yacs.config.CfgNode is read as a plain mapping; other names of that module are not read at all."""
+    import yacs.config
+
+    class Attack:
+        def __reduce__(self):
+            return yacs.config._valid_type, (1,)
+
+    torch.save({"config": Attack()}, tmp_path / "w.pth")
+    assert "yacs.config._valid_type" in message_of(load_file, tmp_path / "w.pth")
