@@ -39,7 +39,13 @@ def write_digits(output: Path) -> bool:
         grey = np.rint(image * (255 / 16)).astype(np.uint8)
         enlarged = Image.fromarray(grey).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         enlarged.save(folder / f"{number:04d}.png")
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except OSError:
+        shutil.rmtree(partial)
+        if not output.is_dir():
+            raise
+        return False  # another process was faster
     return True
 
 

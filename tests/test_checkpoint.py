@@ -378,6 +378,20 @@ def test_weights_of_another_network_are_named(tmp_path, make_network):
     assert has_weights_of(network, before), "nothing is loaded by halves"
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"norm4.weight": None}, "describes: 1 missing (norm4.weight)"),
+        ({"extra": torch.zeros(1)}, "describes: 1 unexpected (extra)"),
+        ({"norm4.weight": torch.zeros(9)}, "describes: 1 of another shape (norm4.weight (9,) for (10,))"),
+    ],
+)
+def test_each_difference_alone_is_refused(make_network, change, expected):
+    network = make_network()
+    weights = {name: value for name, value in {**network.state_dict(), **change}.items() if value is not None}
+    assert message_of(load_exactly, network, weights, "f.pth").endswith(expected)
+
+
 def test_many_differences_are_cut_short(make_network):
     message = message_of(load_exactly, make_network(), {"x": torch.zeros(1)}, "f.pth")
     assert ", ...)" in message and len(message) < 400

@@ -241,8 +241,9 @@ def test_flags_win_wherever_they_stand(tmp_path, make_config):
 
 def test_repeated_opts_add_up(tmp_path, make_config):
     cfg = write_yaml(tmp_path, "")
-    config = make_config("--cfg", cfg, "--opts", "TRAIN.EPOCHS", "50", "--opts", "SEED", "3", "TRAIN.EPOCHS", "60")
-    assert (config.TRAIN.EPOCHS, config.SEED) == (60, 3)
+    first, second = ["TRAIN.EPOCHS", "50", "SAVE_FREQ", "2"], ["SEED", "3", "TRAIN.EPOCHS", "60"]
+    config = make_config("--cfg", cfg, "--opts", *first, "--opts", *second)
+    assert (config.SAVE_FREQ, config.SEED, config.TRAIN.EPOCHS) == (2, 3, 60)
     assert make_config("--cfg", cfg).TRAIN.EPOCHS == 300, "one command line must not reach the next"
 
 
@@ -693,7 +694,7 @@ def test_switched_off_in_a_file_stays_off_without_the_flag(tmp_path, make_config
 
 def test_released_command(make_config, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command = """--data-path /data/imagenet --batch-size 64 --output /out --cfg ./configs/groupmixformer_small.yaml
+    command = """--data-path imagenet --batch-size 64 --output /out --cfg ./configs/groupmixformer_small.yaml
         --model-type groupmixformer --model-file groupmixformer.py --tag groupmixformer_small"""
     config = make_config(*shlex.split(command))
     assert (config.DATA.BATCH_SIZE, config.TAG, config.OUTPUT) == (64, "groupmixformer_small", "/out")

@@ -848,6 +848,20 @@ def test_digits_are_written_once_and_always_alike(written_digits, tmp_path):
     assert [path.name for path in again.parent.iterdir()] == ["set"]
 
 
+def test_digits_written_by_two_processes_at_once(written_digits, tmp_path, monkeypatch):
+    """The slower one finds the data set complete, and takes its own away."""
+    rmtree = shutil.rmtree
+
+    def the_other_is_faster(path, **options):  # the first thing that a writer does
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        shutil.copytree(written_digits, tmp_path / "set")
+
+    monkeypatch.setattr(shutil, "rmtree", the_other_is_faster)
+    assert not digits.write_digits(tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert contents(tmp_path / "set") == contents(written_digits)
+
+
 def test_interrupted_digits_never_look_complete(tmp_path, monkeypatch):
     save, calls = Image.Image.save, []
 

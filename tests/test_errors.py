@@ -30,6 +30,11 @@ SMALL = (
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Run 'train' or 'test' in this process: (exit status, standard output, standard error)."""
+
+    def exit_now(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", exit_now)  # how scripts leave after an error; here pytest would leave with them
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     main = {"train": train_script.main, "test": test_script.main}
 

@@ -35,6 +35,7 @@ NAMES = ("miny", "tiny", "small", "base", "large")
 # A width for every stage, so that no two can be mixed up, and more than one block in some of them.
 SMALL = dict(embed_dims=(10, 20, 30, 40), depths=(1, 2, 2, 1), mlp_ratios=(2, 4, 2, 4), num_classes=7)
 SHALLOW = dict(depths=(1, 1, 1, 1))
+WIDE = dict(embed_dims=(40, 80, 120, 160), depths=(1, 1, 2, 1))  # several channels to each head and segment
 
 
 def small_network(**options: Any) -> nn.Module:
@@ -150,7 +151,7 @@ PUBLISHED = {  # widths, depths, MLP ratios, drop path, parameters, GFLOPs at 22
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:4], pytest.param("large", marks=pytest.mark.long)])
 def test_parameters_and_flops_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.flops.flop_count_table", lambda *args, **options: "")  # slow, and not looked at
     flops, parameters, _ = count_flops(timm.create_model(f"groupmixformer_{name}"), (3, 224, 224))
@@ -370,10 +371,9 @@ def test_group_mix_attention_is_its_plain_formulation(training: bool) -> None:
     assert_same_gradients(attention, state)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("size", [(33, 47), (37, 200), (32, 32)], ids=str)
+@pytest.mark.parametrize(("size", "training"), [((33, 47), False), ((33, 47), True), ((37, 200), True)], ids=str)
 def test_the_network_is_its_plain_formulation_at_any_size(size: tuple[int, int], training: bool) -> None:
-    network = small_network(embed_dims=(40, 80, 120, 160)).double().train(training)
+    network = small_network(**WIDE).double().train(training)
     state, images = plain_state(network), golden_numbers.images(3, *size).double()
     logits, expected = network(images), PlainNetwork(state, training)(images)
     assert relative_error(logits, expected) < 1e-11
@@ -451,7 +451,7 @@ def test_the_default_configuration_describes_the_network(name: str) -> None:
         network = timm.create_model(f"groupmixformer_{name}")
         features = network.eval().forward_features(torch.empty(1, *network.default_cfg["input_size"]))
     cfg, state = network.default_cfg, network.state_dict()
-    assert cfg["architecture"] == f"groupmixformer_{name}" and not cfg["url"] and not cfg["hf_hub_id"]
+    assert cfg["architecture"] == f"groupmixformer_{name}" and not cfg["url"] and "hf_hub_id" not in cfg
     assert features.shape == (1, network.num_features, *cfg["pool_size"])
     assert state[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0] == network.in_chans
     assert state[f"{cfg['classifier']}.weight"].shape == (cfg["num_classes"], network.head_hidden_size)
@@ -778,11 +778,10 @@ def test_checkpointing_needs_less_memory(drop_path_rate: float) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_torchscript_gives_the_same_values(training: bool) -> None:
     network, images = small_network(drop_path_rate=0.2).train(training), golden_numbers.images(2, 33, 47)
+    for block in blocks_of(network)[1:]:
+        block.drop_path.drop_prob = 0.0  # TorchScript draws other random numbers
     scripted = torch.jit.script(copy.deepcopy(network))
-    torch.manual_seed(0)
-    expected = network(images)
-    torch.manual_seed(0)
-    torch.testing.assert_close(scripted(images), expected)
+    torch.testing.assert_close(scripted(images), network(images))
 
 
 @pytest.mark.parametrize(
@@ -874,7 +873,7 @@ def test_channels_last_gives_the_same_values() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_finite_and_near(dtype: torch.dtype) -> None:
-    network, images = small_network(), golden_numbers.images(2, 64, 96)
+    network, images = small_network(**WIDE), golden_numbers.images(2, 64, 96)
     with torch.autocast("cpu", dtype=dtype):
         logits, step = network(images), train_step(copy.deepcopy(network), images)
     assert logits.dtype == dtype

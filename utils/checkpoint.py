@@ -37,6 +37,7 @@ BEST_NAME = "ckpt_best.pth"
 LOCK_NAME = "run.lock"
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
 IMAGENET_21K_CLASSES = 21841
+_ZIP_FOLDER = 0x10  # attribute of a zip record that is a folder
 HEAD_KEYS = ("head.weight", "head.bias")
 
 
@@ -107,21 +108,25 @@ def keep_as_best(path: Path) -> None:
     partial = path.with_name(f".{BEST_NAME}.partial")
     partial.unlink(missing_ok=True)
     try:
-        os.link(path, partial)
-    except OSError:
-        shutil.copyfile(path, partial)
-    os.replace(partial, best)
-    _sync_folder(path.parent)
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+        os.replace(partial, best)
+        _sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{best}: cannot be written ({_first_line(error)})") from None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete what newer checkpoints replace: all but the newest `keep` whole epochs (0 keeps all), and within an epoch
     all but the newest checkpoint of the run.
     """
-    *older, _ = paths = checkpoints_of(folder)
+    paths = checkpoints_of(folder)
     whole_epochs = [path for path in paths if "_update_" not in path.name]
     surplus = whole_epochs[:-keep] if keep else []
-    for path in surplus + [path for path in older if "_update_" in path.name]:
+    for path in surplus + [path for path in paths[:-1] if "_update_" in path.name]:
         path.unlink(missing_ok=True)
 
 
@@ -136,9 +141,11 @@ def load_file(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
-                    damaged = archive.testzip()
+                    # A record that says of itself that it is a folder would be given to torch as uninitialised memory.
+                    folders = (r.filename for r in archive.infolist() if r.external_attr & _ZIP_FOLDER and r.file_size)
+                    damaged = next(folders, None) or archive.testzip()
                 if damaged is not None:
-                    raise UserError(f"{path}: damaged: the checksum of {damaged} does not match")
+                    raise UserError(f"{path}: damaged: {damaged} is not what was written")
         # A configuration pickled as yacs CfgNode, a dict by nature, becomes a plain ordered mapping.
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -147,8 +154,11 @@ def load_file(path: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except UnpicklingError as error:
+        # torch's own message advises to load the file unsafely; of it, only what the file asked for is of use.
+        wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        what = f": it asks for {wanted[1]}" if wanted else ""
         raise UserError(
-            f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded ({_first_line(error)})"
+            f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded{what}"
         ) from None
     except Exception as error:  # damaged pickles and zip files raise almost anything
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {_first_line(error)})") from None
@@ -176,10 +186,9 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
         state = next(
             (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
         )
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise UserError(f"{origin}: holds no state dict of a network (keys: {_some(checkpoint)})")
-    return state, f"{which} weights"
+    return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
 
 
 def load_weights(network: nn.Module, path: str | Path, which: str = "best") -> str:
@@ -208,6 +217,8 @@ def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -
     own, loaded = _num_classes(network.state_dict()), _num_classes(state)
     note = ""
     if own != loaded:
+        if class_map and not set(HEAD_KEYS) <= set(state):
+            raise UserError(f"{path}: has no {' and '.join(HEAD_KEYS)} for MODEL.CLASS_MAP to map")
         if class_map:
             rows = read_class_map(class_map, num_classes=own, num_rows=loaded)
             state.update({key: state[key][rows] for key in HEAD_KEYS})

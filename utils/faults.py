@@ -105,6 +105,8 @@ class Watch:
         except (UserError, FloatingPointError):
             raise
         except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise UserError(f"a loader worker was lost: {str(error).strip().splitlines()[0]}") from None
             if self._group is None or not _is_communication_failure(error):
                 raise
             raise UserError(
@@ -165,10 +167,11 @@ def die_with_launcher() -> None:
 def quiet_loader_worker(worker_id: int) -> None:
     """For `worker_init_fn`: a loader worker leaves stopping to its process, and never outlives it.
 
-    torchrun and terminals signal whole process groups: a worker that obeyed would end the run before it could save.
+    torchrun and terminals signal whole process groups: a worker that is in one would end before its process has saved.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgrp()
+    for number in STOP_SIGNALS:  # not the handlers of the process that it was forked from
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     if sys.platform.startswith("linux"):
         _set_parent_death_signal(signal.SIGKILL)
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +59,10 @@ def log_provenance(logger: logging.Logger, processes: Processes) -> None:
         f"torchvision {torchvision.__version__}"
     )
     name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "CPU"
-    logger.info(f"processes: {processes.world_size}, each on: {name}, {torch.get_num_threads()} threads")
+    logger.info(
+        f"process {processes.rank} of {processes.world_size}: {name}, {torch.get_num_threads()} threads, "
+        f"pid {os.getpid()} on {socket.gethostname()}"
+    )
 
 
 def git_commit() -> str:

@@ -41,13 +41,16 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates,
     schedule = config.TRAIN.LR_SCHEDULER
     total_updates = config.TRAIN.EPOCHS * updates_per_epoch
     warmup_updates = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
-    common = dict(warmup_t=warmup_updates, warmup_lr_init=rates.warmup, t_in_epochs=False)
+    common = dict(
+        warmup_t=warmup_updates,
+        warmup_lr_init=rates.warmup,
+        warmup_prefix=schedule.NAME == "linear",  # whether t counts from the end of the warm-up; timm's defaults differ
+        t_in_epochs=False,
+    )
     if schedule.NAME == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_updates, lr_min=rates.minimum, **common)
     if schedule.NAME == "linear":
         decay_updates = total_updates - warmup_updates
-        return PolyLRScheduler(
-            optimizer, t_initial=decay_updates, lr_min=rates.minimum, power=1.0, warmup_prefix=True, **common
-        )
+        return PolyLRScheduler(optimizer, t_initial=decay_updates, lr_min=rates.minimum, power=1.0, **common)
     decay_updates = schedule.DECAY_EPOCHS * updates_per_epoch
     return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=schedule.DECAY_RATE, **common)

@@ -66,7 +66,9 @@ def run_script(main: Callable[[], None]) -> None:
             who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
             message = error.one_line() if isinstance(error, UserError) else str(error)
             print(f"{script}: {who}: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
+        sys.stdout.flush()
+        os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     close_processes()

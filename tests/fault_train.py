@@ -1,0 +1,38 @@
+"""train.py with one planned fault, for the tests: FAULT is one of
+
+nan:<rank>:<update>      the loss of that process becomes NaN in that update
+nan:<rank>:<update>+     and in every later one
+frozen-norms             batch norms use their running statistics in training too
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import train
+from utils import engine
+from utils.session import run_script
+
+kind, *where = os.environ["FAULT"].split(":")
+if kind == "nan":
+    rank, first = int(where[0]), int(where[1].rstrip("+"))
+    forward_backward = engine._accumulate_gradients
+
+    def poisoned(session, trainer, *rest):
+        update = trainer.num_updates
+        if session.processes.rank == rank and (update == first or (where[1].endswith("+") and update > first)):
+            hook = trainer.network.conv_stem.register_forward_hook(lambda module, args, out: out * float("nan"))
+            loss = forward_backward(session, trainer, *rest)
+            hook.remove()
+            return loss
+        return forward_backward(session, trainer, *rest)
+
+    engine._accumulate_gradients = poisoned
+elif kind == "frozen-norms":
+    torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+
+run_script(train.main)

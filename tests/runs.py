@@ -1,0 +1,131 @@
+"""Start train.py and test.py, in this process or as the launched processes that a user would start."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from utils.checkpoint import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PROCESS_TIMEOUT_SECONDS = 180
+
+# A network and a recipe small enough to train in a second, with all that is random in the released one.
+TINY = (
+    *("MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"),
+    *("MODEL.GMA.EMBEDDING_DIMS", "[10, 10, 20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1, 1, 1]"),
+    *("MODEL.GMA.DROP_PATH_RATE", "0.2", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "LOG_SAMPLES", "True"),
+    *("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", "0.25", "AUG.HFLIP", "0.5"),
+    *("AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "PRINT_FREQ", "1", "SAVE_KEEP", "0"),
+)
+# Everything random switched off: what is left is a function of the images of an update.
+PLAIN = (
+    *("AUG.AUTO_AUGMENT", "none", "AUG.REPROB", "0.0", "AUG.HFLIP", "0.0", "AUG.MIXUP", "0.0", "AUG.CUTMIX", "0.0"),
+    *("MODEL.GMA.DROP_PATH_RATE", "0.0"),
+)
+
+
+def arguments(data: Path, output: Path, *opts: str, flags: Sequence[str] = ()) -> list[str]:
+    """The command line of a tiny run; `opts` are KEY VALUE pairs behind those of TINY."""
+    cfg = ROOT / "configs" / "groupmixformer_digits.yaml"
+    paths = ["--cfg", str(cfg), "--data-path", str(data), "--output", str(output), "--tag", "run"]
+    return [*paths, *flags, "--opts", *TINY, *opts]
+
+
+def train_here(monkeypatch: pytest.MonkeyPatch, args: Sequence[str], stop_at: int | None = None) -> int:
+    """Run train.py's main in this process; returns its exit status.
+
+    With `stop_at`, SIGUSR1 arrives during the update after which so many are done.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *args])
+        patch.setattr(sys, "exit", _raise_exit)
+        if stop_at is not None:
+            _signal_in_update(patch, stop_at)
+        try:
+            train.main()
+        except SystemExit as ending:
+            return int(ending.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return 0
+
+
+def _raise_exit(code: int = 0) -> None:
+    raise SystemExit(code)
+
+
+def _signal_in_update(patch: pytest.MonkeyPatch, stop_at: int) -> None:
+    from utils import engine
+
+    forward_backward = engine._accumulate_gradients
+
+    def interrupted(session: Any, trainer: Any, *rest: Any) -> Any:
+        if trainer.num_updates == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward_backward(session, trainer, *rest)
+
+    patch.setattr(engine, "_accumulate_gradients", interrupted)
+
+
+def launch(
+    script: str, args: Sequence[str], processes: int = 1, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as users do, under torchrun where there are several processes; output is text."""
+    return subprocess.run(
+        command(script, args, processes),
+        cwd=ROOT,
+        env=environment() | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_TIMEOUT_SECONDS,
+    )
+
+
+def command(script: str, args: Sequence[str], processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), script, *args]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: the thread count changes bits."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_folder(output: Path) -> Path:
+    return output / "tiny" / "run"
+
+
+def digest(path: Path, leave_out: Sequence[str] = ()) -> str:
+    """SHA-256 over the raw bytes of everything in a checkpoint, by name."""
+    sha = hashlib.sha256()
+    state = load_file(path)
+    state.pop("config")  # holds paths and settings that are free to differ
+    for name in leave_out:
+        state.pop(name)
+    _feed(sha.update, "", state)
+    return sha.hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            _feed(update, f"{name}.{key}", value[key])
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _feed(update, f"{name}[{number}]", item)
+    elif isinstance(value, torch.Tensor):
+        update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        update(f"{name} {value!r}".encode())

@@ -1,0 +1,273 @@
+"""Several processes, really launched: exact evaluation, equal training, agreed stops, lost processes."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from conftest import write_image_folder
+from torch.testing import assert_close
+
+from utils.checkpoint import load_file
+
+FAULT_TRAIN = str(Path(__file__).with_name("fault_train.py"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distributed") / "data"
+    write_image_folder(root)
+    return root
+
+
+class Launched:
+    """A launched script whose output is read line by line; all its processes are gone when the block ends."""
+
+    def __init__(self, script, args, processes=1, env=None):
+        self.process = subprocess.Popen(
+            runs.command(script, args, processes),
+            cwd=runs.ROOT,
+            env=runs.environment() | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.stdout.close()
+        self.process.wait()
+
+    def until(self, pattern):
+        """Read on until a line matches; fails where the output ends first."""
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"no line matches {pattern!r} in:\n{''.join(self.lines)}")
+
+    def finish(self):
+        """Read to the end of the output, which comes when the last process that could write it has ended."""
+        self.lines += self.process.stdout.readlines()
+        return self.process.wait(timeout=runs.PROCESS_TIMEOUT_SECONDS), "".join(self.lines)
+
+
+def pid_of(output, rank):
+    log = (runs.run_folder(output) / f"log_rank{rank}.txt").read_text()
+    return int(re.findall(rf"process {rank} of .* pid (\d+) on", log)[-1])
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def samples_by_update(output, processes):
+    """{(epoch, update): the images that any process saw}."""
+    seen = {}
+    for rank in range(processes):
+        for line in (runs.run_folder(output) / f"samples_rank{rank}.txt").read_text().splitlines():
+            epoch, update, *indices = map(int, line.split())
+            seen.setdefault((epoch, update), []).extend(indices)
+    return {key: sorted(indices) for key, indices in seen.items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes(data, tmp_path_factory):
+    """A finished run of two processes that was never stopped."""
+    output = tmp_path_factory.mktemp("two")
+    result = runs.launch("train.py", runs.arguments(data, output, "DATA.BATCH_SIZE", "2"), processes=2)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_evaluation_is_exact_on_any_number_of_processes(data, two_processes):
+    """7 images cannot be shared evenly; neither can 6 between 4."""
+    weights = str(runs.run_folder(two_processes) / "ckpt_epoch_1.pth")
+    lines = set()
+    for processes in (1, 2, 4):
+        args = runs.arguments(data, two_processes.parent / "eval", flags=["--resume", weights, "--weights", "raw"])
+        result = runs.launch("test.py", args, processes)
+        assert result.returncode == 0, result.stderr
+        lines.add(result.stdout.splitlines()[-1])
+    assert len(lines) == 1 and re.fullmatch(r" \* Acc@1 \d+\.\d{3} Acc@5 100\.000", lines.pop())
+
+
+def test_two_processes_train_as_one_does(data, tmp_path):
+    """Same global batch, batch norms frozen and nothing random: only the order of summation differs."""
+    weights = {}
+    for processes, batch in ((1, "4"), (2, "2")):
+        output = tmp_path / str(processes)
+        args = runs.arguments(data, output, "DATA.BATCH_SIZE", batch, *runs.PLAIN)
+        result = runs.launch(FAULT_TRAIN, args, processes, env={"FAULT": "frozen-norms"})
+        assert result.returncode == 0, result.stderr
+        weights[processes] = load_file(runs.run_folder(output) / "ckpt_epoch_1.pth")
+    for part in ("model", "model_ema"):
+        for name, value in weights[1][part].items():
+            assert_close(weights[2][part][name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert samples_by_update(tmp_path / "1", 1) == samples_by_update(tmp_path / "2", 2)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(data, tmp_path, two_processes):
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
+    with Launched("train.py", args, processes=2) as run:
+        run.until(r"Train: \[0/2\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        os.kill(pids[1], signal.SIGUSR1)
+        status, output = run.finish()
+        assert status != 0 and "stopped by request at update" in output
+    assert not any(map(is_running, pids))
+    log = [(runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text() for rank in (0, 1)]
+    stops = [re.search(r"stopped by request at update (\d+)", text)[1] for text in log]
+    assert stops[0] == stops[1]
+    assert runs.launch("train.py", args, processes=2).returncode == 0
+    ended, straight = (runs.run_folder(output) / "ckpt_epoch_1.pth" for output in (tmp_path, two_processes))
+    assert runs.digest(ended) == runs.digest(straight)
+
+
+def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_processes):
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
+    with Launched("train.py", args, processes=2) as run:
+        run.until(r"Train: \[0/2\]\[2/4\]")
+        os.kill(pid_of(tmp_path, 0), signal.SIGTERM)
+        run.finish()
+    result = runs.launch("train.py", runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "4"))
+    assert result.returncode == 0, result.stderr
+    assert "continuing on 1 processes instead of 2" in result.stdout
+    assert samples_by_update(tmp_path, 2) == samples_by_update(two_processes, 2)
+
+
+def test_a_killed_process_is_named_and_nothing_stays_behind(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "200")
+    with Launched("train.py", args, processes=2) as run:
+        run.until(r"Train: \[3/200\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        os.kill(pids[1], signal.SIGKILL)
+        status, output = run.finish()
+        assert status != 0
+        assert re.search(r"exitcode +: -9|Signal 9|SIGKILL", output), output
+    assert not any(map(is_running, pids))
+    again = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "200")
+    with Launched("train.py", again, processes=2) as run:
+        run.until(r"resumed from .*ckpt_epoch_\d+\.pth")
+
+
+def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
+    opts = ("DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500", "DIST_TIMEOUT_SECONDS", "5")
+    with Launched("train.py", runs.arguments(data, tmp_path, *opts), processes=2) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        os.kill(pids[1], signal.SIGSTOP)
+        line = run.until(r"train.py: error on process 0 of 2: (.*)")[1]
+        os.kill(pids[1], signal.SIGKILL)  # what torchrun does after its own grace of 30 s
+        status, _ = run.finish()
+    assert status != 0
+    assert re.search(r"process 1 on \S+ was lost or too slow at update \d+|another process was lost", line), line
+    assert not any(map(is_running, pids))
+
+
+def test_workers_do_not_outlive_torchrun(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500", "DATA.NUM_WORKERS", "1")
+    with Launched("train.py", args, processes=2) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.finish()  # the pipe closes when the last process that holds it is gone
+    assert not any(map(is_running, pids))
+
+
+def test_a_killed_loader_worker_ends_the_run_in_one_line(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "DATA.NUM_WORKERS", "1", "TRAIN.EPOCHS", "500")
+    with Launched("train.py", args) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pid = pid_of(tmp_path, 0)
+        workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        status, output = run.finish()
+    assert status == 2
+    assert output.splitlines()[-1].startswith("train.py: error: a loader worker was lost: DataLoader worker")
+    assert "Traceback" not in output
+
+
+def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "SAVE_EVERY_UPDATES", "1", "SAVE_KEEP", "0")
+    result = runs.launch(FAULT_TRAIN, args, processes=2, env={"FAULT": "nan:1:2"})
+    assert result.returncode == 0, result.stderr
+    logs = [(runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text() for rank in (0, 1)]
+    for log in logs:
+        assert len(re.findall("update 2 skipped: loss or gradients not finite on process 1, learning rate", log)) == 1
+    assert "image indices" not in logs[0] and re.search(r"process 1, image indices: \[\d+, \d+\]", logs[1])
+    state = load_file(runs.run_folder(tmp_path) / "ckpt_epoch_1.pth")
+    values = [*state["model"].values(), *state["model_ema"].values()]
+    assert all(torch.isfinite(v).all() for v in values if v.is_floating_point())
+    assert state["num_updates"] == 8 and state["optimizer"]["state"][0]["step"] == 7
+
+
+def test_too_many_nans_in_a_row_end_the_run_with_the_last_checkpoint_good(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "TRAIN.MAX_NONFINITE_UPDATES", "1")
+    result = runs.launch(FAULT_TRAIN, args, env={"FAULT": "nan:0:5+"})
+    assert result.returncode == 2
+    assert re.fullmatch(r"fault_train.py: error: update 6 skipped: .* 2 in a row.*", result.stderr.splitlines()[-1])
+    state = load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")
+    assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "500")
+    with Launched("train.py", args) as run:
+        run.until(r"Train: \[0/500\]\[1/4\]")
+        second = runs.launch("train.py", args)
+        assert second.returncode == 2
+        assert f"is being written by process {pid_of(tmp_path, 0)}" not in second.stderr  # the log names the second
+        assert re.search(r"is being written by process \d+ on \S+; give this run another --tag", second.stderr)
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.finish()
+    with Launched("train.py", args) as run:
+        run.until(r"Train: \[\d+/500\]\[\d/4\]")
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
+def test_the_released_commands(data, tmp_path, two_processes, launcher):
+    """As the released README has them, but for paths, the number of processes and a smaller network."""
+    import sys
+
+    use_env = ["--use_env"] if launcher.endswith("launch") else []
+    head = [sys.executable, "-m", launcher, "--nproc_per_node", "2", "--nnodes", "1", *use_env]
+    released = ["--data-path", str(data), "--batch-size", "2", "--output", str(tmp_path), "--cfg"]
+    released += ["./configs/groupmixformer_small.yaml", "--model-type", "groupmixformer", "--model-file"]
+    released += ["groupmixformer.py", "--tag", "groupmixformer_small"]
+    smaller = [
+        "--opts",
+        *runs.TINY,
+        "MODEL.NAME",
+        "groupmixformer_small",
+        "TRAIN.EPOCHS",
+        "1",
+        "TRAIN.WARMUP_EPOCHS",
+        "0",
+    ]
+    env = runs.environment() | {"MASTER_PORT": "0"}
+    train_command = [*head, "--master_port", "0", "train.py", *released, *smaller]
+    trained = subprocess.run(train_command, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=180)
+    assert trained.returncode == 0, trained.stderr
+    folder = tmp_path / "groupmixformer_small" / "groupmixformer_small"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "log_rank0.txt", "log_rank1.txt", "ckpt_epoch_0.pth", "ckpt_best.pth"} <= names
+    assert "groupmixformer.py" in names and any(name.startswith("events.out.tfevents") for name in names)
+    weights = ["--resume", str(folder / "ckpt_best.pth")]
+    test_command = [*head, "--master_port", "0", "test.py", *released, *weights, *smaller]
+    tested = subprocess.run(test_command, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=180)
+    assert tested.returncode == 0, tested.stderr
+    assert re.fullmatch(r" \* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}", tested.stdout.splitlines()[-1])
