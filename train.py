@@ -13,7 +13,6 @@ from data import (
     build_eval_loader,
     build_mixup,
     check_val_classes,
-    fingerprint,
     open_split,
     usable_workers,
 )
@@ -31,11 +30,11 @@ from utils.engine import (
 )
 from utils.evaluation import run_evaluation
 from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
-from utils.logging import TensorBoard, write_config
+from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
-from utils.resume import Saver, load_resume, restore
+from utils.resume import Saver, identify_images, load_resume, restore
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
-from utils.session import run_script, start_session
+from utils.session import describe_run, run_script, start_session
 
 
 def main() -> None:
@@ -53,13 +52,13 @@ def main() -> None:
     train_source, val_source = open_split(config, "train", *share), open_split(config, "val", *share)
     check_val_classes(config, train_source, val_source)
     config = with_num_classes(config, len(train_source.classes))
-    images = fingerprint(train_source)
     pin_memory = processes.device.type == "cuda"
     samples_log = folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
     data = TrainingData(
         config, train_source, *share, pin_memory, logger.warning, quiet_loader_worker, samples_log=samples_log
     )
     val_loader = build_eval_loader(config, val_source, *share, pin_memory, quiet_loader_worker)
+    images = identify_images(config, data, processes.world_size)
     mixup = build_mixup(config)
     logger.info(
         f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
@@ -98,7 +97,7 @@ def main() -> None:
     saver = Saver(session, config, trainer, progress, images)
     board = TensorBoard(folder, processes.is_main, trainer.num_updates)
     if processes.is_main:
-        write_config(folder, config)
+        describe_run(config, folder)
     logger.info(
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
         f"{rates.warmup:g} -> {rates.base:g} -> {rates.minimum:g} for global batch "
@@ -109,7 +108,7 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------------------- loop
     networks = {"raw": network} | ({"ema": trainer.ema.module} if trainer.ema is not None else {})
     try:
-        with session.watch.naming_lost_processes(lambda: trainer.num_updates):
+        with session.watch.naming_lost_processes():
             for epoch in range(progress.next_epoch, config.TRAIN.EPOCHS):
                 train_loss = train_one_epoch(session, trainer, progress, data, board, saver.after_update)
                 results = {}
@@ -124,12 +123,13 @@ def main() -> None:
                 progress.begin_epoch(epoch + 1)
                 saver.after_epoch(epoch, is_best)
     except StopRequested:
-        path = saver.save_position()
+        path = saver.stop()
         logger.info(f"stopped by request at update {trainer.num_updates}, saved {path}; the same command continues")
         exit_stopped()
+    finally:
+        board.close()
 
     # ------------------------------------------------------------------------------------------------------------ close
-    board.close()
     logger.info(
         f"{config.TRAIN.EPOCHS} epochs done: best Acc@1 {progress.max_accuracy:.3f} ({progress.best_weights} weights), "
         f"run folder {folder}"

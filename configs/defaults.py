@@ -123,6 +123,7 @@ _C.SAVE_EVERY_MINUTES = 0.0  # also save within an epoch, every so many minutes;
 _C.LOG_SAMPLES = False  # write the images of every update to samples_rank<r>.txt in the run folder
 _C.PRINT_FREQ = 10  # updates between log lines
 _C.SEED = 0  # of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth
+_C.DETERMINISTIC = False  # on GPUs, only kernels that give the same bits every time; slower
 _C.DIST_TIMEOUT_SECONDS = 600  # how long a process waits for the others before it gives up
 _C.EVAL_MODE = False  # evaluate only
 _C.THROUGHPUT_MODE = False  # measure images/s only

@@ -24,8 +24,6 @@ import signal
 import stat
 import statistics
 import sys
-import time
-import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,7 +88,7 @@ LINES_PER_KIND = 10  # on the console
 
 MAX_FILE_BYTES = 512 * 2**20  # larger files are named, not read
 WORKER_MEMORY_BYTES = 4 * 2**30  # that a process may take for decoding; Pillow's own limit on pixels comes first
-SECONDS_PER_FILE = 120  # then the process that reads it is replaced
+SECONDS_PER_FILE = 120  # then the process that reads it is ended, and replaced
 ATTEMPTS = 2  # a file is blamed only if a second process dies of it too: the first may have been killed from outside
 FILES_PER_MESSAGE = 16
 RESIZED_SHORT_SIDE = 256  # pixels; what validation resizes to
@@ -545,7 +543,7 @@ def _one_line(error: BaseException) -> str:
 def inspect_all(root: Path, listing: Listing, workers: int) -> Iterator[tuple[int, Inspection]]:
     """Inspect every file of the listing in `workers` processes: yields (index of the file, result) in any order.
 
-    A process that dies, or is stuck with one file for SECONDS_PER_FILE, is replaced; nothing but that file is lost.
+    A process that dies, or takes SECONDS_PER_FILE for one file, is replaced; nothing but that file is lost.
     """
     files, archives = listing.files, listing.archives
     queue, attempts = deque(range(len(files))), Counter[int]()
@@ -558,10 +556,8 @@ def inspect_all(root: Path, listing: Listing, workers: int) -> Iterator[tuple[in
                 worker = _Worker(root, listing, list(active))
                 active[worker.pipe] = worker
                 worker.send(queue)
-            ready = set(wait(list(active), timeout=1))
-            for pipe, worker in list(active.items()):
-                if pipe not in ready and not worker.is_stuck():
-                    continue
+            for pipe in wait(list(active)):
+                worker = active[pipe]
                 result = worker.receive()
                 if result is not None:
                     yield result
@@ -593,7 +589,6 @@ class _Worker:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
         self.pending: deque[int] = deque()
-        self.since = time.monotonic()
         # Each process closes what it inherits of the others' pipes: else the death of the parent would go unnoticed.
         arguments = (root, listing.files, listing.archives, theirs, [self.pipe, *other_pipes])
         self.process = context.Process(target=_work, args=arguments, daemon=True)
@@ -603,36 +598,28 @@ class _Worker:
     def send(self, queue: deque[int]) -> bool:
         """Hand over the next files; False where there are none."""
         self.pending.extend(queue.popleft() for _ in range(min(FILES_PER_MESSAGE, len(queue))))
-        self.since = time.monotonic()
         with contextlib.suppress(OSError):  # it has died: that shows at the next receive
             self.pipe.send(list(self.pending))
         return bool(self.pending)
 
     def receive(self) -> tuple[int, Inspection] | None:
-        """The next result; None where none will come, because the process has died or is stuck."""
+        """The next result; None where the process has died."""
         try:
-            if not self.pipe.poll():
-                return None
             result = self.pipe.recv()
         except (EOFError, OSError):
             return None
         self.pending.popleft()
-        self.since = time.monotonic()
         return result
-
-    def is_stuck(self) -> bool:
-        return bool(self.pending) and time.monotonic() - self.since > SECONDS_PER_FILE
 
     def close(self) -> str:
         """End the process; returns how it ended."""
-        is_stuck = self.is_stuck()
         self.pipe.close()
         self.process.kill()  # one that has died keeps its own exit status
-        self.process.join(timeout=5)  # one that hangs in a file system that does not answer cannot be waited for
+        self.process.join()
         code = self.process.exitcode
-        if is_stuck:
+        if code == -signal.SIGALRM:
             return f"took longer than {SECONDS_PER_FILE} s"
-        if code is not None and code < 0:
+        if code < 0:
             return f"the process that read it died of signal {-code} ({signal.Signals(-code).name})"
         return f"the process that read it ended with status {code}"
 
@@ -648,16 +635,19 @@ def _work(
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also in the midst of a decoder
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # libtiff and libpng write there about each damaged file
+        os.dup2(nowhere.fileno(), 2)  # libtiff and others write there about each damaged file
     _limit_memory()
     for name, archive in archives.items():
         archive.fp = (root / name).open("rb")  # a handle that crosses a fork shares its position with the parent
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         while True:
             for index in pipe.recv():
-                pipe.send((index, inspect_file(root, files[index], archives)))
+                signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_FILE)
+                inspection = inspect_file(root, files[index], archives)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                pipe.send((index, inspection))
 
 
 def _limit_memory() -> None:

@@ -165,7 +165,8 @@ def fingerprint(source: Source) -> str:
     """
     digest = hashlib.sha256()
     for path, label in source.samples:
-        digest.update(f"{label}\t{'/'.join(Path(path).parts[-2:])}\n".encode())
+        name = "/".join(path.replace(os.sep, "/").rsplit("/", 2)[-2:])
+        digest.update(f"{label}\t{name}\n".encode())
     return digest.hexdigest()
 
 

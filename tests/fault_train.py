@@ -2,11 +2,13 @@
 
 nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
+slow-save                saving waits for the file "go on" in the output folder
 frozen-norms             batch norms use their running statistics in training too
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-from utils import engine
+from utils import engine, resume
 from utils.session import run_script
 
 kind, *where = os.environ["FAULT"].split(":")
@@ -32,6 +34,16 @@ if kind == "nan":
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = poisoned
+elif kind == "slow-save":
+    save = resume.save_checkpoint
+
+    def slow_save(state, path):
+        print("saving slowly", flush=True)
+        while not (path.parents[2] / "go on").exists():
+            time.sleep(0.01)  # what the test holds, and lets go
+        save(state, path)
+
+    resume.save_checkpoint = slow_save
 elif kind == "frozen-norms":
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 

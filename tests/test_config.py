@@ -628,11 +628,11 @@ def test_variants_have_the_numbers_of_the_network(make_config):
 
 
 def test_config_json_round_trip(tmp_path, make_config):
-    from utils.logging import write_config
+    from utils.session import describe_run
 
     opts = ["TRAIN.WARMUP_LR", "5e-7", "AUG.CUTMIX_MINMAX", "[0.2,0.8]", "TRAIN.OPTIMIZER.BETAS", "(0.9,0.95)"]
     config = make_config("--tag", "très long", "--data-path", "1e3", "--zip", "--opts", *opts)
-    write_config(tmp_path, config)
+    describe_run(config, tmp_path)
     json.loads((tmp_path / "config.json").read_text())
     again = make_config("--cfg", str(tmp_path / "config.json"))
     assert to_dict(again) == to_dict(config)

@@ -169,6 +169,11 @@ def link(path: str, target: str) -> Callable[[Path], None]:
     return lambda root: (root / path).symlink_to(target)
 
 
+def linked_twice(root: Path) -> None:
+    write("train/dog/a/0.JPEG", photo(70))(root)
+    (root / "train" / "dog" / "z").symlink_to("a")
+
+
 def flat_val(root: Path) -> None:
     for path in sorted((root / "val").rglob("*.JPEG")):
         path.rename(root / "val" / f"{path.parent.name}{path.name}")
@@ -211,6 +216,7 @@ DEFECTS = [
     ("link-loop", "train/cat/x.JPEG", "leads to x.JPEG", link("train/cat/x.JPEG", "x.JPEG")),
     ("link-loop", "train/dog/again", "leads to ../..", link("train/dog/again", "../..")),
     ("link-loop", "train/emu", "leads to .", link("train/emu", ".")),
+    ("link-loop", "train/dog/z", "leads to a, which is listed already", linked_twice),
     ("special-file", "train/cat/x.JPEG", "not a regular file", lambda root: os.mkfifo(root / "train/cat/x.JPEG")),
     ("special-file", "train/cat/socket.JPEG", "not a regular file", make_socket),
     ("zero-byte", "train/cat/x.JPEG", "0 bytes", write("train/cat/x.JPEG", b"")),
@@ -425,6 +431,21 @@ def test_each_defect_of_zip_files_is_named(zip_root, capsys, kind, path, reason,
     assert not (zip_root.parent / "evil").exists()
 
 
+def test_member_named_twice_is_one_problem(zip_root, capsys):
+    append_to_map("cat/0.JPEG\t0\n")(zip_root)
+    assert list(Result(zip_root, capsys, "--zip").problems) == [("map-line", "val_map.txt:5")]
+
+
+def test_workers_read_one_zip_file_at_once(zip_root, capsys, monkeypatch):
+    monkeypatch.setattr(check, "FILES_PER_MESSAGE", 1)
+    members = {f"cat/many{number}.JPEG": photo(3000 + number) for number in range(300)}
+    replace_zip(zip_root, "train", members)
+    with (zip_root / "train_map.txt").open("a") as file:
+        file.writelines(f"{name}\t0\n" for name in members)
+    result = Result(zip_root, capsys, "--zip", "--workers", "4")
+    assert result.json["problems"] == [] and result.json["modes"] == {"RGB": 310}
+
+
 def test_zip_bomb_is_not_unpacked(zip_root, capsys, monkeypatch):
     monkeypatch.setattr(check, "MAX_FILE_BYTES", 2**20)
     replace_zip(zip_root, "train", {"cat/0.JPEG": bytes(2**20 + 1)})
@@ -469,10 +490,21 @@ def test_memory_limit_binds_the_decoder(root, capsys, monkeypatch):
     assert len(result.problems) == 1
 
 
+def test_elongated_image_harms_validation_only(root, capsys):
+    write("train/cat/x.png", bomb(4000, 1))(root)  # training crops and resizes to a fixed size at once
+    assert Result(root, capsys).json["problems"] == []
+
+
 def replace_decoder(monkeypatch: pytest.MonkeyPatch, victim: bytes, act: Callable[[], object]) -> None:
     """Workers are forked, so they too decode `victim` by calling `act`."""
     decode_image = check.decode_image
     monkeypatch.setattr(check, "decode_image", lambda content: act() if content == victim else decode_image(content))
+
+
+def test_decoders_print_nothing(root, capfd, monkeypatch):
+    replace_decoder(monkeypatch, photo(1), lambda: os.write(2, b"libtiff: the file is damaged"))
+    assert main(["--data-path", str(root), "--workers", "1"]) == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
@@ -506,7 +538,11 @@ def test_worker_that_is_killed_from_outside_costs_nothing(root, tmp_path, capsys
 def test_decoder_that_never_ends_is_ended(root, capsys, monkeypatch):
     monkeypatch.setattr(check, "SECONDS_PER_FILE", 0.2)
     replace_decoder(monkeypatch, photo(1), signal.pause)
-    result = Result(root, capsys)
+    previous = signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as the parent process may have left it
+    try:
+        result = Result(root, capsys)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
     assert result.problems == {("crash", "train/cat/1.JPEG"): "took longer than 0.2 s"}
     assert result.json["modes"] == {"RGB": 9}
 
@@ -553,6 +589,8 @@ def test_fingerprint_tells_data_sets_apart(root, tmp_path, capsys):
 
 
 def test_dataset_fingerprint_of_folders(root, tmp_path, capsys, monkeypatch):
+    for path in ("train/cat/0sub/x.JPEG", "train/cat/0sub-/x.JPEG"):  # the order of folders is not that of paths
+        write(path, photo(60))(root)
     original = dataset_fingerprint(FolderSource(root / "train"))
     assert Result(root, capsys).json["splits"]["train"]["fingerprint"] == original
     monkeypatch.chdir(root.parent)
@@ -576,6 +614,8 @@ def test_dataset_fingerprint_of_zip_files(zip_root, capsys):
     lines = (zip_root / "train_map.txt").read_text().splitlines()
     (zip_root / "train_map.txt").write_text("\n".join(lines[::-1]))
     assert dataset_fingerprint(ZipSource(zip_root, "train")) != original, "sample 0 is another image now"
+    (zip_root / "train_map.txt").write_text("\n".join(["cat/0.JPEG\t1", *lines[1:]]))
+    assert dataset_fingerprint(ZipSource(zip_root, "train")) != original, "it is of another class now"
 
 
 def test_dataset_fingerprint_takes_any_file_name(root):
@@ -615,12 +655,26 @@ def test_full_disk_is_one_line(root, capsys):
     assert capsys.readouterr().err == "data.check: error: /dev/full: cannot be written: No space left on device\n"
 
 
-def test_interrupt_ends_the_workers(root, capsys, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Jobs in the background ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_interrupt_ends_the_workers(root, capsys, monkeypatch, interruptible):
     parent = os.getpid()
     replace_decoder(monkeypatch, photo(1), lambda: (os.kill(parent, signal.SIGINT), signal.pause()))
     assert main(["--data-path", str(root), "--workers", "2"]) == 130
     assert capsys.readouterr().err == "data.check: interrupted\n"
     assert multiprocessing.active_children() == []
+
+
+def test_workers_leave_the_interrupt_to_their_parent(root, capsys, monkeypatch, interruptible):
+    monkeypatch.setattr(check, "ATTEMPTS", 1)
+    replace_decoder(monkeypatch, photo(1), lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert Result(root, capsys).exit_code == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for processes that are not its own children")

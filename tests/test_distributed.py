@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,8 +198,8 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line(data, tmp_path):
         workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         os.kill(int(workers[0]), signal.SIGKILL)
         status, output = run.finish()
-    assert status == 2
-    assert output.splitlines()[-1].startswith("train.py: error: a loader worker was lost: DataLoader worker")
+    assert status == 2, output
+    assert output.splitlines()[-1].startswith("train.py: error: a loader worker was lost: ")
     assert "Traceback" not in output
 
 
@@ -238,11 +240,15 @@ def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
         run.until(r"Train: \[\d+/500\]\[\d/4\]")
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
 def test_the_released_commands(data, tmp_path, two_processes, launcher):
     """As the released README has them, but for paths, the number of processes and a smaller network."""
-    import sys
-
     use_env = ["--use_env"] if launcher.endswith("launch") else []
     head = [sys.executable, "-m", launcher, "--nproc_per_node", "2", "--nnodes", "1", *use_env]
     released = ["--data-path", str(data), "--batch-size", "2", "--output", str(tmp_path), "--cfg"]
@@ -258,8 +264,8 @@ def test_the_released_commands(data, tmp_path, two_processes, launcher):
         "TRAIN.WARMUP_EPOCHS",
         "0",
     ]
-    env = runs.environment() | {"MASTER_PORT": "0"}
-    train_command = [*head, "--master_port", "0", "train.py", *released, *smaller]
+    env = runs.environment()
+    train_command = [*head, "--master_port", free_port(), "train.py", *released, *smaller]
     trained = subprocess.run(train_command, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=180)
     assert trained.returncode == 0, trained.stderr
     folder = tmp_path / "groupmixformer_small" / "groupmixformer_small"
@@ -267,7 +273,22 @@ def test_the_released_commands(data, tmp_path, two_processes, launcher):
     assert {"config.json", "log_rank0.txt", "log_rank1.txt", "ckpt_epoch_0.pth", "ckpt_best.pth"} <= names
     assert "groupmixformer.py" in names and any(name.startswith("events.out.tfevents") for name in names)
     weights = ["--resume", str(folder / "ckpt_best.pth")]
-    test_command = [*head, "--master_port", "0", "test.py", *released, *weights, *smaller]
+    test_command = [*head, "--master_port", free_port(), "test.py", *released, *weights, *smaller]
     tested = subprocess.run(test_command, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=180)
     assert tested.returncode == 0, tested.stderr
     assert re.fullmatch(r" \* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}", tested.stdout.splitlines()[-1])
+
+
+def test_a_stop_waits_for_the_checkpoint(data, tmp_path):
+    """The first process that ends lets torchrun end all: none may end before the main one has saved."""
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500")
+    with Launched(FAULT_TRAIN, args, processes=2, env={"FAULT": "slow-save"}) as run:
+        run.until(r"Train: \[0/500\]\[1/4\]")
+        os.kill(pid_of(tmp_path, 1), signal.SIGUSR1)
+        run.until("saving slowly")
+        assert is_running(pid_of(tmp_path, 1)), "process 1 must wait"
+        (tmp_path / "go on").touch()
+        run.finish()
+    log = (runs.run_folder(tmp_path) / "log_rank1.txt").read_text()
+    (saved,) = re.findall(r"stopped by request at update \d+, saved (\S+);", log)
+    assert load_file(saved)["num_updates"] > 0

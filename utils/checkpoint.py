@@ -3,18 +3,22 @@
 A training checkpoint is a dict with
 
     model, model_ema   state dicts of the raw network and of its moving average (model_ema only where EMA is on)
-    optimizer, lr_scheduler, scaler   their state dicts
+    optimizer, scaler  their state dicts
+    lr_scheduler       likewise, for readers of released files: here the learning rate is a function of the update
     epoch              the epoch it was taken in, counted from 0
-    next_epoch, next_update   where training goes on: the update of that epoch, counted from 0
-    num_updates        optimizer updates done since the start
-    max_accuracy       best top-1 so far, raw or EMA, percent; best_weights says which of the two ('raw', 'ema')
-    global_batch, world_size   images of an update, processes
+    num_updates        updates since the start of the run
+    max_accuracy       best top-1 so far, percent; best_weights says of which weights ('raw', 'ema')
+    is_best            whether it is the run's best one so far
+    progress           where training goes on and what the epoch has seen so far (`utils.engine.Progress`)
+    global_batch, world_size, data_order, data_fingerprint   what decides which images an update sees
     config             the resolved configuration as YAML text
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
 or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping.
 """
 
+import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -63,10 +67,12 @@ def lock_run_folder(folder: Path) -> int:
     The kernel drops the lock with the process, so a killed run leaves nothing to clear away but half-written files,
     which go now. Raises UserError where another run holds the folder, naming it.
     """
-    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
         holder = os.read(descriptor, 200).decode().strip() or "another process"
         os.close(descriptor)
         raise UserError(
@@ -94,7 +100,8 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         needed = sum(tensor.nbytes for tensor in _tensors(state))
         raise UserError(
             f"{path}: cannot be written ({_first_line(error)}); it needs about {needed / 2**20:.0f} MiB, "
@@ -115,7 +122,8 @@ def keep_as_best(path: Path) -> None:
         os.replace(partial, best)
         _sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{best}: cannot be written ({_first_line(error)})") from None
 
 
@@ -177,7 +185,7 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
         origin: the file's name, for messages.
     """
     if which == "best":
-        which = checkpoint.get("best_weights", "raw")
+        which = checkpoint.get("best_weights") or "raw"
     if which == "ema":
         if not isinstance(checkpoint.get("model_ema"), dict):
             raise UserError(f"{origin}: holds no EMA weights (model_ema); use --weights raw")

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from configs import UserError
 from data import TRAINING_STEP, TrainingData, seed_everything
 
 from .distributed import sum_over_processes, unwrap
@@ -91,16 +90,26 @@ class Progress:
     next_update: int = 0
     loss_sum: float = 0.0  # over the updates of this epoch so far, each the mean over the processes
     norm_sum: float = 0.0  # likewise, gradient norms
+    counted: int = 0  # updates that those two are over: skipped ones are not
     max_accuracy: float = 0.0  # best top-1 so far, raw or EMA, percent
-    best_weights: str = "raw"  # which of the two it was: 'raw' or 'ema'
+    best_weights: str = ""  # which of the two it was: 'raw' or 'ema'; '' before the first evaluation
     nonfinite_in_a_row: int = 0  # updates skipped just now
 
     def begin_epoch(self, epoch: int) -> None:
-        self.next_epoch, self.next_update, self.loss_sum, self.norm_sum = epoch, 0, 0.0, 0.0
+        self.next_epoch, self.next_update = epoch, 0
+        self.loss_sum, self.norm_sum, self.counted = 0.0, 0.0, 0
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss_sum / self.counted if self.counted else math.nan
+
+    @property
+    def mean_norm(self) -> float:
+        return self.norm_sum / self.counted if self.counted else math.nan
 
     def record(self, accuracy: float, weights: str) -> bool:
         """Note an accuracy of 'raw' or 'ema' weights; True where it is the best so far."""
-        if accuracy <= self.max_accuracy:
+        if self.best_weights and accuracy <= self.max_accuracy:
             return False
         self.max_accuracy, self.best_weights = accuracy, weights
         return True
@@ -141,9 +150,9 @@ def train_one_epoch(
         trainer.scaler.unscale_(trainer.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf).item()
         verdict = watch.conclude_update(loss.item(), grad_norm)
-        if not verdict.nonfinite_ranks or trainer.scaler.is_enabled():  # under loss scaling the scaler skips by itself
+        if not verdict.nonfinite_ranks:
             trainer.scaler.step(trainer.optimizer)
-            trainer.scaler.update()
+        trainer.scaler.update()
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.num_updates += 1
         if verdict.nonfinite_ranks:
@@ -155,6 +164,7 @@ def train_one_epoch(
                 trainer.ema.update(trainer.network, step=trainer.num_updates)
             progress.loss_sum += verdict.loss
             progress.norm_sum += grad_norm
+            progress.counted += 1
         progress.next_update = update + 1
 
         if console.step():
@@ -163,9 +173,8 @@ def train_one_epoch(
         if verdict.stop:
             raise StopRequested
     seconds = console.close()
-    mean_loss = progress.loss_sum / data.updates_per_epoch
-    session.logger.info(f"EPOCH {epoch} training takes {seconds:.1f} s, mean loss {mean_loss:.4f}")
-    return mean_loss
+    session.logger.info(f"EPOCH {epoch} training takes {seconds:.1f} s, mean loss {progress.mean_loss:.4f}")
+    return progress.mean_loss
 
 
 def _accumulate_gradients(
@@ -183,7 +192,7 @@ def _accumulate_gradients(
             board.images("train/images", images, 0)
         is_last = step == config.TRAIN.ACCUMULATION_STEPS - 1
         if is_last:
-            session.watch.arrive(trainer.num_updates)
+            session.watch.arrive()
         with _gradient_sync(trainer.model, enabled=is_last):
             with trainer.precision.autocast():
                 loss = trainer.criterion(trainer.model(images), targets) / config.TRAIN.ACCUMULATION_STEPS
@@ -206,9 +215,9 @@ def _report_update(
     loss: float,
     grad_norm: float,
 ) -> None:
-    config, done = session.config, progress.next_update
+    config = session.config
     speed = console.line(
-        f"loss {loss:.4f} ({progress.loss_sum / done:.4f})\tgrad_norm {grad_norm:.4f} ({progress.norm_sum / done:.4f})"
+        f"loss {loss:.4f} ({progress.mean_loss:.4f})\tgrad_norm {grad_norm:.4f} ({progress.mean_norm:.4f})"
         f"\tmem {peak_memory_mib(session.processes.device):.0f}MB",
         config.DATA.BATCH_SIZE * session.processes.world_size * config.TRAIN.ACCUMULATION_STEPS,
         trainer.lr,
@@ -250,7 +259,7 @@ class Evaluation:
 
     acc1: float  # percent
     acc5: float  # percent
-    loss: float  # mean cross-entropy
+    loss: float  # mean cross-entropy; not finite where an output is not
     count: int  # images
 
 
@@ -262,7 +271,7 @@ def evaluate(
 
     With fewer than five classes, top-5 means all of them. `network` is the bare network: shares differ in length,
     so its forward pass must not wait for other processes.
-    Raises StopRequested, on all processes, where one was asked to stop, and UserError where outputs are not finite.
+    Raises StopRequested, on all processes, where one was asked to stop.
     """
     processes, logger = session.processes, session.logger
     network.eval()
@@ -290,7 +299,7 @@ def evaluate(
     console.close()
     hits1, hits5, loss_sum, count = sum_over_processes(sums, processes).tolist()
     if not math.isfinite(loss_sum):
-        raise UserError(f"evaluation gave a loss of {loss_sum} over {count:.0f} images: the weights are damaged")
+        logger.warning(f"outputs are not finite: loss {loss_sum} over {count:.0f} images")
     result = Evaluation(100 * hits1 / count, 100 * hits5 / count, loss_sum / count, int(count))
     logger.info(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
     return result

@@ -1,5 +1,6 @@
 """What test.py does, and train.py with --eval, --throughput or --flops."""
 
+import math
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -60,7 +61,10 @@ def evaluate_weights(session: Session) -> Evaluation:
     logger.info(
         f"{len(source.samples)} images of {len(source.classes)} classes, {precision}, {usable_workers(config)} workers"
     )
-    return evaluate(session, network, loader, precision)
+    result = evaluate(session, network, loader, precision)
+    if not math.isfinite(result.loss):
+        raise UserError(f"{weights}: gives outputs that are not finite; the weights or AMP_DTYPE are at fault")
+    return result
 
 
 def report_throughput(session: Session) -> None:

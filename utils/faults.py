@@ -34,8 +34,8 @@ class StopRequested(Exception):
 class UpdateVerdict:
     """What all processes know of an update, the same on each."""
 
-    loss: float  # mean over the processes
-    nonfinite_ranks: tuple[int, ...]  # processes whose loss or gradients are not finite
+    loss: float  # mean over the processes; NaN where one is not finite
+    nonfinite_ranks: tuple[int, ...]  # processes whose loss is not finite; all, where only the gradients are not
     stop: bool  # a process was asked to stop
 
 
@@ -53,13 +53,18 @@ class Watch:
         self.processes = processes
         self.listening = False
         self.received = 0  # the signal that asked this process to stop
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._group = None
-        if processes.distributed:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._meetings = 0
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop at the next update; a second SIGINT kills."""
+        """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop at the next update; a second SIGINT kills.
+
+        All processes must call this together: it makes the group that they compare notes in.
+        """
         self.listening = True
+        if self.processes.distributed:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -74,60 +79,57 @@ class Watch:
 
     def conclude_update(self, loss: float, grad_norm: float) -> UpdateVerdict:
         """Tell the others this process's loss and gradient norm; all must call this together."""
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         world_size = self.processes.world_size
-        notes = [loss if math.isfinite(loss) else 0.0, float(self.received != 0)] + [0.0] * world_size
-        notes[2 + self.processes.rank] = float(not finite)
-        total_loss, stops, *bad = self._sum(notes)
-        ranks = tuple(rank for rank, count in enumerate(bad) if count)
-        return UpdateVerdict(total_loss / world_size, ranks, stops > 0)
+        finite = math.isfinite(loss)
+        notes = [loss if finite else 0.0, float(not math.isfinite(grad_norm)), float(self.received != 0)]
+        bad_loss = [0.0] * world_size
+        bad_loss[self.processes.rank] = float(not finite)
+        total_loss, bad_norms, stops, *bad_losses = self._sum(notes + bad_loss)
+        ranks = tuple(rank for rank, bad in enumerate(bad_losses) if bad)
+        if bad_norms and not ranks:  # gradients are averaged already: whose they were cannot be told
+            ranks = tuple(range(world_size))
+        return UpdateVerdict(math.nan if ranks else total_loss / world_size, ranks, stops > 0)
 
     def _sum(self, values: list[float]) -> list[float]:
         if self._group is None:
             return values
+        self.arrive()
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
-    def arrive(self, update: int) -> None:
-        """Note that this process is about to meet the others at this update, so that a missing one can be named."""
+    def arrive(self) -> None:
+        """Note that this process is about to meet the others, so that one that does not come can be named."""
+        self._meetings += 1
         if self._group is not None:
-            _store().set(f"arrived/{self.processes.rank}", f"{update} {socket.gethostname()}")
+            _store().set(f"meeting/{self.processes.rank}", f"{self._meetings} {socket.gethostname()}")
 
     @contextmanager
-    def naming_lost_processes(self, update_now: object) -> Iterator[None]:
-        """Turn the failure of a collective operation into one line that names who did not come.
-
-        `update_now()` gives the update that this process is in.
-        """
+    def naming_lost_processes(self) -> Iterator[None]:
+        """Turn the failure of a collective operation into one line that names who did not come."""
         try:
             yield
         except (UserError, FloatingPointError):
             raise
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                raise UserError(f"a loader worker was lost: {str(error).strip().splitlines()[0]}") from None
-            if self._group is None or not _is_communication_failure(error):
+            if self._group is None or lost_loader_worker(error) or not _is_communication_failure(error):
                 raise
-            raise UserError(
-                f"{self._who_is_missing(update_now())}: {str(error).strip().splitlines()[0][:200]}"
-            ) from None
+            raise UserError(f"{self._who_is_missing()}: {str(error).strip().splitlines()[0][:200]}") from None
 
-    def _who_is_missing(self, update: int) -> str:
+    def _who_is_missing(self) -> str:
         missing = []
         try:
             store = _store()
             store.set_timeout(timedelta(seconds=5))
             for rank in range(self.processes.world_size):
-                key = f"arrived/{rank}"
-                note = store.get(key).decode() if store.check([key]) else "-1 unknown host"
-                reached, host = note.split(" ", 1)
-                if int(reached) < update:
+                key = f"meeting/{rank}"
+                note = store.get(key).decode() if store.check([key]) else "0 unknown host"
+                count, host = note.split(" ", 1)
+                if int(count) < self._meetings:
                     missing.append(f"process {rank} on {host}")
         except RuntimeError:
-            return f"at update {update} the node of process 0 cannot be reached"
-        names = ", ".join(missing) or "another process"
-        return f"{names} was lost or too slow at update {update}"
+            return "the node of process 0 cannot be reached"
+        return f"{', '.join(missing) or 'another process'} was lost or too slow"
 
 
 class KeptStatistics:
@@ -144,6 +146,21 @@ class KeptStatistics:
         torch._foreach_copy_(self._buffers, self._copies)
 
 
+def lost_loader_worker(error: BaseException | None) -> str:
+    """One line where an exception comes from a loader worker that was lost, else ''.
+
+    It shows in several ways: torch's handler of SIGCHLD raises wherever the process is, at times on top of the
+    connection's own failure.
+    """
+    while error is not None:
+        if "DataLoader worker" in str(error) and "Caught" not in str(error):
+            return f"a loader worker was lost: {str(error).strip().splitlines()[0]}"
+        if isinstance(error, ConnectionError | EOFError):
+            return f"a loader worker was lost: {type(error).__name__} while its batch was fetched"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def exit_stopped() -> NoReturn:
     """End this process with EXIT_STOPPED, and leave word for the launcher: torchrun turns every such code into 1."""
     if path := os.environ.get("LAUNCHER_EXIT_FILE"):
@@ -152,7 +169,7 @@ def exit_stopped() -> NoReturn:
 
 
 def die_with_launcher() -> None:
-    """Let the kernel ask this process to stop when torchrun dies, so that it does not train on unseen.
+    """Let the kernel kill this process when torchrun dies, so that it does not train on unseen.
 
     Only under torchrun: a run started by hand outlives its shell, as nohup users expect.
     """
@@ -187,5 +204,5 @@ def _store() -> dist.Store:
 
 def _is_communication_failure(error: RuntimeError) -> bool:
     """Failures of gloo and NCCL; gloo raises plain RuntimeErrors."""
-    words = ("gloo", "nccl", "connection", "timed out", "timeout", "peer", "socket", "broken pipe")
+    words = ("gloo", "nccl", "timed out waiting", "connection closed by peer", "connection reset by peer")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

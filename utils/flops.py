@@ -1,8 +1,13 @@
 """FLOPs and parameters, counted by fvcore as the paper does: one multiply-add is one."""
 
+import warnings
+
 import torch
-from fvcore.nn import FlopCountAnalysis, flop_count_table, parameter_count
 from torch import nn
+
+with warnings.catch_warnings():  # fvcore compiles a loss of its own at import, with what torch deprecates
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn import FlopCountAnalysis, flop_count_table, parameter_count
 
 
 def count_flops(network: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int, str]:

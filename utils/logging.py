@@ -1,6 +1,5 @@
 """What a run tells: the log file of every process, the console, TensorBoard, and where the run came from."""
 
-import json
 import logging
 import os
 import resource
@@ -17,9 +16,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
-from yacs.config import CfgNode
 
-from configs.defaults import to_dict
 from data import denormalize
 
 from .distributed import Processes
@@ -78,11 +75,6 @@ def git_commit() -> str:
 def _git(root: Path, *args: str) -> str:
     command = ["git", "-C", str(root), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def write_config(folder: Path, config: CfgNode) -> None:
-    """Write the resolved configuration to `<folder>/config.json`, which --cfg takes as well."""
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 class ProgressLog:
@@ -144,9 +136,11 @@ class TensorBoard:
     """Event files in the run folder, written by the main process; everywhere else it does nothing."""
 
     def __init__(self, folder: Path, enabled: bool, num_updates: int = 0) -> None:
-        # What a run wrote behind the checkpoint that it continues from is hidden, not shown twice.
-        purge = num_updates if num_updates else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge) if enabled else None
+        # What a run wrote behind the checkpoint that it continues from, at later steps, is hidden, not shown twice.
+        purge = num_updates + 1 if num_updates else None
+        # The suffix keeps a run that is continued within the second from overwriting its own file.
+        suffix = f".{num_updates}"
+        self.writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix) if enabled else None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer is not None:

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from configs.defaults import config_keys, to_dict
+from data import TrainingData, fingerprint
 
 from .checkpoint import (
     BEST_NAME,
@@ -39,6 +40,7 @@ FREE_KEYS = {
     "DATA.NUM_WORKERS",
     "DATA.PIN_MEMORY",
     "DATA.ZIP_MODE",
+    "DETERMINISTIC",
     "DIST_TIMEOUT_SECONDS",
     "EVAL_MODE",
     "LOG_SAMPLES",
@@ -65,21 +67,21 @@ FREE_KEYS = {
 
 
 class Saver:
-    """Takes the checkpoints of a run; on every process but the main one it does nothing.
+    """Takes the checkpoints of a run; the main process writes them.
 
     Args:
         session: the run.
         config: its configuration, with the number of classes of the data.
         trainer, progress: the state to save.
-        data_fingerprint: of the training set (`data.fingerprint`).
+        images: what decides which images an update sees (`identify_images`).
     """
 
     def __init__(
-        self, session: Session, config: CfgNode, trainer: Trainer, progress: Progress, data_fingerprint: str
+        self, session: Session, config: CfgNode, trainer: Trainer, progress: Progress, images: dict[str, Any]
     ) -> None:
         self.session, self.config = session, config
         self.trainer, self.progress = trainer, progress
-        self.data_fingerprint = data_fingerprint
+        self.images = images
         self.last_save = time.monotonic()
 
     def after_update(self) -> None:
@@ -87,34 +89,42 @@ class Saver:
         every, minutes = self.config.SAVE_EVERY_UPDATES, self.config.SAVE_EVERY_MINUTES
         due = every > 0 and self.trainer.num_updates % every == 0
         due |= minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
-        if due:
-            self.save_position()
-
-    def save_position(self) -> Path | None:
-        """Save where the run stands, in the middle of an epoch or between training and validation."""
-        path = checkpoint_path(self.session.folder, self.progress.next_epoch, self.progress.next_update)
-        return self._save(path)
+        if due and self.session.processes.is_main:
+            self._save_position()
 
     def after_epoch(self, epoch: int, is_best: bool) -> None:
-        """Save behind an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far."""
-        if (epoch + 1) % self.config.SAVE_FREQ == 0 or epoch + 1 == self.config.TRAIN.EPOCHS:
-            path = self._save(checkpoint_path(self.session.folder, epoch))
-            if path is not None and is_best:
-                keep_as_best(path)
-        elif is_best:
-            self._save(self.session.folder / BEST_NAME)
+        """Save behind an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far.
 
-    def _save(self, path: Path) -> Path | None:
-        if not self.session.processes.is_main:
-            return None
-        save_checkpoint(self._state(), path)
+        All processes call this and wait for the main one, as at `stop`.
+        """
+
+        def save() -> None:
+            if (epoch + 1) % self.config.SAVE_FREQ == 0 or epoch + 1 == self.config.TRAIN.EPOCHS:
+                path = self._save(checkpoint_path(self.session.folder, epoch), is_best)
+                if is_best:
+                    keep_as_best(path)
+            elif is_best:
+                self._save(self.session.folder / BEST_NAME, is_best)
+
+        decide_on_main(save, self.session.processes)
+
+    def stop(self) -> Path:
+        """Save where the run stands; returns once it is on disk, on every process: the first to end ends them all."""
+        return decide_on_main(self._save_position, self.session.processes)
+
+    def _save_position(self) -> Path:
+        """Save in the middle of an epoch or between training and validation."""
+        return self._save(checkpoint_path(self.session.folder, self.progress.next_epoch, self.progress.next_update))
+
+    def _save(self, path: Path, is_best: bool = False) -> Path:
+        save_checkpoint(self._state(is_best), path)
         prune_checkpoints(self.session.folder, self.config.SAVE_KEEP)
         self.last_save = time.monotonic()
         return path
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, is_best: bool) -> dict[str, Any]:
         """Everything that an exact continuation needs, as `utils.checkpoint` describes it."""
-        trainer, progress, world_size = self.trainer, self.progress, self.session.processes.world_size
+        trainer, progress = self.trainer, self.progress
         state = {
             "model": trainer.network.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
@@ -124,15 +134,25 @@ class Saver:
             "num_updates": trainer.num_updates,
             "max_accuracy": progress.max_accuracy,
             "best_weights": progress.best_weights,
+            "is_best": is_best,
             "progress": vars(progress).copy(),
-            "global_batch": global_batch_size(self.config, world_size),
-            "world_size": world_size,
-            "data_fingerprint": self.data_fingerprint,
+            **self.images,
             "config": yaml.safe_dump(to_dict(self.config)),
         }
         if trainer.ema is not None:
             state["model_ema"] = trainer.ema.module.state_dict()
         return state
+
+
+def identify_images(config: CfgNode, data: TrainingData, world_size: int) -> dict[str, Any]:
+    """What decides which images an update sees, for a checkpoint: it must be the same to continue."""
+    order = data.order
+    return {
+        "global_batch": global_batch_size(config, world_size),
+        "world_size": world_size,
+        "data_order": f"within shares of {world_size} processes" if order.sharded else "over all images",
+        "data_fingerprint": fingerprint(data.images.source),
+    }
 
 
 def load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
@@ -150,7 +170,12 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     own = checkpoints_of(session.folder) if config.TRAIN.AUTO_RESUME else []
     for path in reversed(own):
         try:
-            return str(path), load_file(path)
+            state = load_file(path)
+            if state.get("is_best"):  # in case the run was killed between saving it and keeping it as such
+                keep_as_best(path)
+            if config.MODEL.RESUME:
+                session.logger.info(f"--resume {config.MODEL.RESUME} is not used: the run has checkpoints of its own")
+            return str(path), state
         except UserError as error:
             session.logger.warning(f"{error.one_line()}; trying the one before")
     if own:
@@ -170,7 +195,7 @@ def restore(
     state: dict[str, Any],
     trainer: Trainer,
     updates_per_epoch: int,
-    data_fingerprint: str,
+    images: dict[str, Any],
 ) -> Progress:
     """Put a loaded training checkpoint, ours or a released one, into the trainer; returns where the run stands.
 
@@ -180,7 +205,7 @@ def restore(
     logger, world_size = session.logger, session.processes.world_size
     if "optimizer" not in state or "epoch" not in state:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
-    changes = recipe_changes(state, config, world_size, data_fingerprint)
+    changes = recipe_changes(state, config, images)
     if changes and not config.TRAIN.ALLOW_CHANGES:
         raise UserError(
             f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, continue all the same "
@@ -197,8 +222,12 @@ def restore(
     load_exactly(trainer.network, select_weights(state, "raw", path)[0], path)
     if trainer.ema is not None:
         _restore_ema(session, trainer.ema, state, path)
+    groups = trainer.optimizer.param_groups
+    options = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
     try:
         trainer.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(trainer.optimizer.param_groups, options):  # the recipe is the configuration's
+            group.update(own)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     if state.get("scaler") and trainer.scaler.is_enabled():
@@ -206,21 +235,21 @@ def restore(
 
     progress = Progress(**state.get("progress", {"next_epoch": int(state["epoch"]) + 1}))
     progress.max_accuracy = float(state.get("max_accuracy", 0.0))
-    if state.get("global_batch") not in (None, global_batch_size(config, world_size)):
-        images_seen = progress.next_update * state["global_batch"]
-        progress.next_update = min(images_seen // global_batch_size(config, world_size), updates_per_epoch)
+    images_seen = progress.next_update * state.get("global_batch", images["global_batch"])
+    progress.next_update = min(images_seen // images["global_batch"], updates_per_epoch)
     trainer.num_updates = progress.next_epoch * updates_per_epoch + progress.next_update
     logger.info(f"resumed from {path}: epoch {progress.next_epoch}, update {progress.next_update}")
     return progress
 
 
-def recipe_changes(state: dict[str, Any], config: CfgNode, world_size: int, data_fingerprint: str) -> list[str]:
+def recipe_changes(state: dict[str, Any], config: CfgNode, images: dict[str, Any]) -> list[str]:
     """What differs between the run that a checkpoint belongs to and this one, a phrase each."""
-    changes = []
-    batch = global_batch_size(config, world_size)
-    if state.get("global_batch", batch) != batch:
-        changes.append(f"global batch {state['global_batch']} -> {batch}")
-    if state.get("data_fingerprint", data_fingerprint) != data_fingerprint:
+    changes = [
+        f"{name} {state[key]} -> {images[key]}"
+        for key, name in (("global_batch", "global batch"), ("data_order", "order of images"))
+        if state.get(key, images[key]) != images[key]
+    ]
+    if state.get("data_fingerprint", images["data_fingerprint"]) != images["data_fingerprint"]:
         changes.append("the training images (names, classes or number) are not the same")
     stored = state.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program

@@ -1,7 +1,9 @@
 """How both scripts begin and end: command line, processes, run folder, logger; errors in one line."""
 
+import json
 import os
 import shutil
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,9 +16,10 @@ from yacs.config import CfgNode
 
 import models
 from configs import UserError, get_config, parse_args
+from configs.defaults import to_dict
 
 from .distributed import Processes, close_processes, init_processes
-from .faults import Watch, die_with_launcher
+from .faults import Watch, die_with_launcher, lost_loader_worker
 from .logging import create_logger, log_provenance
 
 
@@ -49,8 +52,8 @@ def start_session(description: str) -> Session:
     log_provenance(logger, processes)
     for notice in notices:
         logger.info(notice)
-    _copy_model_file(config, folder, processes)
-    torch.backends.cudnn.benchmark = True  # input sizes do not change during a run
+    _find_model_file(config)
+    _choose_kernels(config)
     return Session(args, config, processes, folder, logger, Watch(processes, config.DIST_TIMEOUT_SECONDS))
 
 
@@ -60,11 +63,17 @@ def run_script(main: Callable[[], None]) -> None:
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         main()
-    except (UserError, FloatingPointError) as error:
+    except Exception as error:
+        # torch's handler of SIGCHLD raises in whatever runs when a loader worker dies, this block included.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message = error.one_line() if isinstance(error, UserError) else lost_loader_worker(error)
+        if isinstance(error, FloatingPointError):
+            message = str(error)
+        if not message:
+            raise
         # Mistakes in the command line are found before processes meet, by every one of them: one says so.
         if torch.distributed.is_initialized() or rank == "0":
             who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
-            message = error.one_line() if isinstance(error, UserError) else str(error)
             print(f"{script}: {who}: {message}", file=sys.stderr, flush=True)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
@@ -86,11 +95,24 @@ def _run_folder(config: CfgNode) -> Path:
     return folder
 
 
-def _copy_model_file(config: CfgNode, folder: Path, processes: Processes) -> None:
-    """Copy the network's source beside the run, so that the run can be understood after the code has moved on."""
+def _find_model_file(config: CfgNode) -> Path:
+    """The network's source that MODEL_FILE names; UserError where there is none."""
     source = Path(models.__file__).parent / config.MODEL_FILE
     if not source.is_file():
         names = ", ".join(sorted(path.name for path in source.parent.glob("*.py") if path.name != "__init__.py"))
         raise UserError(f"--model-file {config.MODEL_FILE}: no such file in models/; there are {names}")
-    if processes.is_main:
-        shutil.copyfile(source, folder / source.name)
+    return source
+
+
+def describe_run(config: CfgNode, folder: Path) -> None:
+    """Write the resolved configuration to the run folder, which --cfg takes as well, and the network's source."""
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    shutil.copyfile(_find_model_file(config), folder / config.MODEL_FILE)
+
+
+def _choose_kernels(config: CfgNode) -> None:
+    """On GPUs: the fastest kernels, or with DETERMINISTIC those that give the same bits every time."""
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC
+    if config.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,285 @@
+"""What happens within a run: accumulation, the best checkpoint, TensorBoard, unreadable images, skipped updates."""
+
+import ast
+import math
+import re
+import zipfile
+
+import pytest
+import runs
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from configs import UserError
+from utils import engine, resume
+from utils.checkpoint import load_file
+from utils.faults import Watch
+
+RESULTS = ("progress", "max_accuracy", "best_weights", "is_best")
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def log_of(output):
+    return (runs.run_folder(output) / "log_rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradients_are_synchronised_once_an_update(image_folder, tmp_path, monkeypatch, group, accumulation):
+    synchronised = []
+
+    def count(state, bucket):
+        synchronised.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    def wrap(network, processes):
+        model = DistributedDataParallel(network)
+        model.register_comm_hook(None, count)
+        return model
+
+    monkeypatch.setattr(train, "wrap_distributed", wrap)
+    opts = ("DATA.BATCH_SIZE", "2", "TRAIN.ACCUMULATION_STEPS", str(accumulation), *("TRAIN.EPOCHS", "1"))
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, *opts, "TRAIN.WARMUP_EPOCHS", "0")) == 0
+    assert synchronised.count(0) == 18 // (2 * accumulation), "the first bucket, once an update"
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(image_folder, tmp_path, monkeypatch):
+    """Two batches of two give the gradients of one of four, batch norms frozen and nothing random."""
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
+    weights = []
+    for batch, accumulation in (("4", "1"), ("2", "2")):
+        opts = (*runs.PLAIN, "DATA.BATCH_SIZE", batch, "TRAIN.ACCUMULATION_STEPS", accumulation)
+        output = tmp_path / batch
+        assert runs.train_here(monkeypatch, runs.arguments(image_folder, output, *opts)) == 0
+        weights.append(load_file(runs.run_folder(output) / "ckpt_epoch_1.pth")["model"])
+        lines = re.findall(r"lr ([\d.]+)", log_of(output))
+        assert len(lines) == 8, "the schedule moves once an update"
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_once_over_the_whole_update(image_folder, tmp_path, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def clip_and_note(parameters, limit):
+        norm = clip(parameters, limit)
+        after = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]))
+        norms.append((float(norm), float(after), limit))
+        return norm
+
+    monkeypatch.setattr(engine.nn.utils, "clip_grad_norm_", clip_and_note)
+    opts = ("TRAIN.CLIP_GRAD", "0.5", "DATA.BATCH_SIZE", "2", "TRAIN.ACCUMULATION_STEPS", "2", "TRAIN.EPOCHS", "2")
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, *opts)) == 0
+    assert len(norms) == 8 and all(limit == 0.5 for *_, limit in norms)
+    assert all(after <= 0.5 + 1e-4 for _, after, _ in norms) and any(norm > 0.5 for norm, *_ in norms)
+
+
+def test_ema_never_changes_the_raw_weights(image_folder, tmp_path, monkeypatch):
+    digests = set()
+    for enabled in ("True", "False"):
+        output = tmp_path / enabled
+        runs.train_here(monkeypatch, runs.arguments(image_folder, output, "EMA.ENABLED", enabled))
+        path = runs.run_folder(output) / "ckpt_epoch_1.pth"
+        state = load_file(path)
+        assert ("model_ema" in state) == (enabled == "True")
+        digests.add(runs.digest(path, leave_out=[*RESULTS, *({"model_ema"} & set(state))]))
+    assert len(digests) == 1
+
+
+@pytest.fixture
+def planned_accuracies(monkeypatch):
+    """Let the evaluations of a run give these accuracies, raw and EMA by turns."""
+
+    def plan(*accuracies):
+        queue = iter(accuracies)
+        monkeypatch.setattr(train, "evaluate", lambda *_: engine.Evaluation(next(queue), 100.0, 1.0, 6))
+
+    return plan
+
+
+def test_the_best_of_raw_and_ema_is_kept_and_says_which(image_folder, tmp_path, monkeypatch, planned_accuracies):
+    planned_accuracies(50.0, 40.0, 60.0, 70.0, 65.0, 70.0)
+    args = runs.arguments(image_folder, tmp_path, "TRAIN.EPOCHS", "3", "SAVE_KEEP", "1")
+    assert runs.train_here(monkeypatch, args) == 0
+    best = load_file(runs.run_folder(tmp_path) / "ckpt_best.pth")
+    assert (best["epoch"], best["max_accuracy"], best["best_weights"]) == (1, 70.0, "ema")
+    assert sorted(p.name for p in runs.run_folder(tmp_path).glob("ckpt*")) == ["ckpt_best.pth", "ckpt_epoch_2.pth"]
+
+
+def test_an_accuracy_of_zero_has_a_best_checkpoint_too(image_folder, tmp_path, monkeypatch, planned_accuracies):
+    planned_accuracies(0.0, 0.0, 0.0, 0.0)
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path)) == 0
+    assert load_file(runs.run_folder(tmp_path) / "ckpt_best.pth")["epoch"] == 0
+
+
+def test_the_best_is_kept_although_the_run_was_killed_just_before(
+    image_folder, tmp_path, monkeypatch, planned_accuracies
+):
+    planned_accuracies(50.0, 40.0, 10.0, 10.0)
+    args = runs.arguments(image_folder, tmp_path)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "keep_as_best", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train_here(patch, args)
+    planned_accuracies(10.0, 10.0)
+    assert runs.train_here(monkeypatch, args) == 0
+    assert load_file(runs.run_folder(tmp_path) / "ckpt_best.pth")["epoch"] == 0
+
+
+@pytest.mark.parametrize(("frequency", "saved"), [(2, [1, 2]), (3, [2])])
+def test_save_frequency(image_folder, tmp_path, monkeypatch, frequency, saved):
+    args = runs.arguments(image_folder, tmp_path, "TRAIN.EPOCHS", "3", "SAVE_FREQ", str(frequency))
+    assert runs.train_here(monkeypatch, args) == 0
+    names = {p.name for p in runs.run_folder(tmp_path).glob("ckpt*")}
+    assert names == {"ckpt_best.pth", *(f"ckpt_epoch_{epoch}.pth" for epoch in saved)}
+
+
+def test_tensorboard_has_every_step_once_over_a_stop(image_folder, tmp_path, monkeypatch):
+    args = runs.arguments(image_folder, tmp_path)
+    assert runs.train_here(monkeypatch, args, stop_at=6) == 75
+    assert runs.train_here(monkeypatch, args) == 0
+    events = EventAccumulator(str(runs.run_folder(tmp_path))).Reload()
+    tags = events.Tags()
+    for tag in ("loss", "lr", "grad_norm", "images_per_second"):
+        assert [event.step for event in events.Scalars(f"train/{tag}")] == list(range(1, 9))
+    for tag in ("acc1_raw", "acc5_raw", "loss_raw", "acc1_ema", "acc5_ema", "loss_ema"):
+        assert [event.step for event in events.Scalars(f"val/{tag}")] == [4, 8]
+    assert tags["images"] == ["train/images"] and len(events.Images("train/images")) == 1
+
+
+def test_unreadable_training_images_are_named_and_passed_over(image_folder, tmp_path, monkeypatch):
+    broken = image_folder / "train" / "bee" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    empty = image_folder / "train" / "cat" / "0.png"
+    empty.write_bytes(b"")
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, "DATA.BATCH_SIZE", "6")) == 0
+    log = log_of(tmp_path)
+    for path, neighbour in ((broken, "3.png"), (empty, "1.png")):
+        assert len(re.findall(rf"{path}: cannot be read as an image: .*{neighbour} is seen in its place", log)) == 1
+
+
+def test_too_many_unreadable_training_images_end_the_run(image_folder, tmp_path, monkeypatch):
+    for number in range(3):
+        (image_folder / "train" / "bee" / f"{number}.png").write_text("no image")
+    with pytest.raises(UserError, match=r"3 unreadable training images.*DATA.MAX_UNREADABLE = 2"):
+        runs.train_here(
+            monkeypatch, runs.arguments(image_folder, tmp_path, "DATA.MAX_UNREADABLE", "2", "DATA.BATCH_SIZE", "6")
+        )
+
+
+def test_an_unreadable_validation_image_ends_the_evaluation(image_folder, tmp_path, monkeypatch):
+    broken = image_folder / "val" / "bee" / "1.png"
+    broken.write_bytes(b"")
+    with pytest.raises(UserError) as failure:
+        runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path))
+    assert str(broken) in failure.value.one_line()
+
+
+def test_a_skipped_update_counts_in_no_mean(image_folder, tmp_path, monkeypatch):
+    conclude = Watch.conclude_update
+    calls = []
+
+    def once_bad(self, loss, norm):
+        calls.append(loss)
+        return conclude(self, math.nan if len(calls) == 2 else loss, norm)
+
+    monkeypatch.setattr(Watch, "conclude_update", once_bad)
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path)) == 0
+    log = log_of(tmp_path)
+    assert "update 1 skipped: loss or gradients not finite on process 0, learning rate" in log
+    mean = float(re.search(r"EPOCH 0 .* mean loss ([\d.]+)", log)[1])
+    assert mean == pytest.approx((calls[0] + calls[2] + calls[3]) / 3, abs=1e-4)
+    assert "[1/4]" in log and "loss nan" in log
+
+
+def test_allowed_changes_take_effect(image_folder, tmp_path, monkeypatch):
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path), stop_at=3) == 75
+    changed = runs.arguments(image_folder, tmp_path, "TRAIN.WEIGHT_DECAY", "0.3", flags=["--allow-changes"])
+    assert runs.train_here(monkeypatch, changed) == 0
+    groups = load_file(runs.run_folder(tmp_path) / "ckpt_epoch_1.pth")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+def test_another_order_of_images_is_a_change(image_folder, tmp_path, monkeypatch):
+    zipped = tmp_path / "zipped"
+    zipped.mkdir()
+    for split in ("train", "val"):
+        files = sorted((image_folder / split).glob("*/*.png"))
+        labels = {name: i for i, name in enumerate(("ant", "bee", "cat"))}
+        with zipfile.ZipFile(zipped / f"{split}.zip", "w") as archive:
+            for file in files:
+                archive.write(file, file.relative_to(image_folder / split))
+        lines = [f"{file.relative_to(image_folder / split)}\t{labels[file.parent.name]}\n" for file in files]
+        (zipped / f"{split}_map.txt").write_text("".join(lines))
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path), stop_at=3) == 75
+    with pytest.raises(UserError, match="order of images over all images -> within shares of 1 processes"):
+        runs.train_here(monkeypatch, runs.arguments(zipped, tmp_path, flags=["--zip"]))
+    same_order = runs.arguments(zipped, tmp_path, flags=["--zip", "--cache-mode", "full"])
+    assert runs.train_here(monkeypatch, same_order) == 0
+
+
+def test_resume_flag_is_said_to_be_unused_where_the_run_has_its_own_checkpoints(image_folder, tmp_path, monkeypatch):
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path), stop_at=2) == 75
+    other = str(runs.run_folder(tmp_path) / "ckpt_epoch_0_update_2.pth")
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, flags=["--resume", other])) == 0
+    assert f"--resume {other} is not used" in log_of(tmp_path)
+
+
+def test_train_with_eval_or_pretrained_evaluates_and_does_not_train(image_folder, tmp_path, monkeypatch):
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path / "a")) == 0
+    weights = str(runs.run_folder(tmp_path / "a") / "ckpt_best.pth")
+    args = runs.arguments(image_folder, tmp_path / "b", flags=["--eval", "--pretrained", weights])
+    assert runs.train_here(monkeypatch, args) == 0
+    log = log_of(tmp_path / "b")
+    assert "Train:" not in log and re.search(r" \* Acc@1 \d+\.\d{3} Acc@5 100\.000\n$", log)
+    assert not list(runs.run_folder(tmp_path / "b").glob("ckpt*"))
+
+
+@pytest.mark.parametrize("flag", ["--throughput", "--flops"])
+def test_measurements_need_neither_data_nor_weights(tmp_path, monkeypatch, flag):
+    args = runs.arguments(tmp_path / "nowhere", tmp_path, flags=[flag])
+    assert runs.train_here(monkeypatch, args) == 0
+    expected = (
+        r"throughput [\d.]+ images/s, peak memory \d+ MiB" if flag == "--throughput" else r"GFLOPs, [\d,]+ parameters"
+    )
+    assert re.search(expected, log_of(tmp_path))
+
+
+ALLOWED_IMPORTS = {
+    "configs": {"configs"},
+    "models": {"models", "configs"},
+    "data": {"data", "configs"},
+    "utils": {"utils", "data", "models", "configs"},
+}
+
+
+@pytest.mark.parametrize("package", ALLOWED_IMPORTS)
+def test_imports_point_one_way(package):
+    own = {*ALLOWED_IMPORTS, "train", "test", "multi_machine_start"}
+    for path in (runs.ROOT / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            imported = {name.split(".")[0] for name in names} & own
+            assert imported <= ALLOWED_IMPORTS[package], f"{path.relative_to(runs.ROOT)} imports {imported}"
+
+
+def test_train_py_reads_like_a_table_of_contents():
+    text = (runs.ROOT / "train.py").read_text()
+    assert len(text.splitlines()) <= 160
+    assert len(re.findall(r"^def |^class ", text, re.MULTILINE)) == 1
+    assert (runs.ROOT / "test.py").stat().st_size < 2000
