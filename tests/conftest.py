@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,10 +40,15 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-def write_image_folder(root: Path) -> None:
+def write_image_folder(
+    root: Path,
+    classes: Sequence[str] = CLASSES,
+    train: int = TRAIN_IMAGES_PER_CLASS,
+    val: int = VAL_IMAGES_PER_CLASS,
+) -> None:
     rng = np.random.default_rng(0)
-    for split, count in (("train", TRAIN_IMAGES_PER_CLASS), ("val", VAL_IMAGES_PER_CLASS)):
-        for name in CLASSES:
+    for split, count in (("train", train), ("val", val)):
+        for name in classes:
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):

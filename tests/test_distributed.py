@@ -14,6 +14,11 @@ import torch
 from conftest import write_image_folder
 from torch.testing import assert_close
 
+from configs import get_config, parse_args, with_num_classes
+from data import open_split
+from data.datasets import ImageDataset
+from data.transforms import eval_transform
+from models import build_model
 from utils.checkpoint import load_file
 
 FAULT_TRAIN = str(Path(__file__).with_name("fault_train.py"))
@@ -95,16 +100,31 @@ def two_processes(data, tmp_path_factory):
     return output
 
 
-def test_evaluation_is_exact_on_any_number_of_processes(data, two_processes):
-    """7 images cannot be shared evenly; neither can 6 between 4."""
-    weights = str(runs.run_folder(two_processes) / "ckpt_epoch_1.pth")
-    lines = set()
-    for processes in (1, 2, 4):
-        args = runs.arguments(data, two_processes.parent / "eval", flags=["--resume", weights, "--weights", "raw"])
-        result = runs.launch("test.py", args, processes)
-        assert result.returncode == 0, result.stderr
-        lines.add(result.stdout.splitlines()[-1])
-    assert len(lines) == 1 and re.fullmatch(r" \* Acc@1 \d+\.\d{3} Acc@5 100\.000", lines.pop())
+@pytest.mark.parametrize("processes", [2, 3])
+def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, processes):
+    """22 images of 11 classes, in batches of 4: shares of 11, or of 8, 7 and 7."""
+    data, weights = tmp_path / "data", tmp_path / "weights.pth"
+    write_image_folder(data, classes="abcdefghijk", train=1, val=2)
+    args = runs.arguments(data, tmp_path, flags=["--resume", str(weights)])
+    config = with_num_classes(get_config(parse_args(args)), 11)
+    torch.manual_seed(0)
+    network = build_model(config)
+    torch.nn.init.normal_(network.head.weight)  # fresh heads rank all classes nearly alike
+    torch.save({"model": network.state_dict()}, weights)
+
+    images = ImageDataset(open_split(config, "val", 0, 1), eval_transform(config))
+    labels = torch.tensor([images[i][1] for i in range(22)])
+    with torch.no_grad():
+        ranking = network.eval()(torch.stack([images[i][0] for i in range(22)])).topk(5).indices
+    hits = [(ranking[:, :k] == labels[:, None]).sum().item() for k in (1, 5)]
+    assert 0 < hits[0] < hits[1] < 22
+
+    result = runs.launch("test.py", args, processes)
+    assert result.returncode == 0, result.stderr
+    expected = f" * Acc@1 {100 * hits[0] / 22:.3f} Acc@5 {100 * hits[1] / 22:.3f}"
+    assert result.stdout.splitlines()[-1] == expected
+    for rank in range(processes):
+        assert (runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text().endswith(expected + "\n")
 
 
 def test_two_processes_train_as_one_does(data, tmp_path):
@@ -139,6 +159,7 @@ def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(d
     assert runs.digest(ended) == runs.digest(straight)
 
 
+@pytest.mark.long
 def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_processes):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
     with Launched("train.py", args, processes=2) as run:
@@ -151,6 +172,7 @@ def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_pr
     assert samples_by_update(tmp_path, 2) == samples_by_update(two_processes, 2)
 
 
+@pytest.mark.long
 def test_a_killed_process_is_named_and_nothing_stays_behind(data, tmp_path):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "200")
     with Launched("train.py", args, processes=2) as run:
@@ -166,6 +188,7 @@ def test_a_killed_process_is_named_and_nothing_stays_behind(data, tmp_path):
         run.until(r"resumed from .*ckpt_epoch_\d+\.pth")
 
 
+@pytest.mark.long
 def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
     opts = ("DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500", "DIST_TIMEOUT_SECONDS", "5")
     with Launched("train.py", runs.arguments(data, tmp_path, *opts), processes=2) as run:
@@ -176,10 +199,11 @@ def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
         os.kill(pids[1], signal.SIGKILL)  # what torchrun does after its own grace of 30 s
         status, _ = run.finish()
     assert status != 0
-    assert re.search(r"process 1 on \S+ was lost or too slow at update \d+|another process was lost", line), line
+    assert re.search(r"process 1 on \S+ was lost or too slow", line), line
     assert not any(map(is_running, pids))
 
 
+@pytest.mark.long
 def test_workers_do_not_outlive_torchrun(data, tmp_path):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500", "DATA.NUM_WORKERS", "1")
     with Launched("train.py", args, processes=2) as run:
@@ -217,6 +241,7 @@ def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path):
     assert state["num_updates"] == 8 and state["optimizer"]["state"][0]["step"] == 7
 
 
+@pytest.mark.long
 def test_too_many_nans_in_a_row_end_the_run_with_the_last_checkpoint_good(data, tmp_path):
     args = runs.arguments(data, tmp_path, "TRAIN.MAX_NONFINITE_UPDATES", "1")
     result = runs.launch(FAULT_TRAIN, args, env={"FAULT": "nan:0:5+"})
@@ -226,6 +251,7 @@ def test_too_many_nans_in_a_row_end_the_run_with_the_last_checkpoint_good(data, 
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
 
 
+@pytest.mark.long
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     args = runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "500")
     with Launched("train.py", args) as run:
@@ -246,8 +272,10 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
-def test_the_released_commands(data, tmp_path, two_processes, launcher):
+@pytest.mark.parametrize(
+    "launcher", ["torch.distributed.launch", pytest.param("torch.distributed.run", marks=pytest.mark.long)]
+)
+def test_the_released_commands(data, tmp_path, launcher):
     """As the released README has them, but for paths, the number of processes and a smaller network."""
     use_env = ["--use_env"] if launcher.endswith("launch") else []
     head = [sys.executable, "-m", launcher, "--nproc_per_node", "2", "--nnodes", "1", *use_env]

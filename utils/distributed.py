@@ -1,6 +1,8 @@
 """This process among all, and the few collective operations that training and evaluation need."""
 
+import inspect
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,10 +79,17 @@ def wrap_distributed(network: nn.Module, processes: Processes) -> nn.Module:
     """
     if not processes.distributed:
         return network
+    # On CPU the gradients of depthwise convolutions come channels last; DDP copies them and says so at every start.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if processes.device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return DistributedDataParallel(network, device_ids=[processes.device.index], broadcast_buffers=False)
-    return DistributedDataParallel(network, broadcast_buffers=True)
+        return DistributedDataParallel(network, device_ids=[processes.device.index], **_WITHOUT_BUFFERS)
+    return DistributedDataParallel(network)
+
+
+# Synchronised running statistics need no broadcast before every forward pass. The option's name depends on torch.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

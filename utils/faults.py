@@ -204,5 +204,5 @@ def _store() -> dist.Store:
 
 def _is_communication_failure(error: RuntimeError) -> bool:
     """Failures of gloo and NCCL; gloo raises plain RuntimeErrors."""
-    words = ("gloo", "nccl", "timed out waiting", "connection closed by peer", "connection reset by peer")
+    words = ("gloo", "nccl", "timed out", "timeout", "connection", "closed by peer", "broken pipe")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
