@@ -26,12 +26,13 @@ import statistics
 import sys
 import zipfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from configs import UserError
 
 from .datasets import decode_image
-from .sources import SPLIT_NAMES, Source, open_source
+from .sources import SPLIT_NAMES, fingerprint, open_source
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVEL_TITLES = {
@@ -125,7 +126,7 @@ class Inspection(NamedTuple):
 class Split:
     name: str  # of its folder or zip file on disk
     classes: list[str]
-    fingerprint: str  # equals dataset_fingerprint of the source that training opens
+    fingerprint: str  # of paths and classes alone: what training notes in its checkpoints
     class_sizes: list[int]
     num_bytes: int = 0
 
@@ -158,25 +159,6 @@ class Report:
 
     def exit_code(self, strict: bool) -> int:
         return int(bool(self.problems if strict else self.count(ERROR)))
-
-
-# --------------------------------------------------------------------------------------------------------- fingerprints
-
-
-def dataset_fingerprint(source: Source) -> str:
-    """16 hex digits over the path and class index of every image, in order: which one is sample 7, and what it shows.
-
-    Cheap, since no file is opened. Paths count from the source's own root, so a data set that was moved stays the same.
-    """
-    prefix = f"{source.root}{os.sep}" if hasattr(source, "root") else ""
-    return _fingerprint((path.removeprefix(prefix), label) for path, label in source.samples)
-
-
-def _fingerprint(samples: Iterable[tuple[str, int]]) -> str:
-    digest = hashlib.sha256()
-    for path, label in samples:
-        digest.update(b"%s\0%d\n" % (os.fsencode(path), label))
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------------------- listing
@@ -347,6 +329,13 @@ def _why_missing(root: Path, dataset: str, split: str) -> str:
     except UserError as error:
         return error.one_line().removeprefix(f"--data-path {root}: ")
     return "was not there a moment ago"
+
+
+def _fingerprint(samples: list[tuple[str, int]]) -> str:
+    """The fingerprint of a source with these samples, (path, class index) each."""
+    # Names that are not valid UTF-8 are odd, and no reason to stop here.
+    named = [(os.fsencode(path).decode(errors="replace"), label) for path, label in samples]
+    return fingerprint(SimpleNamespace(samples=named))
 
 
 def _compare_classes(listing: Listing) -> None:
@@ -704,7 +693,7 @@ def check_data_set(
         zipped=zipped,
         splits=listing.splits,
         modes=dict(sorted(modes.items())),
-        problems=sorted(set(problems), key=lambda problem: (order[problem.kind], problem.path, problem.reason)),
+        problems=sorted(problems, key=lambda problem: (order[problem.kind], problem.path, problem.reason)),
         manifest=manifest,
         fingerprint=hashlib.sha256(manifest.encode()).hexdigest()[:16],
     )
@@ -776,7 +765,7 @@ def _describe(split: Split) -> str:
     return (
         f"{sum(sizes):,} images of {len(split.classes):,} classes, {split.num_bytes / 2**30:,.2f} GiB; "
         f"class size {min(sizes):,} / {statistics.median(sizes):,g} / {max(sizes):,} (minimum / median / maximum); "
-        f"paths and classes {split.fingerprint}"
+        f"paths and classes {split.fingerprint[:16]}"
     )
 
 

@@ -34,7 +34,7 @@ from data import build_eval_loader, open_split
 from utils import checkpoint, engine, faults
 from utils.checkpoint import BEST_NAME, checkpoints_of, load_file, lock_run_folder
 from utils.distributed import Processes
-from utils.resume import Saver
+from utils.resume import Saver, load_resume
 from utils.session import run_script
 
 KILLED = -signal.SIGKILL
@@ -219,14 +219,14 @@ class _Written:
         return self.file.write(piece)
 
 
-def state_of(number, size=1000, parts=20):
+def state_of(number, is_best=False, size=1000, parts=20):
     """A checkpoint that says everywhere which one it is."""
     model = {f"w{i}": torch.full((size,), float(number)) for i in range(parts)}
-    return {"model": model, "epoch": number, "max_accuracy": float(number), "num_updates": number}
+    return {"model": model, "epoch": number, "max_accuracy": float(number), "num_updates": number, "is_best": is_best}
 
 
 def saver_of(folder, keep=2):
-    session = SimpleNamespace(folder=folder, processes=SimpleNamespace(is_main=True))
+    session = SimpleNamespace(folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
     config = SimpleNamespace(SAVE_FREQ=1, SAVE_KEEP=keep, TRAIN=SimpleNamespace(EPOCHS=100))
     progress = SimpleNamespace(next_epoch=0, next_update=0)
     return Saver(session, config, None, progress, "")
@@ -234,15 +234,15 @@ def saver_of(folder, keep=2):
 
 def save_epoch(folder, number, is_best=True):
     saver = saver_of(folder)
-    saver._state = lambda: state_of(number)
+    saver._state = lambda is_best: state_of(number, is_best)
     saver.after_epoch(number, is_best)
 
 
 def save_update(folder, number, size=1000, parts=20):
     saver = saver_of(folder)
     saver.progress.next_epoch, saver.progress.next_update = 4, number
-    saver._state = lambda: state_of(number, size, parts)
-    saver.save_position()
+    saver._state = lambda is_best: state_of(number, is_best, size, parts)
+    saver._save_position()
 
 
 def number_in(path):
@@ -257,7 +257,13 @@ def open_folder(folder):
     """What a run does first; returns the numbers of the checkpoints that it then finds, in their order."""
     os.close(lock_run_folder(folder))
     assert not list(folder.glob("*partial*")) and not list(folder.glob(".*partial*"))
-    return [number_in(path) for path in checkpoints_of(folder)]
+    numbers = [number_in(path) for path in checkpoints_of(folder)]
+    training = SimpleNamespace(AUTO_RESUME=True)
+    config = SimpleNamespace(TRAIN=training, MODEL=SimpleNamespace(RESUME="", PRETRAINED=""))
+    logger = logging.getLogger("nowhere")
+    session = SimpleNamespace(folder=folder, processes=saver_of(folder).session.processes, config=config, logger=logger)
+    load_resume(session)
+    return numbers
 
 
 def save_where_nothing_is(folder):
@@ -291,7 +297,7 @@ def save_where_nothing_links(folder):
 def save_the_best_only(folder):
     saver = saver_of(folder)
     saver.config.SAVE_FREQ = 50
-    saver._state = lambda: state_of(2)
+    saver._state = lambda is_best: state_of(2, is_best)
     saver.after_epoch(2, True)
 
 
