@@ -23,7 +23,9 @@ import ctypes
 import difflib
 import os
 import shlex
+import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -47,6 +49,7 @@ TORCHRUN_DEFAULTS = {
     # gives 120 (slurm_train.sh).
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
 }
+RENDEZVOUS_SECONDS = 900  # how long torchrun waits for the other nodes unless it is told
 # Seconds beyond that until torchrun itself is taken to hang.
 SHUTDOWN_MARGIN_SECONDS = 15
 
@@ -136,6 +139,11 @@ def build_parser() -> OneLineParser:
         type=whole_number(0),
         default=10,
         help="seconds before that, in which the other nodes notice the fault (default: 10)",
+    )
+    parser.add(
+        "--rendezvous_timeout",
+        type=whole_number(1),
+        help=f"seconds that the nodes wait for each other to start (default: torchrun's {RENDEZVOUS_SECONDS})",
     )
     parser.add("--dry_run", action="store_true", help="print the command that would be run, and end")
     return parser
@@ -228,13 +236,21 @@ def build_command(args: argparse.Namespace, train_arguments: list[str]) -> list[
     if args.machine_num == 1 and args.main_port is None:
         command += ["--standalone"]  # a free port: several runs may share one machine
     else:
-        command += ["--master_addr", args.ip or "127.0.0.1", "--master_port", str(args.main_port or 29500)]
+        host, port = meeting_point(args)
+        command += ["--master_addr", host, "--master_port", str(port)]
+        if args.rendezvous_timeout is not None:
+            command += ["--rdzv_conf", f"timeout={args.rendezvous_timeout}"]
 
     # `--flag=value`, so that a value that starts with a dash is not taken for a flag.
     train = [f"--cfg={args.config}", f"--data-path={args.data_path}", f"--output={args.output}"]
     train += [f"--tag={args.tag}"] if args.tag is not None else []
     train += [f"--batch-size={args.batchsize}"] if args.batchsize is not None else []
     return [*command, "train.py", *map(keep_literal, train + train_arguments)]
+
+
+def meeting_point(args: argparse.Namespace) -> tuple[str, int]:
+    """Where the nodes meet."""
+    return args.ip or "127.0.0.1", args.main_port or 29500
 
 
 def keep_literal(argument: str) -> str:
@@ -273,7 +289,9 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
     try:
         with tempfile.TemporaryDirectory(prefix="groupmixformer-") as folder:
             exit_file = Path(folder, "exit_code")
-            environment = {**os.environ, **environment, EXIT_FILE_VARIABLE: str(exit_file)}
+            # torchrun makes a folder in there for every start of workers; without it, one in /tmp that stays.
+            logs = Path(folder, "logs")
+            environment = {"PET_LOG_DIR": str(logs), **os.environ, **environment, EXIT_FILE_VARIABLE: str(exit_file)}
             for retries_left in range(args.retries, -1, -1):
                 code, stopped_by = run_once(command, args.code_path, environment, stop_signals, mask_before)
                 end_leftovers(exit_file)
@@ -287,7 +305,9 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
                 if stopped_by is not None:
                     log(f"{node}: ended by {signal.Signals(stopped_by).name} before the run had saved")
                     return 128 + stopped_by
-                fault = f"{node}: torchrun ended with code {code}"
+                started = environment["PET_LOG_DIR"] != str(logs) or any(logs.glob("*/attempt_*"))
+                fault = f"{node}: torchrun ended with code {code}" + ("" if started else f": {why_not_started(args)}")
+                shutil.rmtree(logs, ignore_errors=True)
                 if retries_left == 0:
                     log(f"{fault}; no retries left" if args.retries else fault)
                     return code
@@ -329,6 +349,25 @@ def run_once(command, code_path, environment, stop_signals, mask_before) -> tupl
             deadline = min(deadline, time.monotonic() + shutdown_seconds)
     code = child.returncode
     return (code if code >= 0 else 128 - code), stopped_by
+
+
+def why_not_started(args: argparse.Namespace) -> str:
+    """The likeliest cause, in words, where torchrun has ended without having started a worker."""
+    host, port = meeting_point(args)
+    if args.node_rank == 0 and (args.machine_num > 1 or args.main_port is not None):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                return f"port {port} of this node cannot be used ({error.strerror}); choose another --main_port"
+    if args.machine_num > 1:
+        seconds = args.rendezvous_timeout or RENDEZVOUS_SECONDS
+        return (
+            f"the {args.machine_num} nodes have not met within {seconds} s at {host}:{port}; all of them have to be "
+            "started, with the same --machine_num, --ip and --main_port, and --ip has to be an address of node 0"
+        )
+    return "no worker was started"
 
 
 def read_exit_code(exit_file: Path) -> int | None:

@@ -763,7 +763,7 @@ def format_report(report: Report, strict: bool, lines_per_kind: int | None = Non
 def _describe(split: Split) -> str:
     sizes = split.class_sizes or [0]
     return (
-        f"{sum(sizes):,} images of {len(split.classes):,} classes, {split.num_bytes / 2**30:,.2f} GiB; "
+        f"{sum(sizes):,} images of {len(split.classes):,} classes, {split.num_bytes / 2**20:,.1f} MiB; "
         f"class size {min(sizes):,} / {statistics.median(sizes):,g} / {max(sizes):,} (minimum / median / maximum); "
         f"paths and classes {split.fingerprint[:16]}"
     )

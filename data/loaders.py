@@ -87,9 +87,15 @@ class TrainingData:
                 if wanted.index != index:
                     self._report_unreadable(wanted.index, index)
             if self.samples_log is not None:
-                with self.samples_log.open("a") as log:
-                    log.write(f"{epoch} {update + number // self.accumulation} {' '.join(map(str, used))}\n")
+                self._log_samples(f"{epoch} {update + number // self.accumulation} {' '.join(map(str, used))}\n")
             yield images, labels
+
+    def _log_samples(self, line: str) -> None:
+        try:
+            with self.samples_log.open("a") as log:
+                log.write(line)
+        except OSError as error:
+            raise UserError(f"{self.samples_log}: cannot be written: {error.strerror}") from None
 
     def _report_unreadable(self, index: int, substitute: int) -> None:
         if index in self.unreadable:

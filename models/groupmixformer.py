@@ -204,7 +204,7 @@ class GroupMixAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        # The released scale counts all C channels, although attention runs on 4C/5 of them.
+        # The released scale counts all C channels, although attention runs on 4C/5 of them, and rounds C / h down.
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)

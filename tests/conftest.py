@@ -10,6 +10,9 @@ sys.path.insert(0, str(ROOT))  # for a bare `pytest`, which does not put the fol
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a launcher's, where the tests run under one
     os.environ.pop(name, None)
 
+# Threads that wait by spinning starve the processes that the tests start beside themselves.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -595,7 +595,7 @@ def test_a_disk_that_fills_up_between_two_saves(data, small_disk, straight):
     assert final_state(small_disk, 2) == straight
 
 
-@pytest.mark.parametrize("leave", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("leave", [0.25, 0.5, 0.9])
 def test_full_disk(data, small_disk, straight, leave):
     """It fills up during the second epoch, to where so much of a checkpoint would fit."""
     args = runs.arguments(data, small_disk)

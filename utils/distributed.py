@@ -54,9 +54,18 @@ def init_processes(timeout_seconds: float) -> Processes:
     if use_cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
+        timeout = timedelta(seconds=timeout_seconds)
+        # torchrun --max-restarts keeps its store: what the processes of the last start left there would be taken for
+        # addresses of this one's, and all would wait for each other.
+        store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+        store.set_timeout(timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend="nccl" if use_cuda else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
             device_id=device if use_cuda else None,
         )
     return Processes(rank, local_rank, world_size, device)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .distributed import Processes
 
 # What a stopped and saved run exits with (sysexits' EX_TEMPFAIL): start the same command again to go on.
 EXIT_STOPPED = 75
+STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -117,10 +119,17 @@ class Watch:
             raise UserError(f"{self._who_is_missing()}: {str(error).strip().splitlines()[0][:200]}") from None
 
     def _who_is_missing(self) -> str:
+        """Ask the store, in a thread: where its node cannot be reached, torch's client waits for it without end."""
+        answer: list[str] = []
+        thread = threading.Thread(target=lambda: answer.append(self._missing_processes()), daemon=True)
+        thread.start()
+        thread.join(STORE_SECONDS)
+        return answer[0] if answer else "the node of process 0 cannot be reached"
+
+    def _missing_processes(self) -> str:
         missing = []
         try:
             store = _store()
-            store.set_timeout(timedelta(seconds=5))
             for rank in range(self.processes.world_size):
                 key = f"meeting/{rank}"
                 note = store.get(key).decode() if store.check([key]) else "0 unknown host"
@@ -179,6 +188,12 @@ def die_with_launcher() -> None:
     _set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was told
         sys.exit(1)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # or even while this process imported torch
+        where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        try:
+            socket.create_connection(where, timeout=10).close()
+        except OSError as error:
+            raise UserError(f"torchrun at {where[0]}:{where[1]} cannot be reached, it has ended: {error}") from None
 
 
 def quiet_loader_worker(worker_id: int) -> None:

@@ -32,13 +32,21 @@ class _ConsoleHandler(logging.StreamHandler):
         sys.stdout.flush()
 
 
+class _FileHandler(logging.FileHandler):
+    """Leaves a line out where the disk is full: logging's own traceback for each would bury what ends the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def create_logger(folder: Path, processes: Processes) -> logging.Logger:
     """A logger that appends to `<folder>/log_rank<r>.txt`, and on the main process prints the bare message too."""
     logger = logging.getLogger(f"groupmixformer.{folder}.{processes.rank}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    file = logging.FileHandler(folder / f"log_rank{processes.rank}.txt")
+    file = _FileHandler(folder / f"log_rank{processes.rank}.txt")
     file.setFormatter(logging.Formatter("[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"))
     logger.addHandler(file)
     if processes.is_main:

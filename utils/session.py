@@ -1,5 +1,6 @@
 """How both scripts begin and end: command line, processes, run folder, logger; errors in one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ from configs.defaults import to_dict
 from .distributed import Processes, close_processes, init_processes
 from .faults import Watch, die_with_launcher, lost_loader_worker
 from .logging import create_logger, log_provenance
+
+# What disks do to a program that is in order.
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES}
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def run_script(main: Callable[[], None]) -> None:
         message = error.one_line() if isinstance(error, UserError) else lost_loader_worker(error)
         if isinstance(error, FloatingPointError):
             message = str(error)
+        elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            message = f"{error.filename or 'a file of the run folder'}: {error.strerror}"
         if not message:
             raise
         # Mistakes in the command line are found before processes meet, by every one of them: one says so.
