@@ -2,11 +2,13 @@
 
 nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
+stop:<rank>:<update>     that process gets SIGUSR1 in that update
 slow-save                saving waits for the file "go on" in the output folder
 frozen-norms             batch norms use their running statistics in training too
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +36,15 @@ if kind == "nan":
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = poisoned
+elif kind == "stop":
+    forward_backward = engine._accumulate_gradients
+
+    def signalled(session, trainer, *rest):
+        if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward_backward(session, trainer, *rest)
+
+    engine._accumulate_gradients = signalled
 elif kind == "slow-save":
     save = resume.save_checkpoint
 

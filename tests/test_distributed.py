@@ -160,15 +160,33 @@ def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(d
 
 
 @pytest.mark.long
-def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_processes):
+@pytest.mark.parametrize("update", range(8))
+def test_two_processes_stopped_at_any_update(data, tmp_path, two_processes, update):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
-    with Launched("train.py", args, processes=2) as run:
-        run.until(r"Train: \[0/2\]\[2/4\]")
-        os.kill(pid_of(tmp_path, 0), signal.SIGTERM)
-        run.finish()
-    result = runs.launch("train.py", runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "4"))
+    rank = update % 2
+    stopped = runs.launch(FAULT_TRAIN, args, processes=2, env={"FAULT": f"stop:{rank}:{update}"})
+    assert f"stopped by request at update {update + 1}" in stopped.stdout
+    assert runs.launch("train.py", args, processes=2).returncode == 0
+    ended, straight = (runs.run_folder(output) / "ckpt_epoch_1.pth" for output in (tmp_path, two_processes))
+    assert runs.digest(ended) == runs.digest(straight)
+    for rank in (0, 1):
+        logs = [
+            (runs.run_folder(output) / f"samples_rank{rank}.txt").read_text() for output in (tmp_path, two_processes)
+        ]
+        assert logs[0] == logs[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_processes, before, after):
+    def args(processes):
+        return runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", str(4 // processes))
+
+    stopped = runs.launch(FAULT_TRAIN, args(before), processes=before, env={"FAULT": "stop:0:2"})
+    assert "stopped by request at update 3" in stopped.stdout
+    result = runs.launch("train.py", args(after), processes=after)
     assert result.returncode == 0, result.stderr
-    assert "continuing on 1 processes instead of 2" in result.stdout
+    assert f"continuing on {after} processes instead of {before}" in result.stdout
     assert samples_by_update(tmp_path, 2) == samples_by_update(two_processes, 2)
 
 
