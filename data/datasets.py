@@ -27,15 +27,18 @@ _DECODING_ERRORS = (
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
+    MemoryError,
     struct.error,
     Image.DecompressionBombError,
 )
+# What class folders hold, by content whatever the name. Pillow would also try formats that start other programs (EPS).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_SUBSTITUTES = 16  # neighbours tried in place of an unreadable image
 
 
 def decode_image(encoded: bytes) -> Image.Image:
     """Decode to RGB as torchvision's default loader does; 16-bit grey keeps its upper 8 bits instead of clipping."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
         if image.mode.startswith("I"):
             values = np.asarray(image).astype(np.int64)
             image = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))

@@ -19,6 +19,8 @@ SPLIT_NAMES = {
     "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
 }
 
+MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
+
 
 class Source(Protocol):
     """What a dataset reads from."""
@@ -118,6 +120,8 @@ class ZipSource:
             name = name.removeprefix("./").lstrip("/")
             if name not in members:
                 raise UserError(f"{map_path}:{number}: {name} is not in {self.path}")
+            if members[name] > MAX_MEMBER_BYTES:
+                raise UserError(f"{map_path}:{number}: {name}: {members[name]:,} bytes are too many for an image")
             samples.append((name, int(label)))
         if not samples:
             raise UserError(f"{map_path}: names no images")
@@ -153,9 +157,16 @@ def class_folders(root: Path) -> list[str]:
     """Names of the class folders below `root`, sorted; UserError where it is no readable folder."""
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def fingerprint(source: Source) -> str:
@@ -166,7 +177,7 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
     for path, label in source.samples:
         name = "/".join(path.replace(os.sep, "/").rsplit("/", 2)[-2:])
-        digest.update(f"{label}\t{name}\n".encode())
+        digest.update(f"{label}\t{name}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -878,3 +878,22 @@ def test_interrupted_digits_never_look_complete(tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
     assert digits.write_digits(tmp_path / "set")
     assert len(contents(tmp_path / "set")) == 1797
+
+
+def test_formats_that_start_other_programs_are_refused():
+    with pytest.raises(UnidentifiedImageError):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+
+
+def test_a_member_of_a_zip_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.MAX_MEMBER_BYTES", 1000)
+    with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/bomb.png", bytes(1001))
+    (tmp_path / "train_map.txt").write_text("a/bomb.png\t0\n")
+    with pytest.raises(UserError, match=r"train_map.txt:1: a/bomb.png: 1,001 bytes are too many for an image"):
+        ZipSource(tmp_path, "train")
+
+
+def test_a_class_folder_that_links_to_itself_is_no_class(image_folder):
+    (image_folder / "train" / "loop").symlink_to("loop")
+    assert FolderSource(image_folder / "train").classes == ["ant", "bee", "cat"]
