@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from yacs.config import CfgNode  # noqa: E402
 
@@ -41,6 +42,23 @@ def image_folder(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     write_image_folder(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same data set for tests that leave it alone."""
+    root = tmp_path_factory.mktemp("images") / "data"
+    write_image_folder(root)
+    return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The thread count changes bits: tests that compare them fix it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write_image_folder(

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import check
+from data import inspection
 from data.check import KINDS, main
 from data.sources import FolderSource, ZipSource, fingerprint
 
@@ -449,7 +449,7 @@ def test_member_named_twice_is_one_problem(zip_root, capsys):
 
 
 def test_workers_read_one_zip_file_at_once(zip_root, capsys, monkeypatch):
-    monkeypatch.setattr(check, "FILES_PER_MESSAGE", 1)
+    monkeypatch.setattr(inspection, "FILES_PER_MESSAGE", 1)
     members = {f"cat/many{number}.JPEG": photo(3000 + number) for number in range(300)}
     replace_zip(zip_root, "train", members)
     with (zip_root / "train_map.txt").open("a") as file:
@@ -459,7 +459,7 @@ def test_workers_read_one_zip_file_at_once(zip_root, capsys, monkeypatch):
 
 
 def test_zip_bomb_is_not_unpacked(zip_root, capsys, monkeypatch):
-    monkeypatch.setattr(check, "MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr(inspection, "MAX_FILE_BYTES", 2**20)
     replace_zip(zip_root, "train", {"cat/0.JPEG": bytes(2**20 + 1)})
     result = Result(zip_root, capsys, "--zip")
     assert "1,048,577 bytes, more than 1,048,576; not read" in result.problems["bomb", "train.zip/cat/0.JPEG"]
@@ -494,7 +494,7 @@ def test_bomb_takes_bounded_memory(root):
 
 
 def test_memory_limit_binds_the_decoder(root, capsys, monkeypatch):
-    monkeypatch.setattr(check, "WORKER_MEMORY_BYTES", 64 * 2**20)
+    monkeypatch.setattr(inspection, "WORKER_MEMORY_BYTES", 64 * 2**20)
     write("train/cat/x.png", bomb(6000, 6000))(root)  # within Pillow's limit; 137 MiB as RGB
     result = Result(root, capsys)
     assert result.names("bomb") == ["train/cat/x.png"]
@@ -509,8 +509,10 @@ def test_elongated_image_harms_validation_only(root, capsys):
 
 def replace_decoder(monkeypatch: pytest.MonkeyPatch, victim: bytes, act: Callable[[], object]) -> None:
     """Workers are forked, so they too decode `victim` by calling `act`."""
-    decode_image = check.decode_image
-    monkeypatch.setattr(check, "decode_image", lambda content: act() if content == victim else decode_image(content))
+    decode_image = inspection.decode_image
+    monkeypatch.setattr(
+        inspection, "decode_image", lambda content: act() if content == victim else decode_image(content)
+    )
 
 
 def test_decoders_print_nothing(root, capfd, monkeypatch):
@@ -548,7 +550,7 @@ def test_worker_that_is_killed_from_outside_costs_nothing(root, tmp_path, capsys
 
 
 def test_decoder_that_never_ends_is_ended(root, capsys, monkeypatch):
-    monkeypatch.setattr(check, "SECONDS_PER_FILE", 0.2)
+    monkeypatch.setattr(inspection, "SECONDS_PER_FILE", 0.2)
     replace_decoder(monkeypatch, photo(1), signal.pause)
     previous = signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as the parent process may have left it
     try:
@@ -662,25 +664,25 @@ def test_interrupt_ends_the_workers(root, capsys, monkeypatch, interruptible):
 
 
 def test_workers_leave_the_interrupt_to_their_parent(root, capsys, monkeypatch, interruptible):
-    monkeypatch.setattr(check, "ATTEMPTS", 1)
+    monkeypatch.setattr(inspection, "ATTEMPTS", 1)
     replace_decoder(monkeypatch, photo(1), lambda: os.kill(os.getpid(), signal.SIGINT))
     assert Result(root, capsys).exit_code == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for processes that are not its own children")
 def test_workers_do_not_outlive_a_killed_check(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "FILES_PER_MESSAGE", 1)
+    monkeypatch.setattr(inspection, "FILES_PER_MESSAGE", 1)
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     read_end, write_end = os.pipe()
-    decode_image = check.decode_image
+    decode_image = inspection.decode_image
 
     def announce_and_wait(content: bytes) -> Image.Image:
         os.write(write_end, f"{os.getpid()}\n".encode())
         gate.open().close()  # waits for the other end
         return decode_image(content)
 
-    monkeypatch.setattr(check, "decode_image", announce_and_wait)
+    monkeypatch.setattr(inspection, "decode_image", announce_and_wait)
     arguments = ["--data-path", str(root), "--workers", "3"]
     process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
     process.start()

@@ -24,13 +24,6 @@ from utils.checkpoint import load_file
 FAULT_TRAIN = str(Path(__file__).with_name("fault_train.py"))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("distributed") / "data"
-    write_image_folder(root)
-    return root
-
-
 class Launched:
     """A launched script whose output is read line by line; all its processes are gone when the block ends."""
 

@@ -25,7 +25,6 @@ import pytest
 import runs
 import torch
 import torch.distributed as dist
-from conftest import write_image_folder
 from test_distributed import Launched, is_running, pid_of
 from torch import nn
 
@@ -41,19 +40,7 @@ KILLED = -signal.SIGKILL
 TIMEOUT_SECONDS = 120
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("faults") / "data"
-    write_image_folder(root)
-    return root
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------------------- processes to be killed

@@ -7,7 +7,6 @@ import signal
 import pytest
 import runs
 import torch
-from conftest import write_image_folder
 from yacs.config import CfgNode
 
 import train
@@ -18,19 +17,7 @@ from utils.checkpoint import load_file
 EPOCHS, UPDATES = 2, 4  # 18 images, 4 an update
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("resume") / "data"
-    write_image_folder(root)
-    return root
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
