@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from test_distributed import Launched, is_running, pid_of
 from torch import nn
+from tqdm import tqdm
 
 import train
 from data import build_eval_loader, open_split
@@ -87,9 +89,11 @@ class Forked:
         return True
 
     def finish(self):
-        """Read to the end; returns the exit status, -n where signal n ended it."""
+        """Read to the end; returns the exit status, -n where signal n ended it: SIGKILL where no output came in time."""
         while self.read():
             pass
+        if not select.select([self.pipe], [], [], 0)[0]:
+            self.kill()
         self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.status
 
@@ -98,6 +102,7 @@ def _be_child(function, reading, writing):
     status = 99
     try:
         faults._set_parent_death_signal(signal.SIGKILL)
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared by all forks, and a killed one may have held it
         os.close(reading)
         os.dup2(writing, 1)
         os.dup2(writing, 2)
