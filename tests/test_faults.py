@@ -89,7 +89,7 @@ class Forked:
         return True
 
     def finish(self):
-        """Read to the end; returns the exit status, -n where signal n ended it: SIGKILL where no output came in time."""
+        """Read to the end; returns the exit status, -n where signal n ended it, SIGKILL after silence."""
         while self.read():
             pass
         if not select.select([self.pipe], [], [], 0)[0]:
