@@ -100,7 +100,7 @@ def main() -> None:
         describe_run(config, folder)
     logger.info(
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
-        f"{rates.warmup:g} -> {rates.base:g} -> {rates.minimum:g} for global batch "
+        f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
         f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
         f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {data.updates_per_epoch} updates an epoch"
     )

@@ -530,3 +530,24 @@ def test_name_of_the_configuration_class_gives_no_way_in(tmp_path):
 
     torch.save({"config": Attack()}, tmp_path / "w.pth")
     assert "yacs.config._valid_type" in message_of(load_file, tmp_path / "w.pth")
+
+
+def test_keeping_the_best_twice_leaves_no_link_behind(tmp_path, state):
+    path = checkpoint_path(tmp_path, 0)
+    save_checkpoint(state, path)
+    keep_as_best(path)
+    keep_as_best(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [BEST_NAME, path.name]
+
+
+def test_saving_never_writes_through_a_link_to_another_checkpoint(tmp_path, state):
+    path = checkpoint_path(tmp_path, 0)
+    save_checkpoint(state, path)
+    os.link(path, tmp_path / f".{BEST_NAME}.partial")
+    before = path.read_bytes()
+    save_checkpoint({**state, "epoch": 7}, tmp_path / BEST_NAME)
+    assert path.read_bytes() == before and load_file(tmp_path / BEST_NAME)["epoch"] == 7
+
+
+def test_a_folder_instead_of_a_checkpoint_is_explained(tmp_path):
+    assert "is a folder; name a file in it" in message_of(load_file, tmp_path)

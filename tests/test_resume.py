@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 import train
 from configs import UserError
-from utils import resume
+from utils import engine, resume
 from utils.checkpoint import load_file
 
 EPOCHS, UPDATES = 2, 4  # 18 images, 4 an update
@@ -280,3 +280,19 @@ def test_a_finished_run_returns_at_once(data, tmp_path, monkeypatch, straight):
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
     assert outcome(tmp_path) == straight
+
+
+def test_a_run_continued_twice_from_its_best_keeps_every_checkpoint(data, tmp_path, monkeypatch):
+    """Each continuation keeps the best once more, and what is saved next must not be written into it."""
+    opts = ("TRAIN.EPOCHS", "4", "SAVE_FREQ", "2")
+    accuracies = iter([50.0, 50.0, 60.0, 60.0, 70.0, 70.0, 10.0, 10.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: engine.Evaluation(next(accuracies), 100.0, 1.0, 6))
+    args = runs.arguments(data, tmp_path, *opts)
+    for stop_at in (9, 10):
+        assert runs.train_here(monkeypatch, args, stop_at) == 75
+    folder = runs.run_folder(tmp_path)
+    second = (folder / "ckpt_epoch_1.pth").read_bytes()
+    assert runs.train_here(monkeypatch, args) == 0
+    assert (folder / "ckpt_epoch_1.pth").read_bytes() == second
+    assert load_file(folder / "ckpt_best.pth")["epoch"] == 2
+    assert not list(folder.glob(".*.partial"))

@@ -92,7 +92,8 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # it may be a link to another checkpoint, which must not be written through it
+        with open(partial, "xb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -112,6 +113,8 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 def keep_as_best(path: Path) -> None:
     """Let the run's best checkpoint be this file, without writing it twice where the file system can link."""
     best = path.with_name(BEST_NAME)
+    if best.exists() and best.samefile(path):
+        return  # renaming one link of a file over another would leave both
     partial = path.with_name(f".{BEST_NAME}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -159,6 +162,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file in it, such as {path / BEST_NAME}") from None
     except UserError:
         raise
     except UnpicklingError as error:

@@ -174,7 +174,9 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
             if state.get("is_best"):  # in case the run was killed between saving it and keeping it as such
                 keep_as_best(path)
             if config.MODEL.RESUME:
-                session.logger.info(f"--resume {config.MODEL.RESUME} is not used: the run has checkpoints of its own")
+                session.logger.warning(
+                    f"--resume {config.MODEL.RESUME} is not used: the run has checkpoints of its own"
+                )
             return str(path), state
         except UserError as error:
             session.logger.warning(f"{error.one_line()}; trying the one before")
@@ -208,8 +210,8 @@ def restore(
     changes = recipe_changes(state, config, images)
     if changes and not config.TRAIN.ALLOW_CHANGES:
         raise UserError(
-            f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, continue all the same "
-            "with --allow-changes, or start a new run with another --tag"
+            f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, or continue all the "
+            "same, to train longer for example, with --allow-changes"
         )
     for change in changes:
         logger.warning(f"continuing with a change: {change}")
