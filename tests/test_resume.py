@@ -282,14 +282,22 @@ def test_a_finished_run_returns_at_once(data, tmp_path, monkeypatch, straight):
     assert outcome(tmp_path) == straight
 
 
-def test_a_run_continued_twice_from_its_best_keeps_every_checkpoint(data, tmp_path, monkeypatch):
-    """Each continuation keeps the best once more, and what is saved next must not be written into it."""
-    opts = ("TRAIN.EPOCHS", "4", "SAVE_FREQ", "2")
+def test_a_run_killed_and_continued_from_its_best_keeps_that_checkpoint(data, tmp_path, monkeypatch):
+    """A continuation keeps the best once more, and what is saved as best next must not be written into it."""
+    args = runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "4", "SAVE_FREQ", "2")
     accuracies = iter([50.0, 50.0, 60.0, 60.0, 70.0, 70.0, 10.0, 10.0])
     monkeypatch.setattr(train, "evaluate", lambda *_: engine.Evaluation(next(accuracies), 100.0, 1.0, 6))
-    args = runs.arguments(data, tmp_path, *opts)
-    for stop_at in (9, 10):
-        assert runs.train_here(monkeypatch, args, stop_at) == 75
+    forward_backward = engine._accumulate_gradients
+
+    def killed(session, trainer, *rest):
+        if trainer.num_updates == 9:
+            raise KeyboardInterrupt
+        return forward_backward(session, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_accumulate_gradients", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train_here(patch, args)
     folder = runs.run_folder(tmp_path)
     second = (folder / "ckpt_epoch_1.pth").read_bytes()
     assert runs.train_here(monkeypatch, args) == 0
