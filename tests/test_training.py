@@ -4,6 +4,7 @@ import ast
 import math
 import re
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -19,6 +20,7 @@ from utils import engine, resume
 from utils.checkpoint import load_file
 from utils.faults import Watch
 
+NO_WARMUP = ("TRAIN.WARMUP_EPOCHS", "0")
 RESULTS = ("progress", "max_accuracy", "best_weights", "is_best")
 
 
@@ -283,3 +285,30 @@ def test_train_py_reads_like_a_table_of_contents():
     assert len(text.splitlines()) <= 160
     assert len(re.findall(r"^def |^class ", text, re.MULTILINE)) == 1
     assert (runs.ROOT / "test.py").stat().st_size < 2000
+
+
+def test_checkpoints_by_the_clock(image_folder, tmp_path, monkeypatch):
+    kept = []
+    save = resume.save_checkpoint
+    monkeypatch.setattr(resume, "save_checkpoint", lambda state, path: kept.append(path.name) or save(state, path))
+    clock = iter(range(0, 10_000, 25))  # seconds; one look at every update, one at every save
+    monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    args = runs.arguments(image_folder, tmp_path, "SAVE_EVERY_MINUTES", "0.9", "TRAIN.EPOCHS", "1", *NO_WARMUP)
+    assert runs.train_here(monkeypatch, args) == 0
+    assert kept == ["ckpt_epoch_0_update_3.pth", "ckpt_epoch_0.pth"]
+
+
+def test_float16_overflow_lowers_the_scale_and_changes_nothing_else(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build_scaler", lambda precision: torch.amp.GradScaler("cpu", init_scale=2.0**100))
+    opts = ("AMP_OPT_LEVEL", "O1", "AMP_DTYPE", "float16", "TRAIN.EPOCHS", "1", *NO_WARMUP, "SAVE_EVERY_UPDATES", "1")
+    states = []
+    save = resume.save_checkpoint
+    monkeypatch.setattr(resume, "save_checkpoint", lambda state, path: states.append(state) or save(state, path))
+    torch.manual_seed(0)
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, *opts)) == 0
+    assert "update 0 skipped: loss or gradients not finite" in log_of(tmp_path)
+    assert re.search(r"4 in a row, loss scale now [\d.e+]+", log_of(tmp_path))
+    last = load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")
+    assert last["scaler"]["scale"] == 2.0**96 and last["optimizer"]["state"] == {}
+    assert all(torch.isfinite(v).all() for v in last["model"].values() if v.is_floating_point())
+    assert last["model"]["norm4.num_batches_tracked"] == 0, "skipped batches do not count in the statistics"
