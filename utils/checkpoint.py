@@ -93,7 +93,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)  # it may be a link to another checkpoint, which must not be written through it
-        with open(partial, "xb") as file:
+        with open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
