@@ -167,14 +167,15 @@ def test_missing_file_and_folder(tmp_path):
     assert "holds a list" in message_of(load_file, tmp_path / "list.pth")
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, step: str, partial: Path) -> None:
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Let the disk be full when this step of a save is reached."""
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if step == "write":
-        partial.symlink_to("/dev/full")  # the kernel's own "no space left", at the first flush
+        # The kernel's own "no space left", at the first flush.
+        monkeypatch.setattr(checkpoint, "open", lambda path, mode: open("/dev/full", mode), raising=False)  # noqa: SIM115
     elif step == "torch.save":
         monkeypatch.setattr(torch, "save", full)
     else:
@@ -189,7 +190,7 @@ def test_full_disk_leaves_the_older_checkpoint_and_no_partial_file(tmp_path, sta
     before = path.read_bytes()
     large = {"model": {"w": torch.zeros(size)}}
     with monkeypatch.context() as patch:
-        fail_at(patch, step, tmp_path / ".ckpt_epoch_3.pth.partial")
+        fail_at(patch, step)
         message = message_of(save_checkpoint, large, path)
     assert str(path) in message and "No space left on device" in message
     assert f"about {4 * size / 2**20:.0f} MiB" in message and "MiB are free" in message

@@ -26,7 +26,7 @@ import pytest
 import runs
 import torch
 import torch.distributed as dist
-from test_distributed import Launched, is_running, pid_of
+from test_distributed import Launched, all_end, pid_of
 from torch import nn
 from tqdm import tqdm
 
@@ -282,8 +282,11 @@ def save_where_nothing_links(folder):
     def no_link(*args, **kwargs):
         raise OSError(errno.EPERM, "no links")
 
-    os.link = no_link
-    save_epoch(folder, 2)
+    link, os.link = os.link, no_link
+    try:
+        save_epoch(folder, 2)
+    finally:
+        os.link = link
 
 
 def save_the_best_only(folder):
@@ -725,7 +728,7 @@ def test_torchrun_is_asked_to_stop(data, tmp_path):
     assert status != 0
     saved = re.search(r"stopped by request at update (\d+), saved (\S+);", output)
     assert saved, output
-    assert not any(map(is_running, [*pids, run.process.pid]))
+    assert all_end([*pids, run.process.pid])
     assert load_file(saved[2])["num_updates"] == int(saved[1])
     assert checkpoints_of(runs.run_folder(tmp_path))[-1] == Path(saved[2])
 
@@ -742,7 +745,7 @@ def test_torchrun_is_killed_while_its_processes_start(data, tmp_path):
         os.kill(pid, signal.SIGKILL)
         assert select.select([run.process.stdout], [], [], TIMEOUT_SECONDS)[0], "its processes wait for it without end"
         run.finish()
-    assert not any(is_running(int(pid)) for pid in pids)
+    assert all_end(pids)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
