@@ -401,7 +401,9 @@ def test_a_hundred_kills_during_back_to_back_saves(tmp_path):
             print(f"saved {number};")
 
     acknowledged, continued_in_write = -1, 0
-    for _ in range(100):
+    for kills in range(400):
+        if kills >= 100 and continued_in_write >= 10:  # how many kills hit a save depends on the machine
+            break
         found = open_folder(tmp_path)
         newest = found[-1] if found else -1
         assert newest >= acknowledged, f"{acknowledged} was saved, {newest} is the newest"
