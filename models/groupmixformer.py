@@ -124,14 +124,14 @@ class ConvRelPosEnc(nn.Module):
         )
 
     def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
-        """q, v: (B, h, N, d) -> (B, h, N, d)."""
-        B, h, N, d = q.shape
-        v_map = v.transpose(-1, -2).reshape(B, h * d, size[0], size[1])  # (B, h, N, d) -> (B, 4C/5, H, W)
+        """q, v: (B, N, h, d) -> (B, N, h, d)."""
+        B, N, h, d = q.shape
+        v_map = v.flatten(2).transpose(1, 2).view(B, h * d, size[0], size[1])  # -> (B, 4C/5, H, W), no copy
         v_maps = torch.split(v_map, self.channel_splits, dim=1)
         outs = []
         for i, conv in enumerate(self.conv_list):
             outs.append(conv(v_maps[i]))
-        position = torch.cat(outs, dim=1).reshape(B, h, d, N).transpose(-1, -2)  # (B, 4C/5, H, W) -> (B, h, N, d)
+        position = torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, 4C/5, H, W) -> as q
         return q * position
 
 
@@ -169,26 +169,25 @@ class GroupAggregator(nn.Module):
         self.act3 = nn.Hardswish()
         self.agg0 = LocalBranch(self.segment_dim)
 
-    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """qkv: (3B, N, C), first all q, then all k, then all v -> proxies (3, B, h, N, d), local branch (B, N, s)."""
-        B3, N, C = qkv.shape
-        B, H, W = B3 // 3, size[0], size[1]
-        qkv = qkv.transpose(1, 2).view(B3, C, H, W)  # (3B, N, C) -> (3B, C, H, W), no copy: channels last
-        tokens, groups3, groups5, groups7, local = qkv.split(self.segment_dim, dim=1)  # each (3B, s, H, W)
-
+    def forward(self, segments: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """segments: (5, 3, B, N, s), of q, k and v -> proxies (3, B, N, h, d), local branch (B, N, s)."""
+        _, _, B, N, s = segments.shape
+        H, W = size
+        # One copy puts each segment of q, k and v side by side in memory, as one batch of maps in channels-last order,
+        # which convolutions and batch norms then read without copies of their own. (4, 3, B, N, s) -> 4 x (3B, s, H, W)
+        maps = segments[:4].reshape(4, 3 * B, N, s).transpose(2, 3).view(4, 3 * B, s, H, W)
+        tokens, groups3, groups5, groups7 = maps.unbind(0)
         tokens = self.act0(self.norm0(tokens))
         groups3 = self.act1(self.norm1(self.agg1(groups3)))
         groups5 = self.act2(self.norm2(self.agg2(groups5)))
         groups7 = self.act3(self.norm3(self.agg3(groups7)))
         proxies = torch.cat([tokens, groups3, groups5, groups7], dim=1)  # (3B, 4C/5, H, W)
-        # (3B, 4C/5, H, W) -> (3, B, h, d, N) -> (3, B, h, N, d)
-        head_dim = 4 * self.segment_dim // self.num_heads
-        proxies = proxies.reshape(3, B, self.num_heads, head_dim, N).permute(0, 1, 2, 4, 3)
+        proxies = proxies.flatten(2).transpose(1, 2)  # (3B, 4C/5, H, W) -> (3B, N, 4C/5)
+        proxies = proxies.reshape(3, B, N, self.num_heads, 4 * s // self.num_heads)
 
-        # (3B, s, H, W) -> (3, B, s, H, W) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
-        local = local.reshape(3, B, self.segment_dim, H, W).permute(1, 0, 2, 3, 4)
-        local = self.agg0(local.reshape(B, 3 * self.segment_dim, H, W))
-        return proxies, local
+        # (3, B, N, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
+        local = segments[4].permute(1, 2, 0, 3).reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, H, W)
+        return proxies, self.agg0(local)
 
 
 class GroupMixAttention(nn.Module):
@@ -215,19 +214,18 @@ class GroupMixAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        # (B, N, 3C) -> (3B, N, C): q, k and v share the aggregators, whose batch norms see all three as one batch.
-        qkv = self.qkv(x).reshape(B, N, 3, C).permute(2, 0, 1, 3).reshape(3 * B, N, C)
-        proxies, local = self.aggregator(qkv, size)
-        q, k, v = proxies.unbind(0)  # each (B, h, N, d)
+        s = self.aggregator.segment_dim
+        # (B, N, 3C) -> (5, 3, B, N, s): q, k and v share the aggregators, whose batch norms see all three as one batch.
+        segments = self.qkv(x).view(B, N, 3, C // s, s).permute(3, 2, 0, 1, 4)
+        proxies, local = self.aggregator(segments, size)
+        q, k, v = proxies.unbind(0)  # each (B, N, h, d)
 
         # Factorised attention: softmax of k alone, over the tokens; q is not normalised; the scale comes last.
-        k = self.attn_drop(k.softmax(dim=2))
-        context = torch.einsum("bhnk,bhnv->bhkv", k, v)  # (B, h, d, d)
-        attended = torch.einsum("bhnk,bhkv->bhnv", q, context)
+        k = self.attn_drop(k.softmax(dim=1))
+        context = torch.einsum("bnhk,bnhv->bhkv", k, v)  # (B, h, d, d)
+        attended = torch.einsum("bnhk,bhkv->bnhv", q, context)
         attended = self.scale * attended + self.crpe(q, v, size)
-
-        attended = attended.transpose(1, 2).flatten(2)  # (B, h, N, d) -> (B, N, 4C/5)
-        return self.proj_drop(self.proj(torch.cat([attended, local], dim=-1)))
+        return self.proj_drop(self.proj(torch.cat([attended.flatten(2), local], dim=-1)))
 
 
 class GMABlock(nn.Module):
@@ -254,9 +252,17 @@ class GMABlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x, attended = self.attention_branch(x, size)
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.mlp_branch(x))
+
+    # Two functions without the drop path, whose rate differs from block to block: compiled, they serve a whole stage.
+    def attention_branch(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         x = self.cpe(x, size)
-        x = x + self.drop_path(self.att(self.norm1(x), size))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x, self.att(self.norm1(x), size)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
 
 
 class GMAStage(nn.Module):
