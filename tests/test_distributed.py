@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, processes):
     expected = f" * Acc@1 {100 * hits[0] / 22:.3f} Acc@5 {100 * hits[1] / 22:.3f}"
     assert result.stdout.splitlines()[-1] == expected
     for rank in range(processes):
-        assert (runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text().endswith(expected + "\n")
+        assert (runs.run_folder(tmp_path) / f"log_eval_rank{rank}.txt").read_text().endswith(expected + "\n")
 
 
 def test_two_processes_train_as_one_does(data, tmp_path):
@@ -227,6 +228,66 @@ def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
     assert status != 0
     assert re.search(r"process 1 on \S+ was lost or too slow", line), line
     assert all_end(pids)
+
+
+TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_process_slower_than_the_limit_ends_the_run_and_is_named(data, tmp_path, returns):
+    """It sleeps, so that it cannot hear torchrun; where it wakes up afterwards, it names itself, not the others."""
+    opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "10")
+    env = {"FAULT": "hold:1:5"}
+    with Launched(FAULT_TRAIN, runs.arguments(data, tmp_path, *opts), processes=2, env=env) as run:
+        run.until(r"Train: \[1/2\]\[0/4\]")
+        began = time.monotonic()
+        run.until(r"error on process 0 of 2: ")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        if returns:
+            (tmp_path / "go on").touch()
+        status, output = run.finish()
+        assert time.monotonic() - began < 10 + TORCHRUN_GRACE_SECONDS + 20
+    assert status != 0 and all_end([*pids, run.process.pid])
+    lines = [line for line in output.splitlines() if line.startswith("fault_train.py: error")]
+    assert len(lines) == 1 + returns
+    assert all(re.search(r": process 1 on \S+ was lost or too slow: ", line) for line in lines), lines
+    assert load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")["num_updates"] == 4
+
+
+def test_a_process_slower_than_the_others_is_waited_for_and_named_in_the_log(data, tmp_path, two_processes):
+    opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "60")
+    args, env = runs.arguments(data, tmp_path, *opts), {"FAULT": "hold:1:5"}
+    with Launched(FAULT_TRAIN, args, processes=2, env=env) as run:
+        run.until(r"^waiting for process 1 on \S+, for more than 6 s now$")
+        (tmp_path / "go on").touch()
+        status, output = run.finish()
+    assert status == 0, output
+    assert "waiting for" not in (runs.run_folder(tmp_path) / "log_rank1.txt").read_text()
+    ended, straight = (runs.run_folder(output) / "ckpt_epoch_1.pth" for output in (tmp_path, two_processes))
+    assert runs.digest(ended) == runs.digest(straight)
+
+
+STOP_SECONDS = 30  # what README promises
+
+
+@pytest.mark.parametrize("place", ["train", "evaluate", "save"])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_polite_stop_takes_less_than_30_seconds(data, tmp_path, processes, place):
+    """SIGTERM to the last process; where only the main one saves, to that one. All have saved and are gone in time."""
+    opts = ("DATA.BATCH_SIZE", str(4 // processes), "DATA.NUM_WORKERS", "1", "TRAIN.EPOCHS", "300")
+    rank = 0 if place == "save" else processes - 1
+    args, env = runs.arguments(data, tmp_path, *opts), {"FAULT": f"sigterm-in:{place}:{rank}"}
+    with Launched(FAULT_TRAIN, args, processes, env) as run:
+        asked = float(run.until(r"signalled at (\S+)")[1])
+        pids = [pid_of(tmp_path, rank) for rank in range(processes)]
+        status, output = run.finish()
+        assert all_end([*pids, run.process.pid], seconds=STOP_SECONDS)
+        took = time.time() - asked
+    assert status == (75 if processes == 1 else 1), output
+    update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
+    assert load_file(path)["num_updates"] == int(update) == {"train": 1, "evaluate": 4, "save": 5}[place]
+    assert took < STOP_SECONDS
 
 
 @pytest.mark.long
