@@ -256,10 +256,10 @@ def test_a_process_slower_than_the_limit_ends_the_run_and_is_named(data, tmp_pat
 
 
 def test_a_process_slower_than_the_others_is_waited_for_and_named_in_the_log(data, tmp_path, two_processes):
-    opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "60")
+    opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "40")
     args, env = runs.arguments(data, tmp_path, *opts), {"FAULT": "hold:1:5"}
     with Launched(FAULT_TRAIN, args, processes=2, env=env) as run:
-        run.until(r"^waiting for process 1 on \S+, for more than 6 s now$")
+        run.until(r"^waiting for process 1 on \S+, for more than 4 s now$")
         (tmp_path / "go on").touch()
         status, output = run.finish()
     assert status == 0, output
