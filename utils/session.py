@@ -58,8 +58,9 @@ def start_session(description: str) -> Session:
     config = get_config(args, notices.append)
     die_with_launcher()
     processes = init_processes(config.DIST_TIMEOUT_SECONDS)
-    folder = _make_run_folder(config, processes)
-    logger = create_logger(folder, processes, "log" if _trains(args, config) else "log_eval")
+    trains = _trains(args, config)
+    folder = _open_run_folder(config, processes, lock=trains)  # before anything is logged: it may be another run's
+    logger = create_logger(folder, processes, "log" if trains else "log_eval")
     log_provenance(logger, processes)
     for notice in notices:
         logger.info(notice)
@@ -103,13 +104,14 @@ def _trains(args: Namespace, config: CfgNode) -> bool:
     return not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops) and Path(sys.argv[0]).name != "test.py"
 
 
-def _make_run_folder(config: CfgNode, processes: Processes) -> Path:
-    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there; UserError where it cannot be.
+def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:
+    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there, and locked for writing; UserError where it cannot be.
 
-    The main process goes first: whoever finds it missing then is on another disk.
+    The main process goes first, and locks: whoever finds the folder missing then is on another disk.
     """
     global _run_folder
     folder = _run_folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
+    _made_folders.clear()
 
     def make() -> None:
         try:
@@ -123,7 +125,12 @@ def _make_run_folder(config: CfgNode, processes: Processes) -> Path:
         if not os.access(folder, os.W_OK):
             raise UserError(f"--output: {folder}: cannot be written to")
 
-    decide_on_main(make, processes)
+    def make_and_lock() -> None:
+        make()
+        if lock:
+            lock_run_folder(folder)
+
+    decide_on_main(make_and_lock, processes)
     if not processes.is_main:
         make()
     return folder
