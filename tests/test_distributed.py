@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -90,6 +91,12 @@ def all_end(pids, seconds=30):
     return True
 
 
+def learning_rates(output):
+    """{"[epoch/epochs][update/updates]": the learning rate that was logged}."""
+    log = (runs.run_folder(output) / "log_rank0.txt").read_text()
+    return dict(re.findall(r"Train: (\[\d+/\d+\]\[\d+/\d+\]).* lr (\S+)", log))
+
+
 def samples_by_update(output, processes):
     """{(epoch, update): the images that any process saw}."""
     seen = {}
@@ -151,12 +158,17 @@ def test_two_processes_train_as_one_does(data, tmp_path):
     assert samples_by_update(tmp_path / "1", 1) == samples_by_update(tmp_path / "2", 2)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(data, tmp_path, two_processes):
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGTERM, signal.SIGINT))],
+    ids=lambda number: number.name,
+)
+def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(data, tmp_path, two_processes, number):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
     with Launched("train.py", args, processes=2) as run:
         run.until(r"Train: \[0/2\]\[1/4\]")
         pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
-        os.kill(pids[1], signal.SIGUSR1)
+        os.kill(pids[1], number)
         status, output = run.finish()
         assert status != 0 and "stopped by request at update" in output
     assert all_end(pids)
@@ -197,6 +209,22 @@ def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_pr
     assert result.returncode == 0, result.stderr
     assert f"continuing on {after} processes instead of {before}" in result.stdout
     assert samples_by_update(tmp_path, 2) == samples_by_update(two_processes, 2)
+    assert learning_rates(tmp_path) == learning_rates(two_processes)
+
+
+@pytest.mark.long
+def test_all_processes_fall_back_to_the_same_checkpoint(data, tmp_path, two_processes):
+    shutil.copytree(runs.run_folder(two_processes), runs.run_folder(tmp_path))
+    newest, older = (runs.run_folder(tmp_path) / f"ckpt_epoch_{epoch}.pth" for epoch in (1, 0))
+    newest.unlink()  # it may be one file with the best
+    newest.write_bytes(older.read_bytes()[:-100])
+    result = runs.launch("train.py", runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2"), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"{newest}: damaged .*; trying the one before", result.stdout)
+    for rank in (0, 1):
+        log = (runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text()
+        assert re.findall(r"resumed from (\S+): epoch 1, update 0", log) == [str(older)]
+    assert runs.digest(newest) == runs.digest(runs.run_folder(two_processes) / newest.name)
 
 
 @pytest.mark.long
@@ -312,6 +340,20 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line(data, tmp_path):
     assert status == 2, output
     assert output.splitlines()[-1].startswith("train.py: error: a loader worker was lost: ")
     assert "Traceback" not in output
+
+
+@pytest.mark.long
+def test_a_killed_loader_worker_of_one_process_ends_all(data, tmp_path):
+    opts = ("DATA.BATCH_SIZE", "2", "DATA.NUM_WORKERS", "1", "TRAIN.EPOCHS", "500")
+    with Launched("train.py", runs.arguments(data, tmp_path, *opts), processes=2) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        workers = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        status, output = run.finish()
+    assert status != 0 and all_end([*pids, run.process.pid])
+    assert re.search(r"^train.py: error on process 1 of 2: a loader worker was lost: ", output, re.M), output
+    assert load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")["num_updates"] == 4
 
 
 def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path):
