@@ -66,6 +66,7 @@ class Watch:
         self._group = None
         self._store: dist.Store | None = None
         self._meetings = 0
+        self._beats = 0  # periods of PATIENCE that this process has lived through; a stopped one stays behind
 
     def listen(self) -> None:
         """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop at the next update; a second SIGINT kills.
@@ -125,6 +126,8 @@ class Watch:
         seen = reported = 0
         try:
             while True:
+                self._beats += 1
+                self._store.set(f"beat/{self.processes.rank}", f"{self._beats} {socket.gethostname()}")
                 time.sleep(period)
                 if seen == self._meetings != reported and (missing := self._not_come()):
                     self._report(f"waiting for {missing}, for more than {period:g} s now")
@@ -156,19 +159,24 @@ class Watch:
     def _agreed_cause(self) -> str:
         """What the first process to give up found: the others, the slow one too, then miss that one only."""
         try:
-            cause = f"{self._not_come() or 'another process'} was lost or too slow"
+            silent = self._behind("beat", self._beats - round(0.5 / PATIENCE))  # it stopped after it had come
+            cause = f"{self._not_come() or silent or 'another process'} was lost or too slow"
             return self._store.compare_set("cause", "", cause).decode()
         except RuntimeError:
             return "the node of process 0 cannot be reached"
 
     def _not_come(self) -> str:
         """The processes that have not come to this meeting; '' where all have."""
+        return self._behind("meeting", self._meetings)
+
+    def _behind(self, what: str, mark: int) -> str:
+        """The processes whose note of this kind is below the mark."""
         missing = []
         for rank in range(self.processes.world_size):
-            key = f"meeting/{rank}"
+            key = f"{what}/{rank}"
             note = self._store.get(key).decode() if self._store.check([key]) else "0 unknown host"
             count, host = note.split(" ", 1)
-            if int(count) < self._meetings:
+            if int(count) < mark:
                 missing.append(f"process {rank} on {host}")
         return ", ".join(missing)
 
