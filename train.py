@@ -17,8 +17,8 @@ from data import (
     usable_workers,
 )
 from models import build_model
-from utils.checkpoint import load_pretrained, lock_run_folder
-from utils.distributed import decide_on_main, share_running_statistics, wrap_distributed
+from utils.checkpoint import load_pretrained
+from utils.distributed import share_running_statistics, wrap_distributed
 from utils.engine import (
     Progress,
     Trainer,
@@ -44,7 +44,6 @@ def main() -> None:
     if not session.trains:
         run_evaluation(session)
         return
-    decide_on_main(lambda: lock_run_folder(folder), processes)
     session.watch.listen()
 
     # ------------------------------------------------------------------------------------------------------------- data

@@ -95,7 +95,7 @@ class TrainingData:
             with self.samples_log.open("a") as log:
                 log.write(line)
         except OSError as error:
-            raise UserError(f"{self.samples_log}: cannot be written: {error.strerror}") from None
+            raise OSError(error.errno, error.strerror, str(self.samples_log)) from None  # write() does not name it
 
     def _report_unreadable(self, index: int, substitute: int) -> None:
         if index in self.unreadable:

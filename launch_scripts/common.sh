@@ -85,12 +85,14 @@ choose_gpus() {
 }
 
 # run_distributed SCRIPT "$@": what run_train.sh and run_eval.sh do, which differ in SCRIPT only. Replaces this shell.
+# Training goes through multi_machine_start.py, with one machine: torchrun alone would turn the 75 of a saved run into 1.
 run_distributed() {
-    local script=$1 code arguments
+    local script=$1 code own
     shift
     split_arguments 2 "$@"
     code=$(CDPATH='' cd -- "${POSITIONAL[1]:-$ROOT}" && pwd) || die "no such checkout: ${POSITIONAL[1]}"
     [[ -f $code/$script ]] || die "no $script in $code"
+    [[ $script != train.py || -f $code/multi_machine_start.py ]] || die "no multi_machine_start.py in $code"
     if ((${#POSITIONAL[@]})); then
         # <root> is taken from where the caller stands, which the cd below changes.
         [[ ${POSITIONAL[0]} == /* ]] || POSITIONAL[0]=$PWD/${POSITIONAL[0]}
@@ -99,12 +101,17 @@ run_distributed() {
     choose_python "$code"
     choose_config "$code"
     choose_gpus
-    arguments=(--cfg "$CFG" --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}")
-    [[ -z ${BATCH_SIZE:-} ]] || arguments+=(--batch-size "$BATCH_SIZE")
-    [[ -z ${TAG:-} ]] || arguments+=(--tag "$TAG")
+    own=()
+    [[ -z ${BATCH_SIZE:-} ]] || own+=(--batch-size "$BATCH_SIZE")
+    [[ -z ${TAG:-} ]] || own+=(--tag "$TAG")
     cd -- "$code"
-    # exec: signals reach torchrun itself, and no shell stays behind.
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$script" "${arguments[@]}" "${EXTRA[@]}"
+    # exec: signals reach the launcher itself, and no shell stays behind.
+    if [[ $script == train.py ]]; then
+        exec "$PYTHON" multi_machine_start.py --machine_num 1 --np "$GPUS" --config "$CFG" \
+            --data_path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" -- "${own[@]}" "${EXTRA[@]}"
+    fi
+    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$script" --cfg "$CFG" \
+        --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" "${own[@]}" "${EXTRA[@]}"
 }
 
 # run_measurement FLAG "$@": what run_cal_flops.sh and test_throughput.sh do: test.py FLAG for one variant or for all.

@@ -4,6 +4,8 @@
 #     bash launch_scripts/run_train.sh [<root> [<code>]] [-- flags of train.py]
 #     VARIANT=base DATA_PATH=~/imagenet bash launch_scripts/run_train.sh -- --amp-opt-level O0
 #
+# Ends with 75 where it was stopped by a signal and has saved: start it again to go on.
+#
 # <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
 # <code>      the checkout to run in; default: the one of this script
 #

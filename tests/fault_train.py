@@ -3,6 +3,8 @@
 nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
+hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
+sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
 slow-save                saving waits for the file "go on" in the output folder
 frozen-norms             batch norms use their running statistics in training too
 """
@@ -45,6 +47,31 @@ elif kind == "stop":
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = signalled
+elif kind == "hold":
+    forward_backward = engine._accumulate_gradients
+
+    def held(session, trainer, *rest):
+        if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
+            while not (session.folder.parents[1] / "go on").exists():
+                time.sleep(0.01)  # what the test holds, and lets go
+        return forward_backward(session, trainer, *rest)
+
+    engine._accumulate_gradients = held
+elif kind == "sigterm-in":
+    module, name = {"train": (engine, "_accumulate_gradients"), "evaluate": (train, "evaluate")}.get(
+        where[0], (resume, "save_checkpoint")
+    )
+    function = getattr(module, name)
+    rank = os.environ.get("RANK", "0")
+
+    def signalled_there(*args):
+        if rank == where[1]:
+            setattr(module, name, function)
+            print(f"signalled at {time.time()}", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args)
+
+    setattr(module, name, signalled_there)
 elif kind == "slow-save":
     save = resume.save_checkpoint
 

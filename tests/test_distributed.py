@@ -3,10 +3,12 @@
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,12 @@ def all_end(pids, seconds=30):
     return True
 
 
+def learning_rates(output):
+    """{"[epoch/epochs][update/updates]": the learning rate that was logged}."""
+    log = (runs.run_folder(output) / "log_rank0.txt").read_text()
+    return dict(re.findall(r"Train: (\[\d+/\d+\]\[\d+/\d+\]).* lr (\S+)", log))
+
+
 def samples_by_update(output, processes):
     """{(epoch, update): the images that any process saw}."""
     seen = {}
@@ -132,7 +140,7 @@ def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, processes):
     expected = f" * Acc@1 {100 * hits[0] / 22:.3f} Acc@5 {100 * hits[1] / 22:.3f}"
     assert result.stdout.splitlines()[-1] == expected
     for rank in range(processes):
-        assert (runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text().endswith(expected + "\n")
+        assert (runs.run_folder(tmp_path) / f"log_eval_rank{rank}.txt").read_text().endswith(expected + "\n")
 
 
 def test_two_processes_train_as_one_does(data, tmp_path):
@@ -150,12 +158,17 @@ def test_two_processes_train_as_one_does(data, tmp_path):
     assert samples_by_update(tmp_path / "1", 1) == samples_by_update(tmp_path / "2", 2)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(data, tmp_path, two_processes):
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGTERM, signal.SIGINT))],
+    ids=lambda number: number.name,
+)
+def test_a_signal_to_one_process_stops_all_at_one_update_and_the_run_continues(data, tmp_path, two_processes, number):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
     with Launched("train.py", args, processes=2) as run:
         run.until(r"Train: \[0/2\]\[1/4\]")
         pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
-        os.kill(pids[1], signal.SIGUSR1)
+        os.kill(pids[1], number)
         status, output = run.finish()
         assert status != 0 and "stopped by request at update" in output
     assert all_end(pids)
@@ -196,6 +209,22 @@ def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_pr
     assert result.returncode == 0, result.stderr
     assert f"continuing on {after} processes instead of {before}" in result.stdout
     assert samples_by_update(tmp_path, 2) == samples_by_update(two_processes, 2)
+    assert learning_rates(tmp_path) == learning_rates(two_processes)
+
+
+@pytest.mark.long
+def test_all_processes_fall_back_to_the_same_checkpoint(data, tmp_path, two_processes):
+    shutil.copytree(runs.run_folder(two_processes), runs.run_folder(tmp_path))
+    newest, older = (runs.run_folder(tmp_path) / f"ckpt_epoch_{epoch}.pth" for epoch in (1, 0))
+    newest.unlink()  # it may be one file with the best
+    newest.write_bytes(older.read_bytes()[:-100])
+    result = runs.launch("train.py", runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2"), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"{newest}: damaged .*; trying the one before", result.stdout)
+    for rank in (0, 1):
+        log = (runs.run_folder(tmp_path) / f"log_rank{rank}.txt").read_text()
+        assert re.findall(r"resumed from (\S+): epoch 1, update 0", log) == [str(older)]
+    assert runs.digest(newest) == runs.digest(runs.run_folder(two_processes) / newest.name)
 
 
 @pytest.mark.long
@@ -229,6 +258,66 @@ def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
     assert all_end(pids)
 
 
+TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_process_slower_than_the_limit_ends_the_run_and_is_named(data, tmp_path, returns):
+    """It sleeps, so that it cannot hear torchrun; where it wakes up afterwards, it names itself, not the others."""
+    opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "10")
+    env = {"FAULT": "hold:1:5"}
+    with Launched(FAULT_TRAIN, runs.arguments(data, tmp_path, *opts), processes=2, env=env) as run:
+        run.until(r"Train: \[1/2\]\[0/4\]")
+        began = time.monotonic()
+        run.until(r"error on process 0 of 2: ")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        if returns:
+            (tmp_path / "go on").touch()
+        status, output = run.finish()
+        assert time.monotonic() - began < 10 + TORCHRUN_GRACE_SECONDS + 20
+    assert status != 0 and all_end([*pids, run.process.pid])
+    lines = [line for line in output.splitlines() if line.startswith("fault_train.py: error")]
+    assert len(lines) == 1 + returns
+    assert all(re.search(r": process 1 on \S+ was lost or too slow: ", line) for line in lines), lines
+    assert load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")["num_updates"] == 4
+
+
+def test_a_process_slower_than_the_others_is_waited_for_and_named_in_the_log(data, tmp_path, two_processes):
+    opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "40")
+    args, env = runs.arguments(data, tmp_path, *opts), {"FAULT": "hold:1:5"}
+    with Launched(FAULT_TRAIN, args, processes=2, env=env) as run:
+        run.until(r"^waiting for process 1 on \S+, for more than 4 s now$")
+        (tmp_path / "go on").touch()
+        status, output = run.finish()
+    assert status == 0, output
+    assert "waiting for" not in (runs.run_folder(tmp_path) / "log_rank1.txt").read_text()
+    ended, straight = (runs.run_folder(output) / "ckpt_epoch_1.pth" for output in (tmp_path, two_processes))
+    assert runs.digest(ended) == runs.digest(straight)
+
+
+STOP_SECONDS = 30  # what README promises
+
+
+@pytest.mark.parametrize("place", ["train", "evaluate", "save"])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_polite_stop_takes_less_than_30_seconds(data, tmp_path, processes, place):
+    """SIGTERM to the last process; where only the main one saves, to that one. All have saved and are gone in time."""
+    opts = ("DATA.BATCH_SIZE", str(4 // processes), "DATA.NUM_WORKERS", "1", "TRAIN.EPOCHS", "300")
+    rank = 0 if place == "save" else processes - 1
+    args, env = runs.arguments(data, tmp_path, *opts), {"FAULT": f"sigterm-in:{place}:{rank}"}
+    with Launched(FAULT_TRAIN, args, processes, env) as run:
+        asked = float(run.until(r"signalled at (\S+)")[1])
+        pids = [pid_of(tmp_path, rank) for rank in range(processes)]
+        status, output = run.finish()
+        assert all_end([*pids, run.process.pid], seconds=STOP_SECONDS)
+        took = time.time() - asked
+    assert status == (75 if processes == 1 else 1), output
+    update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
+    assert load_file(path)["num_updates"] == int(update) == {"train": 1, "evaluate": 4, "save": 5}[place]
+    assert took < STOP_SECONDS
+
+
 @pytest.mark.long
 def test_workers_do_not_outlive_torchrun(data, tmp_path):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500", "DATA.NUM_WORKERS", "1")
@@ -251,6 +340,20 @@ def test_a_killed_loader_worker_ends_the_run_in_one_line(data, tmp_path):
     assert status == 2, output
     assert output.splitlines()[-1].startswith("train.py: error: a loader worker was lost: ")
     assert "Traceback" not in output
+
+
+@pytest.mark.long
+def test_a_killed_loader_worker_of_one_process_ends_all(data, tmp_path):
+    opts = ("DATA.BATCH_SIZE", "2", "DATA.NUM_WORKERS", "1", "TRAIN.EPOCHS", "500")
+    with Launched("train.py", runs.arguments(data, tmp_path, *opts), processes=2) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        workers = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        status, output = run.finish()
+    assert status != 0 and all_end([*pids, run.process.pid])
+    assert re.search(r"^train.py: error on process 1 of 2: a loader worker was lost: ", output, re.M), output
+    assert load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")["num_updates"] == 4
 
 
 def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path):
@@ -284,8 +387,8 @@ def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
         run.until(r"Train: \[0/500\]\[1/4\]")
         second = runs.launch("train.py", args)
         assert second.returncode == 2
-        assert f"is being written by process {pid_of(tmp_path, 0)}" not in second.stderr  # the log names the second
-        assert re.search(r"is being written by process \d+ on \S+; give this run another --tag", second.stderr)
+        who = f"process {pid_of(tmp_path, 0)} on {socket.gethostname()}"  # the second has not written to the log
+        assert f"is being written by {who}; give this run another --tag" in second.stderr
         os.kill(run.process.pid, signal.SIGKILL)
         run.finish()
     with Launched("train.py", args) as run:

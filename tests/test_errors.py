@@ -72,6 +72,40 @@ def save_weights(make_config, path: Path, num_classes: int = 3) -> Path:
     return path
 
 
+# --------------------------------------------------------------------------------------------------------- run folder
+@pytest.mark.parametrize("script", ["train", "test"])
+def test_a_command_that_fails_leaves_no_empty_run_folder(run, tmp_path, image_folder, script):
+    flag = "--resume" if script == "test" else "--pretrained"
+    (tmp_path / "damaged.pth").write_bytes(b"PK")
+    for words in (["--data-path", tmp_path / "absent"], ["--data-path", image_folder, flag, tmp_path / "damaged.pth"]):
+        error_line(run(script, *words), script)
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    error_line(run(script, *words), script)
+    assert list((tmp_path / "out").iterdir()) == [], "what was there before stays"
+
+
+def test_a_command_that_fails_leaves_an_older_run_folder_as_it_was(run, tmp_path):
+    folder = tmp_path / "out" / "not_released" / "run"
+    folder.mkdir(parents=True)
+    (folder / "log_rank0.txt").write_text("an older run\n")
+    error_line(run("train", "--data-path", tmp_path / "absent", "--tag", "run"), "train")
+    assert (folder / "log_rank0.txt").read_text().startswith("an older run\n")
+
+
+@pytest.mark.parametrize("words", [["test"], ["train", "--eval"], ["train", "--flops"]], ids=" ".join)
+def test_an_evaluation_does_not_write_to_the_log_of_a_run(run, tmp_path, image_folder, make_config, words):
+    weights = save_weights(make_config, tmp_path / "w.pth")
+    folder = tmp_path / "out" / "not_released" / "run"
+    folder.mkdir(parents=True)
+    (folder / "log_rank0.txt").write_text("a run\n")
+    script, *flags = words
+    assert run(script, *flags, "--data-path", image_folder, "--tag", "run", "--resume", weights)[0] == 0
+    assert (folder / "log_rank0.txt").read_text() == "a run\n"
+    assert "command: " in (folder / "log_eval_rank0.txt").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["log_eval_rank0.txt", "log_rank0.txt"]
+
+
 # ------------------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("script", ["train", "test"])
 @pytest.mark.parametrize(

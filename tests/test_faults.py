@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 import runs
+import tensorboardX
 import torch
 import torch.distributed as dist
 from test_distributed import Launched, all_end, pid_of
@@ -31,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import train
-from data import build_eval_loader, open_split
+from data import TrainingData, build_eval_loader, open_split
 from utils import checkpoint, engine, faults
 from utils.checkpoint import BEST_NAME, checkpoints_of, load_file, lock_run_folder
 from utils.distributed import Processes
@@ -584,12 +585,32 @@ def test_a_disk_that_fills_up_between_two_saves(data, small_disk, straight):
 
     status, text = train_in_fork(args, prepare)
     assert status == 2, text
-    assert re.search("No space left on device|cannot be written", one_line(text))
+    assert re.search(rf"{small_disk}\S+: cannot be written \(.*\); .*\b0 MiB are free", one_line(text))
     assert [p.name for p in checkpoints_of(runs.run_folder(small_disk))] == ["ckpt_epoch_0.pth"]
     (small_disk / "ballast").unlink()
     status, text = train_in_fork(args)
     assert status == 0, text
     assert final_state(small_disk, 2) == straight
+
+
+@pytest.mark.parametrize("file", ["log_rank0.txt", "events"])
+def test_a_log_that_cannot_be_written_is_told_once_and_stops_nothing(data, tmp_path, straight, file):
+    """Neither is part of the run's state. More events than tensorboardX's queue holds: it must not fill up."""
+    folder = runs.run_folder(tmp_path)
+    folder.mkdir(parents=True)
+    if file == "log_rank0.txt":
+        (folder / file).symlink_to("/dev/full")
+
+    def prepare():
+        if file == "events":
+            open_file = tensorboardX.record_writer.open_file
+            tensorboardX.record_writer.open_file = lambda path: (open_file(path), open("/dev/full", "wb"))[1]  # noqa: SIM115
+
+    status, text = train_in_fork(runs.arguments(data, tmp_path), prepare)
+    assert status == 0, text
+    told = re.findall(rf"^{folder}/(\S+): cannot be written \(.*\); \d+ MiB are free; \w+ are left out$", text, re.M)
+    assert len(told) == 1 and told[0].startswith(file), text
+    assert final_state(tmp_path, 2) == straight
 
 
 @pytest.mark.parametrize("leave", [0.25, 0.5, 0.9])
@@ -622,12 +643,33 @@ def test_full_disk(data, small_disk, straight, leave):
     assert final_state(small_disk, 2) == straight
 
 
-def test_a_disk_that_is_full_from_the_start(data, small_disk, straight):
-    """Also where there is no space for a line of the log: one line says so, and nothing else is told."""
-    fill(small_disk, leave=0)
-    status, text = train_in_fork(runs.arguments(data, small_disk))
+def fill_before(small_disk, place, name):
+    """Let no byte be free when this function is called."""
+    function = getattr(place, name)
+
+    def filled_up(*args):
+        fill(small_disk, leave=0)
+        return function(*args)
+
+    setattr(place, name, filled_up)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "file"),
+    [
+        (train, "start_session", "run.lock"),
+        (train, "describe_run", "config.json"),
+        (train, "evaluate", "ckpt_epoch_0.pth"),
+        (TrainingData, "_log_samples", "samples_rank0.txt"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_no_byte_is_free_from_here_on(data, small_disk, straight, place, name, file):
+    """Whatever is written next: one line names it and the free space, and once there is some, nothing is lost."""
+    status, text = train_in_fork(runs.arguments(data, small_disk), lambda: fill_before(small_disk, place, name))
     assert status == 2, text
-    assert re.search("No space left on device|cannot be written", one_line(text))
+    folder = runs.run_folder(small_disk)
+    assert re.search(rf"{folder}/{file}: cannot be written \(.*\); (it needs .*, )?0 MiB are free", one_line(text))
     (small_disk / "ballast").unlink()
     status, text = train_in_fork(runs.arguments(data, small_disk))
     assert status == 0, text

@@ -150,7 +150,11 @@ def test_help_is_the_comment_at_the_top(checkout):
 RUNS = [("launch_scripts/run_train.sh", "train.py"), ("launch_scripts/run_eval.sh", "test.py")]
 
 
-def torchrun(processes: str, script: str, config: str, data_path: str, output: str = "./output") -> list[str]:
+def started(processes: str, script: str, config: str, data_path: str, output: str = "./output") -> list[str]:
+    """Training goes through the launcher, which ends with 75 once the run has saved; evaluation has no such end."""
+    if script == "train.py":
+        launch = ["multi_machine_start.py", "--machine_num", "1", "--np", processes, "--config", config]
+        return [*launch, "--data_path", data_path, "--output", output, "--"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
     return [*launch, "--cfg", config, "--data-path", data_path, "--output", output]
 
@@ -160,7 +164,7 @@ def test_run_without_arguments(checkout, tmp_path, script, program):
     assert checkout.run(script, cwd=tmp_path, STUB_GPUS="3").returncode == 0
     folder = json.loads(checkout.log.read_text().splitlines()[-1])["cwd"]
     assert folder == str(checkout.root)
-    assert checkout.calls() == [torchrun("3", program, "configs/groupmixformer_small.yaml", "./datasets/imagenet")]
+    assert checkout.calls() == [started("3", program, "configs/groupmixformer_small.yaml", "./datasets/imagenet")]
 
 
 @pytest.mark.parametrize(("script", "program"), RUNS)
@@ -172,7 +176,7 @@ def test_run_with_the_released_two_arguments(checkout, tmp_path, script, program
     assert result.returncode == 0, result.stderr
     assert json.loads(checkout.log.read_text().splitlines()[-1])["cwd"] == str(other)
     data_path = f"{tmp_path}/some root/data/ILSVRC/Data/CLS-LOC"
-    assert checkout.calls() == [torchrun("2", program, "configs/groupmixformer_mine.yaml", data_path)]
+    assert checkout.calls() == [started("2", program, "configs/groupmixformer_mine.yaml", data_path)]
 
 
 @pytest.mark.parametrize(("script", "program"), RUNS)
@@ -188,8 +192,18 @@ def test_run_takes_its_settings_from_the_environment(checkout, script, program):
     }
     result = checkout.run(script, "--", *METACHARACTERS, **settings)
     assert result.returncode == 0, result.stderr
-    expected = torchrun("1", program, "my.yaml", "/my data", "runs")
+    expected = started("1", program, "my.yaml", "/my data", "runs")
     assert checkout.calls() == [[*expected, "--batch-size", "64", "--tag", "a b", *METACHARACTERS]]
+
+
+def test_run_of_training_ends_with_75_once_it_has_saved(launch, checkout):
+    """Not with torchrun's 1; and what the launcher is given reaches torchrun."""
+    process = launch(SAY_WHICH_SIGNAL, script="launch_scripts/run_train.sh", GPUS="2", SAVED="1")
+    assert process.stdout.readline().startswith("ready")
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert output == "SIGTERM\n" and process.returncode == 75, errors
+    assert "--standalone train.py --cfg=configs/groupmixformer_small.yaml" in errors
 
 
 def test_run_prefers_the_checkouts_environment(checkout):
@@ -621,21 +635,16 @@ def launch(checkout, tmp_path):
     (package / "__init__.py").touch()
     started = []
 
-    def start(torchrun_code: str | None, *arguments: str, **environment: str) -> subprocess.Popen:
+    def start(torchrun_code: str | None, *arguments: str, script: str = "", **environment: str) -> subprocess.Popen:
         environment = checkout.environment(**environment)
+        command = [sys.executable, str(checkout.root / "multi_machine_start.py"), "--np", "2", "--retry_wait", "0"]
+        if script:
+            command, environment["PYTHON"] = ["bash", str(checkout.root / script)], sys.executable
         if torchrun_code is not None:
             (package / "run.py").write_text(f"import os, signal, subprocess, sys\n{torchrun_code}")
             environment["PYTHONPATH"] = str(package.parents[1])
         process = subprocess.Popen(
-            [
-                sys.executable,
-                str(checkout.root / "multi_machine_start.py"),
-                "--np",
-                "2",
-                "--retry_wait",
-                "0",
-                *arguments,
-            ],
+            [*command, *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -31,8 +31,8 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-def log_of(output):
-    return (runs.run_folder(output) / "log_rank0.txt").read_text()
+def log_of(output, name="log"):
+    return (runs.run_folder(output) / f"{name}_rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -245,7 +245,7 @@ def test_train_with_eval_or_pretrained_evaluates_and_does_not_train(image_folder
     weights = str(runs.run_folder(tmp_path / "a") / "ckpt_best.pth")
     args = runs.arguments(image_folder, tmp_path / "b", flags=["--eval", "--pretrained", weights])
     assert runs.train_here(monkeypatch, args) == 0
-    log = log_of(tmp_path / "b")
+    log = log_of(tmp_path / "b", "log_eval")
     assert "Train:" not in log and re.search(r" \* Acc@1 \d+\.\d{3} Acc@5 100\.000\n$", log)
     assert not list(runs.run_folder(tmp_path / "b").glob("ckpt*"))
 
@@ -257,7 +257,7 @@ def test_measurements_need_neither_data_nor_weights(tmp_path, monkeypatch, flag)
     expected = (
         r"throughput [\d.]+ images/s, peak memory \d+ MiB" if flag == "--throughput" else r"GFLOPs, [\d,]+ parameters"
     )
-    assert re.search(expected, log_of(tmp_path))
+    assert re.search(expected, log_of(tmp_path, "log_eval"))
 
 
 ALLOWED_IMPORTS = {

@@ -37,6 +37,8 @@ from torch import Tensor, nn
 
 from configs import UserError
 
+from .faults import unwritable
+
 BEST_NAME = "ckpt_best.pth"
 LOCK_NAME = "run.lock"
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
@@ -78,10 +80,13 @@ def lock_run_folder(folder: Path) -> int:
         raise UserError(
             f"{folder}: is being written by {holder}; give this run another --tag or wait for that one to end"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     for partial in folder.glob(".*.partial"):
-        partial.unlink()
+        partial.unlink()  # first of all: it may be what fills the disk
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        raise unwritable(folder / LOCK_NAME, error) from None
     return descriptor
 
 
@@ -100,14 +105,9 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         with contextlib.suppress(OSError):
             partial.unlink()
-        needed = sum(tensor.nbytes for tensor in _tensors(state))
-        raise UserError(
-            f"{path}: cannot be written ({_first_line(error)}); it needs about {needed / 2**20:.0f} MiB, "
-            f"{free / 2**20:.0f} MiB are free"
-        ) from None
+        raise unwritable(path, error, sum(tensor.nbytes for tensor in _tensors(state))) from None
 
 
 def keep_as_best(path: Path) -> None:
@@ -127,7 +127,7 @@ def keep_as_best(path: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"{best}: cannot be written ({_first_line(error)})") from None
+        raise unwritable(best, error, path.stat().st_size if path.exists() else None) from None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -3,11 +3,13 @@
 import ctypes
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ from .distributed import Processes
 # What a stopped and saved run exits with (sysexits' EX_TEMPFAIL): start the same command again to go on.
 EXIT_STOPPED = 75
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
+PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -49,15 +52,21 @@ class Watch:
     Args:
         processes: this process among all.
         timeout_seconds: how long to wait for the others.
+        report: is told, in a line, which processes the others have been waiting for, after PATIENCE of the timeout.
     """
 
-    def __init__(self, processes: Processes, timeout_seconds: float) -> None:
+    def __init__(
+        self, processes: Processes, timeout_seconds: float, report: Callable[[str], None] = lambda line: None
+    ) -> None:
         self.processes = processes
         self.listening = False
         self.received = 0  # the signal that asked this process to stop
         self._timeout = timedelta(seconds=timeout_seconds)
+        self._report = report
         self._group = None
+        self._store: dist.Store | None = None
         self._meetings = 0
+        self._beats = 0  # periods of PATIENCE that this process has lived through; a stopped one stays behind
 
     def listen(self) -> None:
         """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop at the next update; a second SIGINT kills.
@@ -67,6 +76,8 @@ class Watch:
         self.listening = True
         if self.processes.distributed:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._store = dist.distributed_c10d._get_default_store()
+            threading.Thread(target=self._report_waiting, daemon=True).start()
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -104,7 +115,26 @@ class Watch:
         """Note that this process is about to meet the others, so that one that does not come can be named."""
         self._meetings += 1
         if self._group is not None:
-            _store().set(f"meeting/{self.processes.rank}", f"{self._meetings} {socket.gethostname()}")
+            self._store.set(f"meeting/{self.processes.rank}", f"{self._meetings} {socket.gethostname()}")
+
+    def _report_waiting(self) -> None:
+        """Say so when this process has come and others have not for long; for a thread of its own.
+
+        On GPUs it is the only line that names them: NCCL's watchdog ends a process that has waited too long.
+        """
+        period = PATIENCE * self._timeout.total_seconds()
+        seen = reported = 0
+        try:
+            while True:
+                self._beats += 1
+                self._store.set(f"beat/{self.processes.rank}", f"{self._beats} {socket.gethostname()}")
+                time.sleep(period)
+                if seen == self._meetings != reported and (missing := self._not_come()):
+                    self._report(f"waiting for {missing}, for more than {period:g} s now")
+                    reported = seen
+                seen = self._meetings
+        except RuntimeError:  # the store has gone: who waits for it finds out
+            return
 
     @contextmanager
     def naming_lost_processes(self) -> Iterator[None]:
@@ -121,24 +151,45 @@ class Watch:
     def _who_is_missing(self) -> str:
         """Ask the store, in a thread: where its node cannot be reached, torch's client waits for it without end."""
         answer: list[str] = []
-        thread = threading.Thread(target=lambda: answer.append(self._missing_processes()), daemon=True)
+        thread = threading.Thread(target=lambda: answer.append(self._agreed_cause()), daemon=True)
         thread.start()
         thread.join(STORE_SECONDS)
         return answer[0] if answer else "the node of process 0 cannot be reached"
 
-    def _missing_processes(self) -> str:
-        missing = []
+    def _agreed_cause(self) -> str:
+        """What the first process to give up found: the others, the slow one too, then miss that one only."""
         try:
-            store = _store()
-            for rank in range(self.processes.world_size):
-                key = f"meeting/{rank}"
-                note = store.get(key).decode() if store.check([key]) else "0 unknown host"
-                count, host = note.split(" ", 1)
-                if int(count) < self._meetings:
-                    missing.append(f"process {rank} on {host}")
+            silent = self._behind("beat", self._beats - round(0.5 / PATIENCE))  # it stopped after it had come
+            cause = f"{self._not_come() or silent or 'another process'} was lost or too slow"
+            return self._store.compare_set("cause", "", cause).decode()
         except RuntimeError:
             return "the node of process 0 cannot be reached"
-        return f"{', '.join(missing) or 'another process'} was lost or too slow"
+
+    def _not_come(self) -> str:
+        """The processes that have not come to this meeting; '' where all have."""
+        return self._behind("meeting", self._meetings)
+
+    def _behind(self, what: str, mark: int) -> str:
+        """The processes whose note of this kind is below the mark."""
+        missing = []
+        for rank in range(self.processes.world_size):
+            key = f"{what}/{rank}"
+            note = self._store.get(key).decode() if self._store.check([key]) else "0 unknown host"
+            count, host = note.split(" ", 1)
+            if int(count) < mark:
+                missing.append(f"process {rank} on {host}")
+        return ", ".join(missing)
+
+
+def unwritable(path: str | Path, error: Exception, needed_bytes: int | None = None) -> UserError:
+    """The line for a file that cannot be written: path, cause, space needed (where known) and free."""
+    cause = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    needs = "" if needed_bytes is None else f"it needs about {needed_bytes / 2**20:.0f} MiB, "
+    try:
+        free = f"{shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB are free"
+    except OSError as folder_error:
+        free = f"its folder cannot be reached: {folder_error.strerror}"
+    return UserError(f"{path}: cannot be written ({cause.splitlines()[0][:200]}); {needs}{free}")
 
 
 class KeptStatistics:
@@ -211,10 +262,6 @@ def quiet_loader_worker(worker_id: int) -> None:
 def _set_parent_death_signal(number: int) -> None:
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _is_communication_failure(error: RuntimeError) -> bool:

@@ -1,5 +1,6 @@
 """What a run tells: the log file of every process, the console, TensorBoard, and where the run came from."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -7,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -20,6 +24,7 @@ from tqdm import tqdm
 from data import denormalize
 
 from .distributed import Processes
+from .faults import unwritable
 
 GRID_IMAGES = 16
 
@@ -35,18 +40,28 @@ class _ConsoleHandler(logging.StreamHandler):
 class _FileHandler(logging.FileHandler):
     """Leaves a line out where the disk is full: logging's own traceback for each would bury what ends the run."""
 
+    told = False
+
     def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
             super().handleError(record)
+        elif not self.told:
+            self.told = True
+            _tell(f"{unwritable(self.baseFilename, error).one_line()}; lines are left out")
 
 
-def create_logger(folder: Path, processes: Processes) -> logging.Logger:
-    """A logger that appends to `<folder>/log_rank<r>.txt`, and on the main process prints the bare message too."""
+def _tell(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def create_logger(folder: Path, processes: Processes, name: str = "log") -> logging.Logger:
+    """A logger that appends to `<folder>/<name>_rank<r>.txt`, and on the main process prints the bare message too."""
     logger = logging.getLogger(f"groupmixformer.{folder}.{processes.rank}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    file = _FileHandler(folder / f"log_rank{processes.rank}.txt")
+    file = _FileHandler(folder / f"{name}_rank{processes.rank}.txt")
     file.setFormatter(logging.Formatter("[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"))
     logger.addHandler(file)
     if processes.is_main:
@@ -149,6 +164,28 @@ class TensorBoard:
         # The suffix keeps a run that is continued within the second from overwriting its own file.
         suffix = f".{num_updates}"
         self.writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix) if enabled else None
+        if self.writer is not None:
+            self._outlive_a_full_disk(self.writer.file_writer.event_writer._ev_writer)
+
+    @staticmethod
+    def _outlive_a_full_disk(events: EventsWriter) -> None:
+        """Keep tensorboardX's thread alive when it cannot write: its queue holds ten events, and without the thread the
+        eleventh would wait without end. Nothing is added behind half a record: readers would end there.
+        """
+        failed = False
+
+        def attempt(function: Callable[..., None], *args: Any) -> None:
+            nonlocal failed
+            if failed:
+                return
+            try:
+                function(*args)
+            except OSError as error:
+                failed = True
+                _tell(f"{unwritable(events._file_name, error).one_line()}; events are left out")
+
+        events.write_event = partial(attempt, events.write_event)
+        events.flush = partial(attempt, events.flush)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer is not None:
@@ -169,4 +206,5 @@ class TensorBoard:
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # a full disk is told of already, and by more than this file
+                self.writer.close()

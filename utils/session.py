@@ -1,9 +1,9 @@
 """How both scripts begin and end: command line, processes, run folder, logger; errors in one line."""
 
+import contextlib
 import errno
 import json
 import os
-import shutil
 import signal
 import sys
 from argparse import Namespace
@@ -19,12 +19,19 @@ import models
 from configs import UserError, get_config, parse_args
 from configs.defaults import to_dict
 
-from .distributed import Processes, close_processes, init_processes
-from .faults import Watch, die_with_launcher, lost_loader_worker
+from .checkpoint import LOCK_NAME, lock_run_folder
+from .distributed import Processes, close_processes, decide_on_main, init_processes
+from .faults import Watch, die_with_launcher, lost_loader_worker, unwritable
 from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES}
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+# For the end of the script: its run folder, and of that path the folders that this process made, innermost first.
+_run_folder = Path()
+_made_folders: list[Path] = []
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Session:
     @property
     def trains(self) -> bool:
         """Whether `train.py` is to train, rather than to evaluate or to measure."""
-        return not (self.config.EVAL_MODE or self.config.THROUGHPUT_MODE or self.args.flops)
+        return _trains(self.args, self.config)
 
 
 def start_session(description: str) -> Session:
@@ -51,14 +58,16 @@ def start_session(description: str) -> Session:
     config = get_config(args, notices.append)
     die_with_launcher()
     processes = init_processes(config.DIST_TIMEOUT_SECONDS)
-    folder = _run_folder(config)
-    logger = create_logger(folder, processes)
+    trains = _trains(args, config)
+    folder = _open_run_folder(config, processes, lock=trains)  # before anything is logged: it may be another run's
+    logger = create_logger(folder, processes, "log" if trains else "log_eval")
     log_provenance(logger, processes)
     for notice in notices:
         logger.info(notice)
     _find_model_file(config)
     _choose_kernels(config)
-    return Session(args, config, processes, folder, logger, Watch(processes, config.DIST_TIMEOUT_SECONDS))
+    watch = Watch(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
+    return Session(args, config, processes, folder, logger, watch)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -74,9 +83,11 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, FloatingPointError):
             message = str(error)
         elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            message = f"{error.filename or 'a file of the run folder'}: {error.strerror}"
+            path = error.filename or _run_folder / "a file"
+            message = unwritable(path, error).one_line() if error.errno in FULL_DISK else f"{path}: {error.strerror}"
         if not message:
             raise
+        _leave_no_empty_folder()
         # Mistakes in the command line are found before processes meet, by every one of them: one says so.
         if torch.distributed.is_initialized() or rank == "0":
             who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
@@ -89,16 +100,54 @@ def run_script(main: Callable[[], None]) -> None:
     close_processes()
 
 
-def _run_folder(config: CfgNode) -> Path:
-    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there; UserError where it cannot be."""
-    folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output: {folder}: cannot be written to")
+def _trains(args: Namespace, config: CfgNode) -> bool:
+    return not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops) and Path(sys.argv[0]).name != "test.py"
+
+
+def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:
+    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there, and locked for writing; UserError where it cannot be.
+
+    The main process goes first, and locks: whoever finds the folder missing then is on another disk.
+    """
+    global _run_folder
+    folder = _run_folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
+    _made_folders.clear()
+
+    def make() -> None:
+        try:
+            for path in (*reversed(folder.parents), folder):
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    _made_folders.insert(0, path)
+            folder.mkdir(exist_ok=True)  # a file of that name, or a broken link
+        except OSError as error:
+            raise UserError(f"--output: {folder}: {error.strerror}") from None
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--output: {folder}: cannot be written to")
+
+    def make_and_lock() -> None:
+        make()
+        if lock:
+            lock_run_folder(folder)
+
+    decide_on_main(make_and_lock, processes)
+    if not processes.is_main:
+        make()
     return folder
+
+
+def _leave_no_empty_folder() -> None:
+    """Remove the run folder if this process made it and it holds nothing yet but logs, which name no result."""
+    with contextlib.suppress(OSError, UserError):
+        if _run_folder in _made_folders:
+            lock = lock_run_folder(_run_folder)  # nobody else has begun to write there
+            contents = list(_run_folder.iterdir())
+            if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
+                for path in contents:
+                    path.unlink()
+            os.close(lock)
+        for path in _made_folders:
+            path.rmdir()
 
 
 def _find_model_file(config: CfgNode) -> Path:
@@ -112,8 +161,19 @@ def _find_model_file(config: CfgNode) -> Path:
 
 def describe_run(config: CfgNode, folder: Path) -> None:
     """Write the resolved configuration to the run folder, which --cfg takes as well, and the network's source."""
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    shutil.copyfile(_find_model_file(config), folder / config.MODEL_FILE)
+    source = _find_model_file(config)
+    for name, text in (
+        ("config.json", json.dumps(to_dict(config), indent=2) + "\n"),
+        (source.name, source.read_text()),
+    ):
+        partial = folder / f".{name}.partial"
+        try:
+            partial.write_text(text)
+            os.replace(partial, folder / name)  # an older one is not lost to a full disk
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise unwritable(folder / name, error, len(text)) from None
 
 
 def _choose_kernels(config: CfgNode) -> None:
