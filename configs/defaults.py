@@ -33,6 +33,7 @@ _C.DATA.ZIP_MODE = False  # read images from zip files
 _C.DATA.CACHE_MODE = "part"  # zip files in memory: 'no', 'full' (all, in each process), 'part' (the process's share)
 _C.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU; without a GPU it does nothing
 _C.DATA.MAX_UNREADABLE = 10  # unreadable training images a process passes over in a run, each named; one more ends it
+_C.DATA.FAST_LOADING = "no"  # 'train', 'all': decode, crop and resize uint8 tensors, erase batches; other bits
 _C.DATA.NUM_WORKERS = 32  # loader processes a process, at most its share of the CPU cores
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -167,6 +168,7 @@ _RULES: dict[str, Rule] = {
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),
     "DATA.NUM_WORKERS": _at_least(0),
+    "DATA.FAST_LOADING": _one_of("no", "train", "all"),
     "DATA.MAX_UNREADABLE": _at_least(0),
     "MODEL.TYPE": _one_of("groupmixformer"),
     "MODEL.NAME": _FILE_NAME,

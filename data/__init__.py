@@ -1,5 +1,6 @@
 """Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
 
+from .fast import normalize
 from .loaders import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
 from .randomness import TRAINING_STEP, seed_everything
 from .sources import Source, fingerprint
@@ -14,6 +15,7 @@ __all__ = [
     "check_val_classes",
     "denormalize",
     "fingerprint",
+    "normalize",
     "open_split",
     "seed_everything",
     "usable_workers",

@@ -48,13 +48,21 @@ def decode_image(encoded: bytes) -> Image.Image:
 class ImageDataset(Dataset):
     """Images of a source, decoded and transformed: `dataset[index]` -> (transformed image, class index).
 
+    Args:
+        source: the files and their classes.
+        transform: from what `decode` returns to what the loader is to collate.
+        decode: from the bytes of a file to an image.
+
     A file that cannot be read raises UserError with its path; it is never replaced by another image.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Any]) -> None:
+    def __init__(
+        self, source: Source, transform: Callable[[Any], Any], decode: Callable[[bytes], Any] = decode_image
+    ) -> None:
         self.source = source
         self.classes = source.classes
         self.transform = transform
+        self.decode = decode
 
     def __len__(self) -> int:
         return len(self.source.samples)
@@ -62,10 +70,10 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.load(index)), self.source.samples[index][1]
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Any:
         """The decoded image, before any transform."""
         try:
-            return decode_image(self.source.read(index))
+            return self.decode(self.source.read(index))
         except _DECODING_ERRORS as error:
             path = self.source.samples[index][0]
             reason = " ".join(str(error).split()) or type(error).__name__

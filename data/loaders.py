@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from yacs.config import CfgNode
@@ -16,6 +17,7 @@ from yacs.config import CfgNode
 from configs import UserError
 
 from .datasets import AugmentedDataset, ImageDataset
+from .fast import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor, normalize
 from .samplers import TrainingOrder
 from .sources import SPLIT_NAMES, Source, check_same_classes, class_folders, open_source
 from .transforms import eval_transform, train_transform
@@ -53,7 +55,11 @@ class TrainingData:
         worker_init_fn: Callable[[int], None] | None = None,
         samples_log: Path | None = None,
     ) -> None:
-        self.images = ImageDataset(source, train_transform(config))
+        if config.DATA.FAST_LOADING == "no":
+            self.images = ImageDataset(source, train_transform(config))
+        else:
+            self.images = ImageDataset(source, FastTrainTransform(config), decode_to_tensor)
+        self.config = config
         self.order = TrainingOrder(
             num_samples=len(self.images),
             global_batch=config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS,
@@ -77,6 +83,8 @@ class TrainingData:
     def batches(self, epoch: int, update: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, 3, H, W) and class indices (B), batch after batch, from this update of this epoch to its end.
 
+        `finish` makes the network's input of the images.
+
         An unreadable image is named and replaced by its next readable neighbour; UserError after too many of them.
         """
         self.order.set_position(epoch, update)
@@ -89,6 +97,17 @@ class TrainingData:
             if self.samples_log is not None:
                 self._log_samples(f"{epoch} {update + number // self.accumulation} {' '.join(map(str, used))}\n")
             yield images, labels
+
+    def finish(self, images: Tensor) -> Tensor:
+        """A batch on its device -> the network's input, float32 (B, 3, H, W).
+
+        With DATA.FAST_LOADING, batches come as uint8, and are normalised and randomly erased here.
+        """
+        if images.dtype != torch.uint8:
+            return images
+        erasing = build_erasing(self.config, images.device)
+        images = normalize(images)
+        return images if erasing is None else erasing(images)
 
     def _log_samples(self, line: str) -> None:
         try:
@@ -122,8 +141,14 @@ def build_eval_loader(
     pin_memory: bool,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """Batches of this process's share, every `world_size`-th image: shares differ by one, no image is in two."""
-    dataset = ImageDataset(source, eval_transform(config))
+    """Batches of this process's share, every `world_size`-th image: shares differ by one, no image is in two.
+
+    With DATA.FAST_LOADING 'all' images are uint8: `normalize` them on their device.
+    """
+    if config.DATA.FAST_LOADING == "all":
+        dataset = ImageDataset(source, FastEvalTransform(config), decode_to_tensor)
+    else:
+        dataset = ImageDataset(source, eval_transform(config))
     return _loader(config, Subset(dataset, range(rank, len(dataset), world_size)), pin_memory, worker_init_fn)
 
 

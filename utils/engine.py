@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data import TRAINING_STEP, TrainingData, seed_everything
+from data import TRAINING_STEP, TrainingData, normalize, seed_everything
 
 from .distributed import sum_over_processes, unwrap
 from .faults import KeptStatistics, StopRequested, UpdateVerdict
@@ -146,7 +146,7 @@ def train_one_epoch(
     for update in range(progress.next_update, data.updates_per_epoch):
         trainer.scheduler.step_update(trainer.num_updates)
         statistics.keep()
-        loss = _accumulate_gradients(session, trainer, batches, board)
+        loss = _accumulate_gradients(session, trainer, data, batches, board)
         trainer.scaler.unscale_(trainer.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf).item()
         verdict = watch.conclude_update(loss.item(), grad_norm)
@@ -178,7 +178,11 @@ def train_one_epoch(
 
 
 def _accumulate_gradients(
-    session: Session, trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], board: TensorBoard
+    session: Session,
+    trainer: Trainer,
+    data: TrainingData,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    board: TensorBoard,
 ) -> Tensor:
     """Forward and backward passes of one update; returns the mean loss over its batches, on this process."""
     config, processes = session.config, session.processes
@@ -186,6 +190,7 @@ def _accumulate_gradients(
     for step in range(config.TRAIN.ACCUMULATION_STEPS):
         images, targets = (x.to(processes.device, non_blocking=True) for x in next(batches))
         seed_everything(TRAINING_STEP, config.SEED, processes.rank, trainer.num_updates, step)
+        images = data.finish(images)
         if trainer.mixup is not None:
             images, targets = trainer.mixup(images, targets)
         if trainer.num_updates == 0 and step == 0:
@@ -284,7 +289,7 @@ def evaluate(
             raise StopRequested
         images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
         with precision.autocast():
-            logits = network(images)
+            logits = network(normalize(images))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")

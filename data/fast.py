@@ -1,0 +1,147 @@
+"""Faster loading, chosen by DATA.FAST_LOADING: uint8 tensors in the workers, the rest on the batch.
+
+JPEGs are decoded by torchvision (the same pixels as Pillow's, tested), cropped and resized as uint8 tensors, and
+normalised where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an
+image is drawn from has the same distribution, but not the same bits: antialiased resizing in torch and in Pillow round
+differently, by a few of 255 levels. `transforms.py` is the exact way, which the released numbers were made with.
+"""
+
+import io
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+from yacs.config import CfgNode
+
+from configs import UserError
+
+from .datasets import IMAGE_FORMATS, decode_image
+from .transforms import CROP_RATIO, SMALL_IMAGE, train_transform
+
+try:  # torchvision 0.29 announces that its decoders will go; Pillow's way costs 0.2 ms more an image
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+_MODES = {
+    "nearest": InterpolationMode.NEAREST,
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+}
+
+
+def decode_to_tensor(encoded: bytes) -> Tensor:
+    """Decode to a uint8 tensor (3, H, W), with the pixels of `decode_image`, and the same errors for damaged files."""
+    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")  # CMYK is converted differently
+    if plain and decode_jpeg is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # A bytearray, because torch warns of buffers that cannot be written to.
+            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return _to_tensor(decode_image(encoded))
+
+
+class FastTrainTransform:
+    """uint8 image (3, H, W) -> augmented uint8 image (3, IMG_SIZE, IMG_SIZE), before erasing and normalising.
+
+    Crop, mirror and RandAugment are those of `train_transform`, with its parameters; RandAugment is timm's on Pillow.
+    """
+
+    def __init__(self, config: CfgNode) -> None:
+        exact = train_transform(config).transforms
+        self.size = config.DATA.IMG_SIZE
+        self.crop = exact[0]
+        self.modes = _interpolation_modes(config, training=True)
+        self.hflip = config.AUG.HFLIP
+        # What stands between mirroring and the conversion to a tensor: the policy, or colour jitter.
+        self.policy = [t for t in exact[1:] if not isinstance(t, transforms.RandomHorizontalFlip)]
+        names = [type(t).__name__ for t in self.policy]
+        self.policy = self.policy[: names.index("MaybeToTensor")]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if self.size <= SMALL_IMAGE:
+            image = self.crop(image)
+        else:
+            top, left, height, width = transforms.RandomResizedCrop.get_params(
+                image, list(self.crop.scale), list(self.crop.ratio)
+            )
+            image = _resize(image[:, top : top + height, left : left + width], (self.size,) * 2, self.modes)
+        if random.random() < self.hflip:
+            image = image.flip(2)
+        if self.policy:
+            augmented = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            for step in self.policy:
+                augmented = step(augmented)
+            image = _to_tensor(augmented)
+        return image.contiguous()
+
+
+class FastEvalTransform:
+    """uint8 image (3, H, W) -> resized and cropped uint8 image (3, IMG_SIZE, IMG_SIZE), before normalising."""
+
+    def __init__(self, config: CfgNode) -> None:
+        self.size, self.centre_crop = config.DATA.IMG_SIZE, config.TEST.CROP
+        self.modes = _interpolation_modes(config, training=False)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if not self.centre_crop:
+            return _resize(image, (self.size, self.size), self.modes).contiguous()
+        height, width = image.shape[1:]
+        short = int(self.size / CROP_RATIO)
+        size = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        if size != (height, width):
+            image = _resize(image, size, self.modes)
+        return functional.center_crop(image, [self.size, self.size]).contiguous()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 batch (B, 3, H, W) -> normalised float32, on its device; float batches are normalised already and pass.
+
+    The arithmetic is that of torchvision's ToTensor and Normalize, bit for bit.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    mean, std = (
+        torch.tensor(values, device=images.device).view(-1, 1, 1)
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def build_erasing(config: CfgNode, device: torch.device) -> RandomErasing | None:
+    """timm's random erasing of normalised batches on `device`, drawn from the global random state; None where off."""
+    aug = config.AUG
+    if aug.REPROB == 0:
+        return None
+    return RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device=str(device))
+
+
+def _interpolation_modes(config: CfgNode, training: bool) -> list[Any]:
+    name = config.DATA.INTERPOLATION
+    if name == "random":
+        return [_MODES["bilinear"], _MODES["bicubic"]] if training else [_MODES["bicubic"]]
+    if name not in _MODES:
+        raise UserError(
+            f"DATA.INTERPOLATION = {name!r}: DATA.FAST_LOADING resizes tensors, which takes one of "
+            f"{', '.join(map(repr, _MODES))} or 'random'"
+        )
+    return [_MODES[name]]
+
+
+def _resize(image: Tensor, size: tuple[int, int], modes: list[Any]) -> Tensor:
+    mode = modes[0] if len(modes) == 1 else random.choice(modes)
+    return functional.resize(image, list(size), mode, antialias=True)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

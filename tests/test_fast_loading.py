@@ -1,0 +1,223 @@
+"""DATA.FAST_LOADING: the same pixels, the same distributions, the same guarantees as the exact way."""
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+from scipy.stats import ks_2samp
+from test_data import UNREADABLE, made_images
+from torch import Tensor
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from configs import UserError
+from data import fast, normalize
+from data.datasets import ImageDataset, decode_image
+from data.fast import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor
+from data.sources import FolderSource
+from data.transforms import eval_transform, train_transform
+
+MakeConfig = Callable[..., CfgNode]
+RELEASED = ("--cfg", str(runs.ROOT / "configs" / "groupmixformer_small.yaml"))
+
+
+def photo(width: int = 500, height: int = 375) -> Image.Image:
+    """Smooth shading with edges and texture, as photographs have."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    shading = np.stack([np.sin(x / 70), np.cos(y / 50), np.sin((x + y) / 90)], axis=2) * 80 + 128
+    shading += 40 * ((x // 60 + y // 45) % 2)[..., None] + rng.normal(0, 6, shading.shape)
+    return Image.fromarray(shading.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+JPEGS = {
+    "plain": dict(quality=90),
+    "progressive": dict(quality=80, progressive=True),
+    "no chroma subsampling": dict(quality=95, subsampling=0),
+    "4:2:2": dict(quality=75, subsampling=1),
+    "low quality": dict(quality=20),
+    "restart markers": dict(quality=85, restart_marker_blocks=4),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("size", [(500, 375), (333, 501), (17, 9), (1, 1)], ids=str)
+def test_jpegs_decode_to_the_pixels_of_pillow(kind: str, size: tuple[int, int]) -> None:
+    content = encoded(photo(*size), **JPEGS[kind])
+    assert torch.equal(decode_to_tensor(content), as_tensor(decode_image(content)))
+
+
+def test_without_torchvisions_decoder_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(photo())
+    expected = decode_to_tensor(content)
+    monkeypatch.setattr(fast, "decode_jpeg", None)
+    assert torch.equal(decode_to_tensor(content), expected)
+
+
+@pytest.mark.parametrize("name", made_images())
+def test_other_images_decode_to_the_pixels_of_pillow(name: str) -> None:
+    image, form, options = made_images()[name]
+    content = encoded(image, form, **options)
+    assert torch.equal(decode_to_tensor(content), as_tensor(decode_image(content)))
+
+
+DAMAGED = {
+    **UNREADABLE,
+    "half.jpg": encoded(photo())[:20000],
+    "headers.jpg": encoded(photo())[:300],
+    "last_bytes.jpg": encoded(photo())[:-400],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_pillow_refuses_is_refused_and_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "c").mkdir()
+    path = tmp_path / "c" / name
+    path.write_bytes(DAMAGED[name])
+    for decode in (decode_image, decode_to_tensor):
+        with pytest.raises(UserError, match="cannot be read as an image") as caught:
+            ImageDataset(FolderSource(tmp_path), lambda image: image, decode)[0]
+        assert str(path) in caught.value.one_line()
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (224, 300), (1200, 900), (100, 80)], ids=str)
+@pytest.mark.parametrize("opts", [(), ("TEST.CROP", "False")], ids=str)
+def test_evaluation_differs_by_few_levels(
+    make_config: MakeConfig, size: tuple[int, int], opts: tuple[str, ...]
+) -> None:
+    config = make_config(*RELEASED, "--opts", "DATA.IMG_SIZE", "224", *opts)
+    content = encoded(photo(*size), quality=95)
+    exact = eval_transform(config)(decode_image(content))
+    quick = normalize(FastEvalTransform(config)(decode_to_tensor(content))[None])[0]
+    levels = (exact - quick).abs() * 255 * 0.229  # 0.229: the largest standard deviation, so at least as many levels
+    assert levels.mean() < 0.5
+    assert levels.max() < 3
+
+
+def test_normalising_a_batch_gives_the_bits_of_normalising_images() -> None:
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    one_by_one = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
+    expected = torch.stack([one_by_one(image.permute(1, 2, 0).numpy()) for image in images])
+    assert torch.equal(normalize(images), expected)
+    assert normalize(expected) is expected, "what is normalised stays as it is"
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def coordinates(width: int = 160, height: int = 120) -> Image.Image:
+    """Red tells x, green tells y: what a crop has seen can be read off its pixels."""
+    y, x = np.mgrid[:height, :width]
+    values = np.stack([x, y, np.zeros_like(x)], axis=2)
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def crops(transform: Callable[[object], object], image: object, count: int) -> np.ndarray:
+    """(count, 5): left, top, width and height of each crop, in pixels, and whether it is mirrored."""
+    rows = []
+    for _ in range(count):
+        result = transform(image)
+        result = (as_tensor(result) if isinstance(result, Image.Image) else result).float()
+        red, green = result[0].mean(0), result[1].mean(1)
+        mirrored = float(red[0] > red[-1])
+        rows.append([red.min(), green.min(), red.max() - red.min(), green.max() - green.min(), mirrored])
+    return np.array(rows)
+
+
+def test_crops_and_mirroring_are_distributed_as_in_the_exact_way(make_config: MakeConfig) -> None:
+    config = make_config(*RELEASED, "--opts", "DATA.IMG_SIZE", "64", "AUG.AUTO_AUGMENT", "none", "AUG.REPROB", "0.0")
+    config.defrost()
+    config.AUG.COLOR_JITTER = 0.0
+    random.seed(0)
+    torch.manual_seed(0)
+    exact = transforms.Compose(train_transform(config).transforms[:2])
+    expected = crops(exact, coordinates(), 1500)
+    got = crops(FastTrainTransform(config), as_tensor(coordinates()), 1500)
+    for column, name in enumerate(("left", "top", "width", "height")):
+        assert ks_2samp(got[:, column], expected[:, column]).pvalue > 1e-3, name
+    assert got[:, 4].mean() == pytest.approx(0.5, abs=0.05) and expected[:, 4].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_policy_is_that_of_the_exact_way(make_config: MakeConfig) -> None:
+    config = make_config(*RELEASED)
+    policy = FastTrainTransform(config).policy
+    expected = train_transform(config).transforms[2]
+    assert [str(step) for step in policy] == [str(expected)]
+    jitter = make_config(*RELEASED, "--opts", "AUG.AUTO_AUGMENT", "none")
+    assert [type(step).__name__ for step in FastTrainTransform(jitter).policy] == ["ColorJitter"]
+    nothing = make_config(*RELEASED, "--opts", "AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", "0.0")
+    assert FastTrainTransform(nothing).policy == []
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
+def test_training_images_are_uint8_of_the_right_size(make_config: MakeConfig, size: int, interpolation: str) -> None:
+    config = make_config(*RELEASED, "--opts", "DATA.IMG_SIZE", str(size), "DATA.INTERPOLATION", interpolation)
+    image = FastTrainTransform(config)(as_tensor(photo(48, 40)))
+    assert image.dtype == torch.uint8 and image.shape == (3, size, size)
+
+
+def test_erasing_is_as_frequent_and_as_large_as_in_the_exact_way(make_config: MakeConfig) -> None:
+    config = make_config(*RELEASED, "--opts", "AUG.REMODE", "const")
+    random.seed(0)
+    erased = build_erasing(config, torch.device("cpu"))(torch.ones(4000, 3, 32, 32))
+    exact = train_transform(config).transforms[-1]
+    expected = torch.stack([exact(torch.ones(3, 32, 32)) for _ in range(4000)])
+    areas, expected_areas = ((1 - x[:, 0]).mean((1, 2)) for x in (erased, expected))
+    assert (areas > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert ks_2samp(areas[areas > 0], expected_areas[expected_areas > 0]).pvalue > 1e-3
+    assert build_erasing(make_config(*RELEASED, "--opts", "AUG.REPROB", "0.0"), torch.device("cpu")) is None
+
+
+def test_interpolation_that_tensors_do_not_have_is_one_line(make_config: MakeConfig) -> None:
+    config = make_config(*RELEASED, "--opts", "DATA.INTERPOLATION", "lanczos")
+    for transform in (FastTrainTransform, FastEvalTransform):
+        with pytest.raises(UserError, match=r"DATA\.INTERPOLATION = 'lanczos': .*'bicubic'"):
+            transform(config)
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+@pytest.mark.parametrize("mode", ["train", "all"])
+def test_a_stopped_run_ends_with_the_same_bits_whatever_the_workers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, mode: str
+) -> None:
+    opts = ("DATA.FAST_LOADING", mode)
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path / "whole", *opts)) == 0
+    stopped = runs.arguments(data, tmp_path / "stopped", *opts)
+    assert runs.train_here(monkeypatch, stopped, stop_at=3) == 75
+    assert runs.train_here(monkeypatch, [*stopped, "DATA.NUM_WORKERS", "2"]) == 0
+    name = "ckpt_epoch_1.pth"
+    whole, continued = (runs.run_folder(tmp_path / run) / name for run in ("whole", "stopped"))
+    assert runs.digest(whole) == runs.digest(continued)
+
+
+def test_evaluation_finds_the_same_classes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Images of the network's own size are not resized: then even the loss is the same."""
+    losses = {}
+    for mode in ("no", "all"):
+        output = tmp_path / mode
+        config_opts = ("DATA.FAST_LOADING", mode, "TEST.CROP", "False", "TRAIN.EPOCHS", "2", *runs.PLAIN)
+        assert runs.train_here(monkeypatch, runs.arguments(data, output, *config_opts)) == 0
+        log = (runs.run_folder(output) / "log_rank0.txt").read_text()
+        losses[mode] = [line.split("Acc@1")[1] for line in log.splitlines() if " * Acc@1" in line]
+    assert losses["no"] == losses["all"] and len(losses["no"]) == 4
