@@ -110,6 +110,7 @@ _C.AUG.MIXUP_MODE = "batch"  # one draw for each 'batch', 'pair' or 'elem'
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize the short side to IMG_SIZE * 256 / 224, then centre crop; False: resize to the square
 _C.TEST.WEIGHTS = "best"  # of a checkpoint: 'raw', 'ema', or 'best': those that it was kept for, else raw
+_C.TEST.TTA = "none"  # views of an image whose softmax is averaged: 'none', 'flip', 'five-crop', 'ten-crop' (+ flip)
 
 # ----------------------------------------------------------------------------------------------------------------- run
 _C.AMP_OPT_LEVEL = ""  # 'O0': float32; 'O1', 'O2': autocast to AMP_DTYPE; '': O1 on a GPU, O0 on a CPU
@@ -217,6 +218,7 @@ _RULES: dict[str, Rule] = {
     "AUG.MIXUP_SWITCH_PROB": _SHARE,
     "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
     "TEST.WEIGHTS": _one_of("best", "raw", "ema"),
+    "TEST.TTA": _one_of("none", "flip", "five-crop", "ten-crop"),
     "AMP_OPT_LEVEL": _one_of("", "O0", "O1", "O2"),
     "AMP_DTYPE": _one_of("bfloat16", "float16"),
     "TAG": _FILE_NAME,
@@ -290,6 +292,8 @@ def validate(config: CfgNode) -> None:
             raise UserError(
                 f"MODEL.GMA.{name} = {gma[name]}: needs one value a stage, MODEL.GMA.NUM_STAGES = {gma.NUM_STAGES}"
             )
+    if config.TEST.TTA in ("five-crop", "ten-crop") and not config.TEST.CROP:
+        raise UserError(f"TEST.TTA = {config.TEST.TTA!r}: needs TEST.CROP True: nothing is cropped without it")
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         raise UserError(
             f"TRAIN.WARMUP_EPOCHS = {train.WARMUP_EPOCHS}: must be fewer than TRAIN.EPOCHS = {train.EPOCHS}"

@@ -1,6 +1,13 @@
 """Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
 
-from .loaders import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
+from .loaders import (
+    TrainingData,
+    build_eval_loader,
+    build_prediction_loader,
+    check_val_classes,
+    open_split,
+    usable_workers,
+)
 from .randomness import TRAINING_STEP, seed_everything
 from .sources import Source, fingerprint
 from .transforms import build_mixup, denormalize
@@ -11,6 +18,7 @@ __all__ = [
     "TrainingData",
     "build_eval_loader",
     "build_mixup",
+    "build_prediction_loader",
     "check_val_classes",
     "denormalize",
     "fingerprint",

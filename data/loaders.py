@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from yacs.config import CfgNode
@@ -18,7 +19,7 @@ from configs import UserError
 from .datasets import AugmentedDataset, ImageDataset
 from .samplers import TrainingOrder
 from .sources import SPLIT_NAMES, Source, check_same_classes, class_folders, open_source
-from .transforms import eval_transform, train_transform
+from .transforms import eval_transform, train_transform, views_transform
 
 
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
@@ -125,6 +126,25 @@ def build_eval_loader(
     """Batches of this process's share, every `world_size`-th image: shares differ by one, no image is in two."""
     dataset = ImageDataset(source, eval_transform(config))
     return _loader(config, Subset(dataset, range(rank, len(dataset), world_size)), pin_memory, worker_init_fn)
+
+
+def build_prediction_loader(
+    config: CfgNode, source: Source, rank: int, world_size: int, device: torch.device
+) -> tuple[DataLoader, list[range]]:
+    """Every `world_size`-th batch: images (B, views, 3, H, W) and class indices; and the images of all the batches.
+
+    Which images make up a batch does not depend on the number of processes, and so the bits of a prediction do not.
+    """
+    dataset = ImageDataset(source, views_transform(config))
+    size = config.DATA.BATCH_SIZE
+    batches = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches[rank::world_size],
+        num_workers=usable_workers(config),
+        pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
+    )
+    return loader, batches
 
 
 def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> None:

@@ -55,6 +55,7 @@ FREE_KEYS = {
     "SAVE_FREQ",
     "SAVE_KEEP",
     "TAG",
+    "TEST.TTA",
     "TEST.WEIGHTS",
     "THROUGHPUT_MODE",
     "TRAIN.ACCUMULATION_STEPS",
