@@ -16,6 +16,7 @@ from data import (
     open_split,
     usable_workers,
 )
+from evaluation.run import run_evaluation
 from models import build_model
 from utils.checkpoint import load_pretrained, lock_run_folder
 from utils.distributed import decide_on_main, share_running_statistics, wrap_distributed
@@ -28,7 +29,6 @@ from utils.engine import (
     evaluate,
     train_one_epoch,
 )
-from utils.evaluation import run_evaluation
 from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
 from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer

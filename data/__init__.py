@@ -1,5 +1,6 @@
 """Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
 
+from .datasets import ImageDataset
 from .loaders import (
     TrainingData,
     build_eval_loader,
@@ -9,20 +10,23 @@ from .loaders import (
     usable_workers,
 )
 from .randomness import TRAINING_STEP, seed_everything
-from .sources import Source, fingerprint
-from .transforms import build_mixup, denormalize
+from .sources import Source, class_folders, fingerprint
+from .transforms import build_mixup, denormalize, views_transform
 
 __all__ = [
     "TRAINING_STEP",
+    "ImageDataset",
     "Source",
     "TrainingData",
     "build_eval_loader",
     "build_mixup",
     "build_prediction_loader",
     "check_val_classes",
+    "class_folders",
     "denormalize",
     "fingerprint",
     "open_split",
     "seed_everything",
     "usable_workers",
+    "views_transform",
 ]

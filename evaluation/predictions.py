@@ -186,7 +186,6 @@ def predict(
     source: Source,
     precision: Precision,
     outputs: Sequence[int] | None = None,
-    classes: Sequence[str] | None = None,
     title: str = "Test: ",
 ) -> Predictions | None:
     """Predict every image of a source, on all processes together; the result is on the main one, None elsewhere.
@@ -202,58 +201,62 @@ def predict(
         source: the images; a label of -1 means unknown.
         precision: how the forward pass computes; what follows it is float32 and float64.
         outputs: the network's outputs that are the classes of the data, by class index; None: all of them.
-        classes: names of the classes; None: those of the source.
         title: what log lines begin with.
     """
     processes = session.processes
     network.eval()
     loader, batches = build_prediction_loader(config, source, processes.rank, processes.world_size, processes.device)
-    columns = None if outputs is None else torch.as_tensor(outputs, device=processes.device)
-    flip = config.TEST.TTA in ("flip", "ten-crop")
     console = ProgressLog(
         session.logger, title, len(loader), every=session.config.PRINT_FREQ, show_bar=processes.is_main
     )
-    classes = source.classes if classes is None else classes
-    keep_logits = 4 * len(source.samples) * len(classes) <= MAX_LOGITS_BYTES
+    keep_logits = 4 * len(source.samples) * len(source.classes) <= MAX_LOGITS_BYTES
     nothing = torch.empty(0, device=processes.device)  # for a process that gets no batch
-    parts = [_summarize(nothing.new_empty(0, len(classes)), nothing.long(), keep_logits)]
-    hits, counted = np.zeros(2), 0
+    parts = [summarize_batch(nothing.new_empty(0, len(source.classes)), nothing.long(), keep_logits)]
+    sums, counted = np.zeros(3), 0  # loss, top-1 hits, top-5 hits
     for images, labels in loader:
         images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
-        with precision.autocast():
-            views = [view.float() for view in _logits_of_views(network, images, flip)]
-        logits = _average(views) if columns is None else _average([view[:, columns] for view in views])
-        part = _summarize(logits, labels, keep_logits)
+        logits = predict_batch(network, images, precision, config, outputs)
+        part = summarize_batch(logits, labels, keep_logits)
         parts.append(part)
         matches = part["top"] == labels.cpu()[:, None]
-        hits += [matches[:, 0].sum().item(), matches.sum().item()]
+        sums += [part["nll"].double().sum().item(), matches[:, 0].sum().item(), matches.sum().item()]
         counted += len(labels)
         if console.step():
-            acc1, acc5 = 100 * hits / counted
+            loss, acc1, acc5 = sums / counted
             console.line(
-                f"Acc@1 {acc1:.3f}\tAcc@5 {acc5:.3f}\tmem {peak_memory_mib(processes.device):.0f}MB", len(labels)
+                f"loss {loss:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}"
+                f"\tmem {peak_memory_mib(processes.device):.0f}MB",
+                len(labels),
             )
     console.close()
-    return _gather(session, source, classes, parts, batches)
+    return _gather(session, source, parts, batches)
 
 
-def _logits_of_views(network: nn.Module, images: Tensor, flip: bool) -> Iterator[Tensor]:
-    """Logits of each view of the images (B, views, 3, H, W), mirrored ones after each where `flip` says so."""
-    for view in images.unbind(1):
-        yield network(view)
-        if flip:
-            yield network(view.flip(-1))
+@torch.inference_mode()
+def predict_batch(
+    network: nn.Module,
+    images: Tensor,
+    precision: Precision,
+    config: CfgNode,
+    outputs: Sequence[int] | None = None,
+) -> Tensor:
+    """Logits (B, K) of images (B, views, 3, H, W): those of a single view, or such whose softmax is the views' mean."""
+    flip = config.TEST.TTA in ("flip", "ten-crop")
+    logits = []
+    with precision.autocast():
+        for view in images.unbind(1):
+            logits.append(network(view).float())
+            if flip:
+                logits.append(network(view.flip(-1)).float())
+    if outputs is not None:
+        columns = torch.as_tensor(outputs, device=images.device)
+        logits = [view[:, columns] for view in logits]
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([view.log_softmax(dim=1) for view in logits]).logsumexp(dim=0) - math.log(len(logits))
 
 
-def _average(views: list[Tensor]) -> Tensor:
-    """Logits (B, K) whose softmax is the mean of the views' softmax; a single view's own logits."""
-    if len(views) == 1:
-        return views[0]
-    log_probabilities = torch.stack([view.log_softmax(dim=1) for view in views])
-    return log_probabilities.logsumexp(dim=0) - math.log(len(views))
-
-
-def _summarize(logits: Tensor, labels: Tensor, keep_logits: bool) -> dict[str, Tensor]:
+def summarize_batch(logits: Tensor, labels: Tensor, keep_logits: bool = False) -> dict[str, Tensor]:
     """What is kept of a batch, on the CPU: `Predictions` says what the entries are."""
     top = logits.topk(min(TOP, logits.shape[1])).indices
     log_probabilities = logits.double().log_softmax(dim=1)
@@ -272,7 +275,7 @@ def _summarize(logits: Tensor, labels: Tensor, keep_logits: bool) -> dict[str, T
 
 
 def _gather(
-    session: Session, source: Source, classes: Sequence[str], parts: list[dict[str, Tensor]], batches: list[range]
+    session: Session, source: Source, parts: list[dict[str, Tensor]], batches: list[range]
 ) -> Predictions | None:
     """Bring the processes' rows together on the main one, in the order of the data set."""
     processes, world_size = session.processes, session.processes.world_size
@@ -288,7 +291,7 @@ def _gather(
     if not processes.is_main:
         return None
     paths = [relative_path(source, index) for index in range(len(source.samples))]
-    return Predictions(paths, classes=list(classes), **columns)
+    return Predictions(paths, classes=list(source.classes), **columns)
 
 
 def relative_path(source: Source, index: int) -> str:

@@ -27,9 +27,14 @@ GRID_IMAGES = 16
 class _ConsoleHandler(logging.StreamHandler):
     """Prints above a progress bar, where there is one, instead of through it."""
 
+    def __init__(self, to_stderr: bool) -> None:
+        super().__init__()
+        self.to_stderr = to_stderr
+
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        stream = sys.stderr if self.to_stderr else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
 
 
 class _FileHandler(logging.FileHandler):
@@ -40,8 +45,8 @@ class _FileHandler(logging.FileHandler):
             super().handleError(record)
 
 
-def create_logger(folder: Path, processes: Processes) -> logging.Logger:
-    """A logger that appends to `<folder>/log_rank<r>.txt`, and on the main process prints the bare message too."""
+def create_logger(folder: Path, processes: Processes, to_stderr: bool = False) -> logging.Logger:
+    """A logger that appends to `<folder>/log_rank<r>.txt`, and on the main process prints the bare message."""
     logger = logging.getLogger(f"groupmixformer.{folder}.{processes.rank}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -50,7 +55,7 @@ def create_logger(folder: Path, processes: Processes) -> logging.Logger:
     file.setFormatter(logging.Formatter("[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"))
     logger.addHandler(file)
     if processes.is_main:
-        console = _ConsoleHandler(sys.stdout)
+        console = _ConsoleHandler(to_stderr)
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
     return logger

@@ -41,7 +41,7 @@ class Session:
     @property
     def trains(self) -> bool:
         """Whether `train.py` is to train, rather than to evaluate or to measure."""
-        return not (self.config.EVAL_MODE or self.config.THROUGHPUT_MODE or self.args.flops)
+        return not (self.config.EVAL_MODE or self.config.THROUGHPUT_MODE or self.args.flops or self.args.images)
 
 
 def start_session(description: str) -> Session:
@@ -52,7 +52,7 @@ def start_session(description: str) -> Session:
     die_with_launcher()
     processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     folder = _run_folder(config)
-    logger = create_logger(folder, processes)
+    logger = create_logger(folder, processes, to_stderr=args.json == "-")
     log_provenance(logger, processes)
     for notice in notices:
         logger.info(notice)
