@@ -47,12 +47,12 @@ def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
         example = (only_first or only_second)[0]
         raise UserError(
             f"not about the same images: {len(only_first)} are only in the first file, {len(only_second)} only in the "
-            f"second, such as {example}"
+            f"second, such as {example!r}"
         )
     rows = np.array([position[path] for path in first.paths], dtype=np.int64)
     differ = np.flatnonzero(first.labels != second.labels[rows])
     if len(differ):
-        raise UserError(f"the labels of {len(differ)} images differ, such as that of {first.paths[differ[0]]}")
+        raise UserError(f"the labels of {len(differ)} images differ, such as that of {first.paths[differ[0]]!r}")
     columns = ("labels", "probabilities", "nll", "top", "top_probabilities")
     return dataclasses.replace(second, paths=first.paths, **{name: getattr(second, name)[rows] for name in columns})
 

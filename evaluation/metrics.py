@@ -183,7 +183,7 @@ def compare(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Comparison:
     A paired resample is a draw from three kinds of images: only the first right, only the second, no difference.
     """
     n = len(first)
-    only_first, only_second = np.count_nonzero(first & ~second), np.count_nonzero(second & ~first)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     shares = np.array([only_first, only_second, n - only_first - only_second]) / n
     draws = np.random.default_rng(seed).multinomial(n, shares, size=RESAMPLES)
     low, high = np.quantile(100 * (draws[:, 1] - draws[:, 0]) / n, _TAILS)

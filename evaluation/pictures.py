@@ -88,7 +88,7 @@ def label_pictures(session: Session, weights: str) -> None:
         logits = predict_batch(network, views[None].to(processes.device), precision, config)
         batch = summarize_batch(logits, torch.full((1,), UNLABELLED, device=logits.device))
         result["top"] = [
-            {"class": index, "name": names[index], "probability": probability}
+            {"class": index, "name": names[index], "probability": float(f"{probability:.6g}")}
             for index, probability in zip(batch["top"][0].tolist(), batch["top_probabilities"][0].tolist())
         ]
         logger.info(str(path))
