@@ -1,6 +1,5 @@
 """What an evaluation writes: metrics.json, the predictions, per_class.csv and confusion.csv, in a folder of its own."""
 
-import csv
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import numpy as np
 from configs import UserError
 
 from . import metrics
+from .files import whole_file, write_rows
 from .imagenet_variants import real_accuracy
 from .predictions import Predictions
 
@@ -121,16 +121,6 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
 
 
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    os.replace(partial, path)
-
-
 def write_json(target: str, content: Any) -> None:
     """Write JSON to a file, or to standard output for '-'. Numbers that are not finite become null.
 
@@ -141,11 +131,9 @@ def write_json(target: str, content: Any) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    path = Path(target)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(Path(target)) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror}") from None
 

@@ -11,7 +11,6 @@ negative logarithm. Where there is no label, label is -1 and what follows from i
 import csv
 import importlib.util
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from utils.distributed import gather_on_main
 from utils.engine import Precision
 from utils.logging import ProgressLog, peak_memory_mib
 from utils.session import Session
+
+from .files import whole_file, write_rows
 
 TOP = 5
 UNLABELLED = -1
@@ -67,18 +68,18 @@ class Predictions:
         """Write a .csv or .parquet file (the latter needs pyarrow); UserError for another suffix."""
         path = Path(path)
         check_suffix(path)
-        partial = path.with_name(f".{path.name}.partial")
         if path.suffix == ".csv":
-            with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(column_names(self.top.shape[1]))
-                writer.writerows(self._rows())
+            write_rows(path, column_names(self.top.shape[1]), self._rows())
         else:
             import pyarrow
             from pyarrow import parquet
 
-            parquet.write_table(pyarrow.table(self._columns()), partial)
-        os.replace(partial, path)
+            try:
+                table = pyarrow.table(self._columns())
+            except UnicodeEncodeError as error:
+                raise UserError(f"{path}: Parquet holds Unicode only, {error.object!r} is not: use .csv") from None
+            with whole_file(path) as partial:
+                parquet.write_table(table, partial)
 
     @classmethod
     def load(cls, path: str | Path) -> "Predictions":
