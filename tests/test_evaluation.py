@@ -202,7 +202,7 @@ def test_a_predictions_file_reads_back_as_it_was(tmp_path, suffix, num_classes):
         pytest.importorskip("pyarrow")
     before = some_predictions(num_classes=num_classes)
     if suffix == "parquet":
-        with pytest.raises(UserError, match="p.parquet: Parquet holds Unicode only, .* is not: use .csv"):
+        with pytest.raises(UserError, match=r"p.parquet: Parquet holds Unicode only, .* is not: use .csv"):
             before.save(tmp_path / "p.parquet")
         before = Predictions(
             **{**vars(before), "paths": list("abcdefghijkl"), "classes": list("tuvwxyz")[:num_classes]}
