@@ -28,6 +28,7 @@ from evaluation import compare as compare_script
 from evaluation import metrics, outputs, predictions, run
 from evaluation.predictions import Predictions, predict
 from models import build_model
+from utils import distributed
 from utils.distributed import Processes
 from utils.engine import Precision
 from utils.session import start_session
@@ -63,6 +64,7 @@ COLUMNS = ("labels", "probabilities", "nll", "top", "top_probabilities")
 def predict_as(rank, world_size, config, source, folder):
     """What a process does: predict the first 1 to 17 images; the main one writes what it gets."""
     torch.set_num_threads(1)
+    distributed.GATHERED_ROWS = 3  # so that a share travels in several pieces
     if world_size > 1:
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
