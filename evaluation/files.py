@@ -10,7 +10,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; it becomes `path` at the end of the block, or goes where that fails."""
+    """Gives a name beside `path` to write to; it becomes `path` at the end of the block, or goes where that fails.
+
+    A pipe or a device, such as /dev/null, is written to as it is: it must not be replaced by a file.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

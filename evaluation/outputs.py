@@ -143,7 +143,8 @@ def check_json_target(target: str | None) -> None:
     if target in (None, STDOUT):
         return
     path = Path(target)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    special = path.exists() and not path.is_file()  # a pipe or a device
+    if path.is_dir() or not os.access(path if special else path.absolute().parent, os.W_OK):
         raise UserError(f"--json {target}: cannot be written: a folder, or in none that exists and may be written to")
 
 

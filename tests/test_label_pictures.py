@@ -101,6 +101,15 @@ def test_a_result_that_cannot_be_written_is_named_and_the_others_go_on(pictures,
     assert not list(pictures.glob(".*.partial"))
 
 
+def test_names_that_are_no_text_are_printed_all_the_same(pictures, tmp_path, monkeypatch, capsys):
+    save_network(tmp_path / "w.pth", tmp_path, 3)
+    odd = pictures / "\udcff\n.png"
+    odd.write_bytes((pictures / "a.png").read_bytes())
+    assert label(monkeypatch, tmp_path, tmp_path / "w.pth", [odd]) == 0
+    assert rf"{pictures}/\udcff\n.png" in capsys.readouterr().out.splitlines()
+    assert json.loads(odd.with_name(f"{odd.name}.top5.json").read_text())["picture"] == str(odd)
+
+
 def test_pictures_are_found_once_each_and_hidden_ones_are_not(pictures):
     for name in (".hidden.png", ".cache/a.png", "B.JPEG", "notes.txt", "a.png.top5.json"):
         (pictures / name).parent.mkdir(exist_ok=True)
