@@ -18,6 +18,7 @@ from data.sources import SPLIT_NAMES
 from models import build_model
 from utils.checkpoint import load_exactly, load_file, select_weights
 from utils.engine import build_precision
+from utils.logging import printable
 from utils.session import Session
 
 from .outputs import write_json
@@ -81,7 +82,7 @@ def label_pictures(session: Session, weights: str) -> None:
     for path, views in tqdm(_batches(config, paths), total=len(paths), unit="picture", disable=None, leave=False):
         result: dict[str, Any] = {"picture": str(path)}
         if isinstance(views, str):
-            logger.error(_printable(views))
+            logger.error(printable(views))
             results.append(result | {"error": views})
             faults += 1
             continue
@@ -91,14 +92,14 @@ def label_pictures(session: Session, weights: str) -> None:
             {"class": index, "name": names[index], "probability": float(f"{probability:.6g}")}
             for index, probability in zip(batch["top"][0].tolist(), batch["top_probabilities"][0].tolist())
         ]
-        logger.info(_printable(str(path)))
+        logger.info(printable(str(path)))
         for entry in result["top"]:
             logger.info(f"    {100 * entry['probability']:6.2f} %  {entry['name']}")
         results.append(result)
         try:
             write_json(f"{path}{SUFFIX}", about | result)
         except UserError as error:
-            logger.error(_printable(error.one_line()))
+            logger.error(printable(error.one_line()))
             faults += 1
     if session.args.json:
         write_json(session.args.json, {**about, "pictures": results})
@@ -151,11 +152,6 @@ def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
         )
         return [f"{words[name]} ({name})" if name in words else name for name in names]
     return names
-
-
-def _printable(text: str) -> str:
-    """One line that any terminal takes: a file's name may hold bytes that are no text, or control characters."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _folder_names(config: CfgNode, count: int) -> list[str] | None:

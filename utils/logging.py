@@ -61,9 +61,14 @@ def create_logger(folder: Path, processes: Processes, to_stderr: bool = False) -
     return logger
 
 
+def printable(text: str) -> str:
+    """One line that any terminal takes: a file's name may hold bytes that are no text, or control characters."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def log_provenance(logger: logging.Logger, processes: Processes) -> None:
     """Log command line, code version, library versions and machine."""
-    logger.info(f"command: {' '.join(sys.argv)}")
+    logger.info(f"command: {' '.join(map(printable, sys.argv))}")
     logger.info(
         f"git {git_commit()}; Python {sys.version.split()[0]}; torch {torch.__version__}; "
         f"torchvision {torchvision.__version__}"
