@@ -32,9 +32,9 @@ from .files import whole_file, write_rows
 
 TOP = 5
 UNLABELLED = -1
-# Logits are kept, on the main process only, up to this size: 50,000 images of 1000 classes are 0.2 GB. Beyond it, as
-# for the 10,450 classes of ImageNet-21k, everything but the temperature is still exact.
-MAX_LOGITS_BYTES = 2 * 10**9
+# Logits are kept up to this size, for a moment in three copies on the main process: 50,000 images of 1000 classes are
+# 0.2 GB. Beyond it, as for the 10,450 classes of ImageNet-21k, everything but the temperature is still exact.
+MAX_LOGITS_BYTES = 10**9
 
 
 @dataclass(frozen=True)
