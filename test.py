@@ -3,9 +3,10 @@
 python test.py --cfg configs/groupmixformer_small.yaml --data-path DIR --resume FILE     Acc@1 and Acc@5
 python test.py --cfg configs/groupmixformer_small.yaml --throughput                      images/s
 python test.py --cfg configs/groupmixformer_small.yaml --flops                           FLOPs and parameters
+python test.py --cfg configs/groupmixformer_small.yaml --resume FILE --images a.jpg folder/    top-5 of pictures
 """
 
-from utils.evaluation import run_evaluation
+from evaluation.run import run_evaluation
 from utils.session import run_script, start_session
 
 

@@ -16,6 +16,7 @@ from data import (
     open_split,
     usable_workers,
 )
+from evaluation.run import run_evaluation
 from models import build_model
 from utils.checkpoint import load_pretrained
 from utils.distributed import share_running_statistics, wrap_distributed
@@ -28,7 +29,6 @@ from utils.engine import (
     evaluate,
     train_one_epoch,
 )
-from utils.evaluation import run_evaluation
 from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
 from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
@@ -39,7 +39,7 @@ from utils.session import describe_run, run_script, start_session
 
 def main() -> None:
     # ------------------------------------------------------------------------ configuration, processes, run folder, log
-    session = start_session(__doc__)
+    session = start_session(__doc__, may_train=True)
     config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     if not session.trains:
         run_evaluation(session)

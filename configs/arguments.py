@@ -44,6 +44,17 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
             choices=("best", "raw", "ema"), help="which weights of a checkpoint to evaluate; best: those it is kept for"
         ),
     ),
+    "--tta": (
+        "TEST.TTA",
+        dict(
+            choices=("none", "flip", "five-crop", "ten-crop"), help="average the softmax of several views of an image"
+        ),
+    ),
+    "--sizes": ("TEST.SIZES", dict(type=int, nargs="+", help="evaluate at each of these input sizes")),
+    "--variant": (
+        "TEST.VARIANT",
+        dict(choices=("real", "v2", "a", "r"), help="--data-path is ImageNet with ReaL labels, ImageNet-V2, -A or -R"),
+    ),
 }
 
 
@@ -79,6 +90,10 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> argp
     for flag, (_, options) in CONFIG_FLAGS.items():
         parser.add_argument(flag, default=None, **options)
     parser.add_argument("--flops", action="store_true", help="count FLOPs and parameters only (test.py)")
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="label these pictures, and those in these folders (test.py)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output (test.py)")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help="accepted from old launchers; the environment decides"
     )

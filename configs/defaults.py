@@ -111,6 +111,11 @@ _C.AUG.MIXUP_MODE = "batch"  # one draw for each 'batch', 'pair' or 'elem'
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize the short side to IMG_SIZE * 256 / 224, then centre crop; False: resize to the square
 _C.TEST.WEIGHTS = "best"  # of a checkpoint: 'raw', 'ema', or 'best': those that it was kept for, else raw
+_C.TEST.SIZES = []  # evaluate at each of these input sizes, pixels; []: at DATA.IMG_SIZE
+_C.TEST.TTA = "none"  # views of an image whose softmax is averaged: 'none', 'flip', 'five-crop', 'ten-crop' (+ flip)
+_C.TEST.VARIANT = ""  # ImageNet's other validation sets: 'real', 'v2', 'a', 'r'; '': the data set's own
+_C.TEST.REAL_JSON = ""  # real.json with the labels of 'real'; '': timm's copy
+_C.TEST.PREDICTIONS = "csv"  # form of the predictions file: 'csv', 'parquet' (needs pyarrow)
 
 # ----------------------------------------------------------------------------------------------------------------- run
 _C.AMP_OPT_LEVEL = ""  # 'O0': float32; 'O1', 'O2': autocast to AMP_DTYPE; '': O1 on a GPU, O0 on a CPU
@@ -219,6 +224,10 @@ _RULES: dict[str, Rule] = {
     "AUG.MIXUP_SWITCH_PROB": _SHARE,
     "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
     "TEST.WEIGHTS": _one_of("best", "raw", "ema"),
+    "TEST.SIZES": ((lambda v: all(x >= 32 for x in v)), "must be sizes of at least 32"),
+    "TEST.VARIANT": _one_of("", "real", "v2", "a", "r"),
+    "TEST.PREDICTIONS": _one_of("csv", "parquet"),
+    "TEST.TTA": _one_of("none", "flip", "five-crop", "ten-crop"),
     "AMP_OPT_LEVEL": _one_of("", "O0", "O1", "O2"),
     "AMP_DTYPE": _one_of("bfloat16", "float16"),
     "TAG": _FILE_NAME,
@@ -257,9 +266,14 @@ def get_config(args: argparse.Namespace, notify: Callable[[str], None] = print) 
 
 def with_num_classes(config: CfgNode, num_classes: int) -> CfgNode:
     """A copy of the frozen configuration whose network has `num_classes` outputs."""
+    return with_values(config, {"MODEL.GMA.NUM_CLASSES": num_classes})
+
+
+def with_values(config: CfgNode, values: dict[str, Any]) -> CfgNode:
+    """A copy of the frozen configuration with other values of the right types, {'DATA.IMG_SIZE': 256}."""
     config = config.clone()
     config.defrost()
-    config.MODEL.GMA.NUM_CLASSES = num_classes
+    config.merge_from_list([item for pair in values.items() for item in pair])
     config.freeze()
     return config
 
@@ -292,6 +306,8 @@ def validate(config: CfgNode) -> None:
             raise UserError(
                 f"MODEL.GMA.{name} = {gma[name]}: needs one value a stage, MODEL.GMA.NUM_STAGES = {gma.NUM_STAGES}"
             )
+    if config.TEST.TTA in ("five-crop", "ten-crop") and not config.TEST.CROP:
+        raise UserError(f"TEST.TTA = {config.TEST.TTA!r}: needs TEST.CROP True: nothing is cropped without it")
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         raise UserError(
             f"TRAIN.WARMUP_EPOCHS = {train.WARMUP_EPOCHS}: must be fewer than TRAIN.EPOCHS = {train.EPOCHS}"

@@ -1,22 +1,34 @@
 """Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
 
+from .datasets import ImageDataset
 from .fast import normalize
-from .loaders import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
+from .loaders import (
+    TrainingData,
+    build_eval_loader,
+    build_prediction_loader,
+    check_val_classes,
+    open_split,
+    usable_workers,
+)
 from .randomness import TRAINING_STEP, seed_everything
-from .sources import Source, fingerprint
-from .transforms import build_mixup, denormalize
+from .sources import Source, class_folders, fingerprint
+from .transforms import build_mixup, denormalize, views_transform
 
 __all__ = [
     "TRAINING_STEP",
+    "ImageDataset",
     "Source",
     "TrainingData",
     "build_eval_loader",
     "build_mixup",
+    "build_prediction_loader",
     "check_val_classes",
+    "class_folders",
     "denormalize",
     "fingerprint",
     "normalize",
     "open_split",
     "seed_everything",
     "usable_workers",
+    "views_transform",
 ]

@@ -5,8 +5,9 @@
 
 Exit status: 0 nothing that would harm training or evaluation, 1 something would (with --strict: anything found at all),
 2 wrong use. The report lists errors first, then warnings, then what is merely unusual; `--report` and `--json` hold
-every line of it. The manifest has one line an image, sorted by path: path, size in bytes, SHA-256, class index, with
-tabs between. The fingerprint printed at the end is a hash of the manifest: same fingerprint, same data.
+every line of it (`--json -`: to standard output, and the report to standard error). The manifest has one line an image,
+sorted by path: path, size in bytes, SHA-256, class index, with tabs between. The fingerprint printed at the end is a
+hash of the manifest: same fingerprint, same data.
 """
 
 import argparse
@@ -274,13 +275,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings and unusual images too")
     parser.add_argument("--report", metavar="FILE", help="write the report here too, with every line")
     parser.add_argument("--manifest", metavar="FILE", help="write path, size, SHA-256 and class index of every image")
-    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs; - is standard output")
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
     for name in (args.report, args.manifest, args.json):
         # Found out now rather than after an hour.
-        if name is not None and (Path(name).is_dir() or not _is_writable(Path(name))):
+        if name not in (None, "-") and (Path(name).is_dir() or not _is_writable(Path(name))):
             raise UserError(f"{name}: cannot be written: a folder, or in none that exists and may be written to")
     return args
 
@@ -294,10 +295,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         report = check_data_set(args.data_path, args.dataset, args.zip, args.workers)
-        sys.stdout.write(format_report(report, args.strict, LINES_PER_KIND))
+        console = sys.stderr if args.json == "-" else sys.stdout
+        console.write(format_report(report, args.strict, LINES_PER_KIND))
         if args.report is not None:
             _write(args.report, format_report(report, args.strict))
-        if args.json is not None:
+        if args.json == "-":
+            sys.stdout.write(format_json(report, args.strict))
+        elif args.json is not None:
             _write(args.json, format_json(report, args.strict))
         if args.manifest is not None:
             _write(args.manifest, report.manifest)

@@ -20,7 +20,7 @@ from .datasets import AugmentedDataset, ImageDataset
 from .fast import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor, normalize
 from .samplers import TrainingOrder
 from .sources import SPLIT_NAMES, Source, check_same_classes, class_folders, open_source
-from .transforms import eval_transform, train_transform
+from .transforms import eval_transform, train_transform, views_transform
 
 
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
@@ -150,6 +150,25 @@ def build_eval_loader(
     else:
         dataset = ImageDataset(source, eval_transform(config))
     return _loader(config, Subset(dataset, range(rank, len(dataset), world_size)), pin_memory, worker_init_fn)
+
+
+def build_prediction_loader(
+    config: CfgNode, source: Source, rank: int, world_size: int, device: torch.device
+) -> tuple[DataLoader, list[range]]:
+    """Every `world_size`-th batch: images (B, views, 3, H, W) and class indices; and the images of all the batches.
+
+    Which images make up a batch does not depend on the number of processes, and so the bits of a prediction do not.
+    """
+    dataset = ImageDataset(source, views_transform(config))
+    size = config.DATA.BATCH_SIZE
+    batches = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches[rank::world_size],
+        num_workers=usable_workers(config),
+        pin_memory=device.type == "cuda" and config.DATA.PIN_MEMORY,
+    )
+    return loader, batches
 
 
 def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> None:

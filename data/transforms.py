@@ -1,5 +1,6 @@
 """From image to network input: the released transforms, made by timm, and mixup."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,6 +72,33 @@ def eval_transform(config: CfgNode) -> transforms.Compose:
         steps = [transforms.Resize((size, size), interpolation=interpolation)]
     steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
     return transforms.Compose(steps)
+
+
+def views_transform(config: CfgNode) -> transforms.Compose:
+    """PIL image -> the views that TEST.TTA crops from it, (views, 3, IMG_SIZE, IMG_SIZE); mirroring is left to the GPU.
+
+    One view, that of `eval_transform`; or with five-crop and ten-crop the four corners and the centre.
+    """
+    transform = eval_transform(config)
+    if config.TEST.TTA in ("five-crop", "ten-crop"):
+        resize, _, *normalize = transform.transforms
+        crop = transforms.FiveCrop(config.DATA.IMG_SIZE)
+        return transforms.Compose([resize, crop, _EachView(transforms.Compose(normalize))])
+    return transforms.Compose([transform, _add_view_axis])
+
+
+class _EachView:
+    """Several PIL images -> one tensor, each transformed. A class, because loader workers may need to pickle it."""
+
+    def __init__(self, transform: transforms.Compose) -> None:
+        self.transform = transform
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.stack([self.transform(image) for image in images])
+
+
+def _add_view_axis(image: torch.Tensor) -> torch.Tensor:
+    return image[None]
 
 
 def build_mixup(config: CfgNode) -> Mixup | None:

@@ -97,7 +97,7 @@ FLAGS = {
     "-h", "--help", "--cfg", "--opts", "--batch-size", "--data-path", "--zip", "--cache-mode", "--pretrained",
     "--resume", "--accumulation-steps", "--use-checkpoint", "--amp-opt-level", "--output", "--tag", "--eval",
     "--throughput", "--local_rank", "--local-rank", "--model-type", "--model-file",
-    "--weights", "--flops", "--allow-changes",  # ours
+    "--weights", "--flops", "--allow-changes", "--tta", "--sizes", "--variant", "--images", "--json",  # ours
 }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def keys_read(tree: ast.Module) -> set[str]:
 
 def test_every_key_is_read_somewhere():
     files = [ROOT / "train.py", ROOT / "test.py"]
-    files += [path for folder in ("data", "models", "utils") for path in (ROOT / folder).glob("*.py")]
+    files += [path for folder in ("data", "evaluation", "models", "utils") for path in (ROOT / folder).glob("*.py")]
     read = set().union(*(keys_read(ast.parse(path.read_text(encoding="utf-8"))) for path in files))
     unread = set(dict(config_keys())) - read - set(READ_BY_THE_CONFIGURATION_ITSELF)
     assert not unread, "switches that switch nothing"
@@ -496,6 +496,10 @@ IMPOSSIBLE = [
     ("AUG.MIXUP_SWITCH_PROB", "-0.5"),
     ("AUG.MIXUP_MODE", "half"),
     ("TEST.WEIGHTS", "swa"),
+    ("TEST.TTA", "hflip"),
+    ("TEST.SIZES", "[224, 16]"),
+    ("TEST.VARIANT", "sketch"),
+    ("TEST.PREDICTIONS", "xlsx"),
     ("AMP_OPT_LEVEL", "O3"),
     ("AMP_DTYPE", "float8"),
     ("TAG", "a/b"),
@@ -671,6 +675,9 @@ def test_with_num_classes_leaves_the_configuration_alone(make_config):
         (["--model-type", "groupmixformer"], "MODEL.TYPE", "groupmixformer"),
         (["--model-file", "build.py"], "MODEL_FILE", "build.py"),
         (["--weights", "ema"], "TEST.WEIGHTS", "ema"),
+        (["--tta", "flip"], "TEST.TTA", "flip"),
+        (["--sizes", "224", "256"], "TEST.SIZES", [224, 256]),
+        (["--variant", "v2"], "TEST.VARIANT", "v2"),
     ],
 )
 def test_flag_sets_its_key_and_no_other(make_config, words, key, value):

@@ -640,6 +640,14 @@ def test_wrong_use_is_one_line(root, capsys, flags, message):
     assert message in captured.err
 
 
+def test_json_on_standard_output_is_nothing_but_json(root, capsys):
+    expected = Result(root, capsys)
+    assert main(["--data-path", str(root), "--workers", "1", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == expected.json
+    assert expected.console in captured.err
+
+
 def test_full_disk_is_one_line(root, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")

@@ -12,7 +12,7 @@ import torch
 
 import models  # noqa: F401 - registers the variants with timm
 from configs import get_config, parse_args
-from utils import evaluation
+from evaluation import run
 
 README = (runs.ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -49,17 +49,24 @@ def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypa
     if script == "test.py":
         torch.save({"model": tiny_network(tmp_path, image_folder).state_dict()}, released)
     places = {"<ImageNet>": str(image_folder), "<checkpoint>": str(released), "groupmixformer_small.pth": str(released)}
+    picture = next((image_folder / "val").rglob("*.png"))
+    places |= {"<picture>": str(picture), "<folder>": str(picture.parent), "224": "32", "256": "48", "288": "64"}
     args = [places.get(word, word) for word in rest] + smaller
     if script == "train.py":
         assert runs.train_here(monkeypatch, args) == 0
         assert list(tmp_path.glob("tiny/*/ckpt_best.pth"))
+        assert not list(tmp_path.glob("tiny/*/evaluation")), "validation within training writes none of test.py's files"
     else:
         monkeypatch.setattr(sys, "argv", ["test.py", *args])
         results = []
-        evaluate = evaluation.evaluate
-        monkeypatch.setattr(evaluation, "evaluate", lambda *a: results.append(evaluate(*a)) or results[-1])
-        evaluation.run_evaluation(evaluation_session())
-        assert results[0].count == 6
+        evaluate = run.evaluate_weights
+        monkeypatch.setattr(run, "evaluate_weights", lambda *a: results.append(evaluate(*a)))
+        run.run_evaluation(evaluation_session())
+        if "--images" in args:
+            assert len(list(picture.parent.glob("*.png.top5.json"))) == 2
+        else:
+            assert {result["counted"] for result in results[0]} == {6}
+            assert len(list(tmp_path.glob("tiny/*/evaluation/*/predictions.csv"))) == len(results[0])
 
 
 def evaluation_session():
@@ -102,6 +109,7 @@ def test_every_command_is_one_that_is_tested_or_named_here():
     assert sorted(" ".join(c[:3]) for c in others) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
         "python -m data.check",  # tests/test_data_check.py
+        "python -m evaluation.compare",  # tests/test_evaluation.py
         "python multi_machine_start.py --machine_num",
     ]
 
@@ -124,5 +132,7 @@ def test_the_model_zoo_counts():
 
 
 def test_every_file_that_is_named_exists():
-    for path in re.findall(r"`((?:launch_scripts|models|configs|data|utils|pretrained)/[\w./]+\.\w+)`", README):
+    for path in re.findall(
+        r"`((?:launch_scripts|models|configs|data|evaluation|utils|pretrained)/[\w./]+\.\w+)`", README
+    ):
         assert (runs.ROOT / path).is_file() or path.endswith(".pth"), path

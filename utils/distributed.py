@@ -3,7 +3,7 @@
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -117,6 +117,32 @@ def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
     if processes.distributed:
         dist.all_reduce(values)
     return values
+
+
+GATHERED_ROWS = 4096  # rows of a process that travel at once: bounds what the main process holds twice
+
+
+def gather_on_main(rows: Tensor, counts: Sequence[int], processes: Processes) -> Tensor | None:
+    """The rows (on the CPU) of all processes, one process after the other, on the main one; None on the others.
+
+    Args:
+        rows: this process's, (counts[rank], ...).
+        counts: how many rows each process has, the same list everywhere.
+        processes: this process among all.
+    """
+    if not processes.distributed:
+        return rows
+    gathered: list[list[Tensor]] = [[] for _ in counts]
+    for start in range(0, max(counts), GATHERED_ROWS):
+        size = min(GATHERED_ROWS, max(counts) - start)
+        chunk = torch.zeros((size, *rows.shape[1:]), dtype=rows.dtype, device=processes.device)
+        own = rows[start : start + size]
+        chunk[: len(own)] = own.to(processes.device)
+        received = [torch.empty_like(chunk) for _ in counts] if processes.is_main else None
+        dist.gather(chunk, received, dst=0)
+        for parts, part, count in zip(gathered, received or (), counts):
+            parts.append(part[: max(0, count - start)].cpu())
+    return torch.cat([part for parts in gathered for part in parts]) if processes.is_main else None
 
 
 def decide_on_main(function: Callable[[], Any], processes: Processes) -> Any:

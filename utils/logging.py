@@ -32,9 +32,14 @@ GRID_IMAGES = 16
 class _ConsoleHandler(logging.StreamHandler):
     """Prints above a progress bar, where there is one, instead of through it."""
 
+    def __init__(self, to_stderr: bool) -> None:
+        super().__init__()
+        self.to_stderr = to_stderr
+
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        stream = sys.stderr if self.to_stderr else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
 
 
 class _FileHandler(logging.FileHandler):
@@ -55,8 +60,8 @@ def _tell(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def create_logger(folder: Path, processes: Processes, name: str = "log") -> logging.Logger:
-    """A logger that appends to `<folder>/<name>_rank<r>.txt`, and on the main process prints the bare message too."""
+def create_logger(folder: Path, processes: Processes, name: str = "log", to_stderr: bool = False) -> logging.Logger:
+    """A logger that appends to `<folder>/<name>_rank<r>.txt`, and on the main process prints the bare message."""
     logger = logging.getLogger(f"groupmixformer.{folder}.{processes.rank}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -65,15 +70,20 @@ def create_logger(folder: Path, processes: Processes, name: str = "log") -> logg
     file.setFormatter(logging.Formatter("[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"))
     logger.addHandler(file)
     if processes.is_main:
-        console = _ConsoleHandler(sys.stdout)
+        console = _ConsoleHandler(to_stderr)
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
     return logger
 
 
+def printable(text: str) -> str:
+    """One line that any terminal takes: a file's name may hold bytes that are no text, or control characters."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def log_provenance(logger: logging.Logger, processes: Processes) -> None:
     """Log command line, code version, library versions and machine."""
-    logger.info(f"command: {' '.join(sys.argv)}")
+    logger.info(f"command: {' '.join(map(printable, sys.argv))}")
     logger.info(
         f"git {git_commit()}; Python {sys.version.split()[0]}; torch {torch.__version__}; "
         f"torchvision {torchvision.__version__}"

@@ -55,6 +55,11 @@ FREE_KEYS = {
     "SAVE_FREQ",
     "SAVE_KEEP",
     "TAG",
+    "TEST.PREDICTIONS",
+    "TEST.REAL_JSON",
+    "TEST.SIZES",
+    "TEST.TTA",
+    "TEST.VARIANT",
     "TEST.WEIGHTS",
     "THROUGHPUT_MODE",
     "TRAIN.ACCUMULATION_STEPS",
@@ -152,6 +157,7 @@ def identify_images(config: CfgNode, data: TrainingData, world_size: int) -> dic
         "world_size": world_size,
         "data_order": f"within shares of {world_size} processes" if order.sharded else "over all images",
         "data_fingerprint": fingerprint(data.images.source),
+        "classes": data.images.classes,  # names, for pictures that are labelled later
     }
 
 

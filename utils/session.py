@@ -44,23 +44,19 @@ class Session:
     folder: Path
     logger: Logger
     watch: Watch
-
-    @property
-    def trains(self) -> bool:
-        """Whether `train.py` is to train, rather than to evaluate or to measure."""
-        return _trains(self.args, self.config)
+    trains: bool  # rather than evaluates or measures
 
 
-def start_session(description: str) -> Session:
+def start_session(description: str, may_train: bool = False) -> Session:
     """Read and check the command line and configuration, join the other processes, open run folder and log."""
     args = parse_args(description=description)
     notices: list[str] = []
     config = get_config(args, notices.append)
     die_with_launcher()
     processes = init_processes(config.DIST_TIMEOUT_SECONDS)
-    trains = _trains(args, config)
+    trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
     folder = _open_run_folder(config, processes, lock=trains)  # before anything is logged: it may be another run's
-    logger = create_logger(folder, processes, "log" if trains else "log_eval")
+    logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
     log_provenance(logger, processes)
     for notice in notices:
         logger.info(notice)
@@ -98,10 +94,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     close_processes()
-
-
-def _trains(args: Namespace, config: CfgNode) -> bool:
-    return not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops) and Path(sys.argv[0]).name != "test.py"
 
 
 def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:

@@ -1,0 +1,175 @@
+"""`test.py --images`: the most probable classes of pictures that nobody has labelled."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from configs import UserError, with_num_classes
+from data import ImageDataset, class_folders, usable_workers, views_transform
+from data.sources import SPLIT_NAMES
+from models import build_model
+from utils.checkpoint import load_exactly, load_file, select_weights
+from utils.engine import build_precision
+from utils.logging import printable
+from utils.session import Session
+
+from .outputs import write_json
+from .predictions import UNLABELLED, predict_batch, summarize_batch
+
+SUFFIX = ".top5.json"  # behind the whole name of the picture: a.jpg and a.png do not share a file
+
+
+class PictureSource:
+    """Unlabelled files as a source."""
+
+    classes: list[str] = []  # noqa: RUF012 - never changed
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.samples = [(str(path), UNLABELLED) for path in paths]
+
+    def read(self, index: int) -> bytes:
+        return Path(self.samples[index][0]).read_bytes()
+
+
+class _Pictures(Dataset):
+    """Views (views, 3, H, W) of each picture, or the line that says why there are none."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, self.images[index][0]
+        except UserError as error:
+            return index, error.one_line()
+
+
+def label_pictures(session: Session, weights: str) -> None:
+    """Print the top-5 of every picture and write them beside it, as <picture>.top5.json.
+
+    The number of classes is that of the weights. Pictures that cannot be read, and folders that cannot be written to,
+    are named; the others go on, and the process ends with status 1 (SystemExit).
+    Raises UserError where a path does not exist, or a folder holds no picture.
+    """
+    config, processes, logger = session.config, session.processes, session.logger
+    if processes.distributed:
+        raise UserError("--images works on one process: start test.py without torchrun")
+    paths = find_pictures(session.args.images)
+    checkpoint = load_file(weights)
+    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, weights)
+    if "head.weight" not in state:
+        raise UserError(f"{weights}: has no head.weight, so it tells no classes")
+    config = with_num_classes(config, len(state["head.weight"]))
+    names = class_names(checkpoint, config)
+    network = build_model(config).to(processes.device).eval()
+    load_exactly(network, state, weights)
+    precision = build_precision(config, processes.device)
+    logger.info(f"{len(paths)} pictures, {kind} of {weights}, {len(names)} classes, {precision}")
+
+    about = {"weights": f"{kind} of {weights}", "image_size": config.DATA.IMG_SIZE, "tta": config.TEST.TTA}
+    results, faults = [], 0
+    for path, views in tqdm(_batches(config, paths), total=len(paths), unit="picture", disable=None, leave=False):
+        result: dict[str, Any] = {"picture": str(path)}
+        if isinstance(views, str):
+            logger.error(printable(views))
+            results.append(result | {"error": views})
+            faults += 1
+            continue
+        logits = predict_batch(network, views[None].to(processes.device), precision, config)
+        batch = summarize_batch(logits, torch.full((1,), UNLABELLED, device=logits.device))
+        result["top"] = [
+            {"class": index, "name": names[index], "probability": float(f"{probability:.6g}")}
+            for index, probability in zip(batch["top"][0].tolist(), batch["top_probabilities"][0].tolist())
+        ]
+        logger.info(printable(str(path)))
+        for entry in result["top"]:
+            logger.info(f"    {100 * entry['probability']:6.2f} %  {entry['name']}")
+        results.append(result)
+        try:
+            write_json(f"{path}{SUFFIX}", about | result)
+        except UserError as error:
+            logger.error(printable(error.one_line()))
+            faults += 1
+    if session.args.json:
+        write_json(session.args.json, {**about, "pictures": results})
+    if faults:
+        logger.error(f"{faults} of {len(paths)} pictures: see above")
+        raise SystemExit(1)
+
+
+def find_pictures(arguments: Sequence[str]) -> list[Path]:
+    """The files that are named, whatever their names, and the images anywhere below the folders that are named.
+
+    Sorted within a folder; hidden files and folders are passed over. UserError where something is not there.
+    """
+    pictures: dict[Path, None] = {}  # each once, in order
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            below = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in IMG_EXTENSIONS
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
+            if not below:
+                raise UserError(f"--images {argument}: holds no pictures ({', '.join(IMG_EXTENSIONS)})")
+            pictures |= dict.fromkeys(below)
+        elif path.is_file():
+            pictures[path] = None
+        else:
+            raise UserError(f"--images {argument}: no such file or folder")
+    return list(pictures)
+
+
+def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
+    """Names of the classes, by index: the checkpoint's, else the folders of --data-path, else ImageNet's for 1000.
+
+    Folders named by WordNet ids get the words behind the id. Where nothing is known, a name is the index as text.
+    Raises UserError where the folders of --data-path are not as many as the classes.
+    """
+    count = config.MODEL.GMA.NUM_CLASSES
+    numbers = [str(i) for i in range(count)]
+    names = checkpoint.get("classes")
+    if not isinstance(names, list) or len(names) != count or names == numbers:
+        names = _folder_names(config, count)
+    if names is None:
+        names = ImageNetInfo().label_names() if count == 1000 else numbers
+    if all(name.startswith("n") and name[1:].isdigit() for name in names):
+        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
+            as_dict=True
+        )
+        return [f"{words[name]} ({name})" if name in words else name for name in names]
+    return names
+
+
+def _folder_names(config: CfgNode, count: int) -> list[str] | None:
+    if not config.DATA.DATA_PATH or config.DATA.ZIP_MODE:
+        return None
+    for split in ("val", "train"):
+        folder = Path(config.DATA.DATA_PATH) / SPLIT_NAMES[config.DATA.DATASET][split]
+        if folder.is_dir():
+            names = class_folders(folder)
+            if len(names) != count:
+                raise UserError(f"{folder}: has {len(names)} classes, the weights have {count}: leave --data-path out")
+            return names
+    return None
+
+
+def _batches(config: CfgNode, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:
+    """Each picture with its views or what is wrong with it, in order; decoded by the loader's workers."""
+    images = ImageDataset(PictureSource(paths), views_transform(config))
+    workers = min(usable_workers(config), len(paths) - 1)
+    for index, views in DataLoader(_Pictures(images), batch_size=None, num_workers=workers):
+        yield paths[index], views

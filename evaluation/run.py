@@ -1,0 +1,186 @@
+"""What test.py does, and train.py with --eval, --throughput, --flops or --images."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from yacs.config import CfgNode
+
+from configs import UserError, with_num_classes, with_values
+from data import check_val_classes, open_split, usable_workers
+from models import build_model
+from utils.checkpoint import load_weights
+from utils.distributed import decide_on_main
+from utils.engine import build_precision, measure_throughput
+from utils.flops import count_flops
+from utils.logging import peak_memory_mib
+from utils.session import Session
+
+from .imagenet_variants import NUM_CLASSES, Variant, open_variant
+from .outputs import check_json_target, describe, summarize, write_json, write_outputs
+from .pictures import label_pictures
+from .predictions import Predictions, check_suffix, predict
+
+PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+def run_evaluation(session: Session) -> None:
+    """Do what the command line asks for."""
+    check_json_target(session.args.json)
+    if session.args.flops:
+        report_flops(session)
+    elif session.config.THROUGHPUT_MODE:
+        report_throughput(session)
+    elif session.args.images:
+        label_pictures(session, find_weights(session.config))
+    else:
+        evaluate_weights(session)
+
+
+def find_weights(config: CfgNode) -> str:
+    """The file to evaluate: --resume, else --pretrained (MODEL.PRETRAINED), else pretrained/<MODEL.NAME>.pth.
+
+    Raises UserError where there is none: a score of random weights would look like a result.
+    """
+    released = PRETRAINED_FOLDER / f"{config.MODEL.NAME}.pth"
+    for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
+        if path:
+            return path
+    if released.is_file():
+        return str(released)
+    raise UserError(
+        f"no weights to evaluate: give a file with --resume or --pretrained, or put released weights at {released}"
+    )
+
+
+def evaluate_weights(session: Session) -> list[dict[str, Any]]:
+    """Evaluate given weights on the validation images, at one size or several; logs, writes and returns the numbers.
+
+    `evaluation.outputs.summarize` says which; a dictionary a size, the same on every process. The last line logged is
+    ` * Acc@1 ... Acc@5 ...`, of the last size.
+    """
+    config, processes, logger = session.config, session.processes, session.logger
+    weights = find_weights(config)
+    check_suffix(Path(f"predictions.{config.TEST.PREDICTIONS}"))
+    images = _open_images(config)
+    num_outputs = NUM_CLASSES if config.TEST.VARIANT else len(images.source.classes)
+    config = with_num_classes(config, num_outputs)
+
+    network = build_model(config).to(processes.device)
+    loaded = load_weights(network, weights, config.TEST.WEIGHTS)
+    logger.info(f"evaluating {loaded}")
+    precision = build_precision(config, processes.device)
+    logger.info(
+        f"{len(images.source.samples)} images of {len(images.source.classes)} classes, {precision}, "
+        f"{usable_workers(config)} workers"
+    )
+    sizes = config.TEST.SIZES or [config.DATA.IMG_SIZE]
+    results: list[dict[str, Any]] = []
+    for size in sizes:
+        sized = with_values(config, {"DATA.IMG_SIZE": size})
+        title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
+        predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
+        about = {
+            "weights": loaded,
+            "model": config.MODEL.NAME,
+            "data": config.DATA.DATA_PATH,
+            "variant": config.TEST.VARIANT,
+            "image_size": size,
+            "crop": config.TEST.CROP,
+            "tta": config.TEST.TTA,
+            "precision": str(precision),
+        }
+        folder = session.folder / "evaluation" / _name(sized, weights)
+        results.append(
+            decide_on_main(lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes)
+        )
+    if len(results) > 1:
+        logger.info(f"{'size':>5} {'Acc@1':>8} {'Acc@5':>8} {'NLL':>8} {'ECE':>7}")
+        for row in results:
+            numbers = f"{row['acc1']:8.3f} {row['acc5']:8.3f} {row['nll']:8.4f} {row['ece']:7.4f}"
+            logger.info(f"{row['image_size']:5d} {numbers}")
+    if session.args.json and processes.is_main:
+        write_json(session.args.json, results if config.TEST.SIZES else results[0])
+    logger.info(f" * Acc@1 {results[-1]['acc1']:.3f} Acc@5 {results[-1]['acc5']:.3f}")
+    return results
+
+
+def _open_images(config: CfgNode) -> Variant:
+    """The validation images of the data set, or of the ImageNet variant that TEST.VARIANT names."""
+    if config.TEST.VARIANT:
+        return open_variant(config)
+    # A single pass gains nothing from a cache.
+    source = open_split(with_values(config, {"DATA.CACHE_MODE": "no"}), "val", rank=0, world_size=1)
+    check_val_classes(config, None, source)
+    return Variant(source, None, None)
+
+
+def _conclude(
+    session: Session, predictions: Predictions, images: Variant, about: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Compute, log and write what follows from the predictions; on the main process."""
+    if not np.isfinite(predictions.nll[predictions.labelled]).all():
+        raise UserError(f"{about['weights']}: gives outputs that are not finite; the weights or AMP_DTYPE are at fault")
+    summary = about | summarize(predictions, images.label_sets)
+    for line in describe(summary):
+        session.logger.info(line)
+    try:
+        write_outputs(folder, predictions, summary, session.config.TEST.PREDICTIONS)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    session.logger.info(f"predictions, accuracy by class, confusion and metrics are in {folder}")
+    return summary
+
+
+def _name(config: CfgNode, weights: str) -> str:
+    """The folder of an evaluation: what was evaluated, on what, and how."""
+    parts = [Path(weights).stem, config.TEST.VARIANT or "val", Path(config.DATA.DATA_PATH).resolve().name]
+    if config.TEST.WEIGHTS != "best":
+        parts.insert(1, config.TEST.WEIGHTS)
+    parts.append(str(config.DATA.IMG_SIZE))
+    return "-".join(parts if config.TEST.TTA == "none" else [*parts, config.TEST.TTA])
+
+
+def report_throughput(session: Session) -> None:
+    """Log images/s and peak memory of the evaluation forward pass on random images; needs neither data nor weights."""
+    config, device = session.config, session.processes.device
+    network = build_model(config).to(device)
+    precision = build_precision(config, device)
+    speed = measure_throughput(network, _input_shape(config), config.DATA.BATCH_SIZE, precision, device)
+    memory = peak_memory_mib(device)
+    session.logger.info(
+        f"batch size {config.DATA.BATCH_SIZE}, {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {precision}: "
+        f"throughput {speed:.1f} images/s, peak memory {memory:.0f} MiB"
+    )
+    _write_measurement(
+        session,
+        {
+            "batch_size": config.DATA.BATCH_SIZE,
+            "precision": str(precision),
+            "device": str(device),
+            "images_per_second": speed,
+            "peak_memory_mib": memory,
+        },
+    )
+
+
+def report_flops(session: Session) -> None:
+    """Log FLOPs and parameters, by module and in all; needs neither data nor weights."""
+    config = session.config
+    flops, parameters, table = count_flops(build_model(config), _input_shape(config))
+    session.logger.info(table)
+    session.logger.info(
+        f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}: {flops / 1e9:.3f} GFLOPs, "
+        f"{parameters:,} parameters"
+    )
+    _write_measurement(session, {"flops": flops, "parameters": parameters})
+
+
+def _write_measurement(session: Session, content: dict[str, Any]) -> None:
+    if session.args.json and session.processes.is_main:
+        about = {"model": session.config.MODEL.NAME, "image_size": session.config.DATA.IMG_SIZE}
+        write_json(session.args.json, about | content)
+
+
+def _input_shape(config: CfgNode) -> tuple[int, int, int]:
+    return config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
