@@ -19,6 +19,7 @@ from data import (
 from evaluation.run import run_evaluation
 from models import build_model
 from utils.checkpoint import load_pretrained
+from utils.compilation import compile_blocks
 from utils.distributed import share_running_statistics, wrap_distributed
 from utils.engine import (
     Progress,
@@ -87,6 +88,9 @@ def main() -> None:
         precision=precision,
         num_updates=config.TRAIN.START_EPOCH * data.updates_per_epoch,
     )
+
+    if config.COMPILE:  # behind the average, which is a copy
+        compile_blocks(network)
 
     # ----------------------------------------------------------------------------------------------------------- resume
     progress = Progress(next_epoch=config.TRAIN.START_EPOCH)

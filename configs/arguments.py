@@ -28,6 +28,8 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
         "TRAIN.ALLOW_CHANGES",
         dict(action="store_true", help="continue a run although its recipe or data has changed"),
     ),
+    "--compile": ("COMPILE", dict(action="store_true", help="torch.compile: slower start, faster steps")),
+    "--fuse": ("TEST.FUSE", dict(action="store_true", help="fuse the network for inference first (test.py)")),
     "--amp-opt-level": (
         "AMP_OPT_LEVEL",
         dict(choices=("O0", "O1", "O2"), help="O0: float32; O1, O2: autocast (AMP_DTYPE); on GPUs O1 is the default"),

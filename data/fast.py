@@ -96,12 +96,28 @@ class FastEvalTransform:
     def __call__(self, image: Tensor) -> Tensor:
         if not self.centre_crop:
             return _resize(image, (self.size, self.size), self.modes).contiguous()
+        return functional.center_crop(self.resize(image), [self.size, self.size]).contiguous()
+
+    def resize(self, image: Tensor) -> Tensor:
+        """Bring the short side to IMG_SIZE * 256 / 224, as torchvision's Resize rounds it."""
         height, width = image.shape[1:]
         short = int(self.size / CROP_RATIO)
         size = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-        if size != (height, width):
-            image = _resize(image, size, self.modes)
-        return functional.center_crop(image, [self.size, self.size]).contiguous()
+        return image if size == (height, width) else _resize(image, size, self.modes)
+
+
+class FastViewsTransform:
+    """uint8 image (3, H, W) -> the views of `views_transform`, uint8 (views, 3, IMG_SIZE, IMG_SIZE)."""
+
+    def __init__(self, config: CfgNode) -> None:
+        self.transform = FastEvalTransform(config)
+        self.crops = config.TEST.TTA in ("five-crop", "ten-crop")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if not self.crops:
+            return self.transform(image)[None]
+        size = [self.transform.size] * 2
+        return torch.stack(functional.five_crop(self.transform.resize(image), size))
 
 
 def normalize(images: Tensor) -> Tensor:

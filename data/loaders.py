@@ -17,7 +17,14 @@ from yacs.config import CfgNode
 from configs import UserError
 
 from .datasets import AugmentedDataset, ImageDataset
-from .fast import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor, normalize
+from .fast import (
+    FastEvalTransform,
+    FastTrainTransform,
+    FastViewsTransform,
+    build_erasing,
+    decode_to_tensor,
+    normalize,
+)
 from .samplers import TrainingOrder
 from .sources import SPLIT_NAMES, Source, check_same_classes, class_folders, open_source
 from .transforms import eval_transform, train_transform, views_transform
@@ -157,9 +164,14 @@ def build_prediction_loader(
 ) -> tuple[DataLoader, list[range]]:
     """Every `world_size`-th batch: images (B, views, 3, H, W) and class indices; and the images of all the batches.
 
+    With DATA.FAST_LOADING 'all' images are uint8: `normalize` them on their device.
+
     Which images make up a batch does not depend on the number of processes, and so the bits of a prediction do not.
     """
-    dataset = ImageDataset(source, views_transform(config))
+    if config.DATA.FAST_LOADING == "all":
+        dataset = ImageDataset(source, FastViewsTransform(config), decode_to_tensor)
+    else:
+        dataset = ImageDataset(source, views_transform(config))
     size = config.DATA.BATCH_SIZE
     batches = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
     loader = DataLoader(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from data import Source, build_prediction_loader
+from data import Source, build_prediction_loader, normalize
 from utils.distributed import gather_on_main
 from utils.engine import Precision
 from utils.logging import ProgressLog, peak_memory_mib
@@ -245,7 +245,7 @@ def predict_batch(
     flip = config.TEST.TTA in ("flip", "ten-crop")
     logits = []
     with precision.autocast():
-        for view in images.unbind(1):
+        for view in normalize(images).unbind(1):
             logits.append(network(view).float())
             if flip:
                 logits.append(network(view.flip(-1)).float())

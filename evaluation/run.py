@@ -10,6 +10,7 @@ from configs import UserError, with_num_classes, with_values
 from data import check_val_classes, open_split, usable_workers
 from models import build_model
 from utils.checkpoint import load_weights
+from utils.compilation import inference_network
 from utils.distributed import decide_on_main
 from utils.engine import build_precision, measure_throughput
 from utils.flops import count_flops
@@ -69,6 +70,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     network = build_model(config).to(processes.device)
     loaded = load_weights(network, weights, config.TEST.WEIGHTS)
     logger.info(f"evaluating {loaded}")
+    network = inference_network(config, network)
     precision = build_precision(config, processes.device)
     logger.info(
         f"{len(images.source.samples)} images of {len(images.source.classes)} classes, {precision}, "
@@ -144,7 +146,7 @@ def _name(config: CfgNode, weights: str) -> str:
 def report_throughput(session: Session) -> None:
     """Log images/s and peak memory of the evaluation forward pass on random images; needs neither data nor weights."""
     config, device = session.config, session.processes.device
-    network = build_model(config).to(device)
+    network = inference_network(config, build_model(config).to(device))
     precision = build_precision(config, device)
     speed = measure_throughput(network, _input_shape(config), config.DATA.BATCH_SIZE, precision, device)
     memory = peak_memory_mib(device)

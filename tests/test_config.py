@@ -98,6 +98,7 @@ FLAGS = {
     "--resume", "--accumulation-steps", "--use-checkpoint", "--amp-opt-level", "--output", "--tag", "--eval",
     "--throughput", "--local_rank", "--local-rank", "--model-type", "--model-file",
     "--weights", "--flops", "--allow-changes", "--tta", "--sizes", "--variant", "--images", "--json",  # ours
+    "--compile", "--fuse",
 }  # fmt: skip
 
 
@@ -675,6 +676,8 @@ def test_with_num_classes_leaves_the_configuration_alone(make_config):
         (["--model-type", "groupmixformer"], "MODEL.TYPE", "groupmixformer"),
         (["--model-file", "build.py"], "MODEL_FILE", "build.py"),
         (["--weights", "ema"], "TEST.WEIGHTS", "ema"),
+        (["--compile"], "COMPILE", True),
+        (["--fuse"], "TEST.FUSE", True),
         (["--tta", "flip"], "TEST.TTA", "flip"),
         (["--sizes", "224", "256"], "TEST.SIZES", [224, 256]),
         (["--variant", "v2"], "TEST.VARIANT", "v2"),

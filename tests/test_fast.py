@@ -1,18 +1,25 @@
 """Every fast path against the plain formulation: values, and gradients where it gives them."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import golden_numbers
 import pytest
+import runs
 import timm
 import torch
 from torch import Tensor, nn
 
 import models
 import models.fused
+from evaluation.run import run_evaluation
 from models.fused import fuse
 from models.reference import ReferenceNetwork
+from utils import compilation
+from utils.compilation import compile_blocks
+from utils.session import start_session
 
 WIDE = dict(embed_dims=(40, 80, 120, 160), depths=(1, 1, 2, 1), drop_path_rate=0.0, num_classes=7)
 
@@ -171,3 +178,104 @@ def test_fused_gives_no_gradients_and_has_no_training_mode() -> None:
 
 def test_fused_runs_on_an_empty_batch() -> None:
     assert fuse(network_of())(images()[:0]).shape == (0, 7)
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """torch.compile with a backend that runs the graph as it is; gives the sizes of the graphs that it was handed."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    options = dict(backend=backend, dynamic=False)
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, **options))
+    block_compiler = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: block_compiler(module, **options))
+    return graphs
+
+
+def test_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]) -> None:
+    network = network_of(depths=(3, 2, 4, 2), drop_path_rate=0.3).train()
+    plain = copy.deepcopy(network)
+    compile_blocks(network)
+    results = []
+    for candidate in (network, plain):
+        torch.manual_seed(0)
+        logits = candidate(images())
+        logits.square().sum().backward()
+        results.append((logits, [p.grad for p in candidate.parameters()]))
+    assert len(eager_compiler) == 2 * 4, "two branches of a block, four stages"
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+    assert list(network.state_dict()) == list(plain.state_dict())
+
+
+def test_fused_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]) -> None:
+    fused = fuse(network_of(depths=(3, 2, 4, 2)))
+    expected = fused(images())
+    compile_blocks(fused)
+    assert torch.equal(fused(images()), expected)
+    assert len(eager_compiler) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    eps = torch.finfo(dtype).eps
+    network, x = network_of().train(), images()
+    compiled = copy.deepcopy(network)
+    compile_blocks(compiled)
+    results = []
+    for candidate in (compiled, network):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = candidate(x)
+        logits.float().square().sum().backward()
+        results.append((logits, {name: p.grad for name, p in candidate.named_parameters()}))
+    (got, got_gradients), (expected, gradients) = results
+    assert relative_error(got, expected) < 16 * eps
+    floor = 1e-4 * max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (got_gradients[name] - gradient).norm() <= 64 * eps * gradient.norm() + eps * 100 * floor, name
+
+    fused, compiled = fuse(network.eval()), fuse(network.eval())
+    compile_blocks(compiled)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert relative_error(compiled(x), fused(x)) < 16 * eps
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+@pytest.mark.long
+def test_a_compiled_run_is_stopped_and_continued_with_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    whole, stopped = (runs.arguments(data, tmp_path / name, flags=["--compile"]) for name in ("whole", "stopped"))
+    assert runs.train_here(monkeypatch, whole) == 0
+    assert runs.train_here(monkeypatch, stopped, stop_at=3) == 75
+    assert runs.train_here(monkeypatch, stopped) == 0
+    name = "ckpt_epoch_1.pth"
+    assert runs.digest(runs.run_folder(tmp_path / "whole") / name) == runs.digest(
+        runs.run_folder(tmp_path / "stopped") / name
+    )
+
+
+def test_test_py_fuses_and_finds_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
+    weights = ["--resume", str(runs.run_folder(tmp_path) / "ckpt_best.pth")]
+    fused_networks = []
+    monkeypatch.setattr(compilation, "fuse", lambda network: fused_networks.append(fuse(network)) or fused_networks[-1])
+    results = []
+    for name, flags in (("plain", []), ("fused", ["--fuse"])):
+        output = tmp_path / f"{name}.json"
+        args = runs.arguments(data, tmp_path, flags=[*weights, *flags, "--json", str(output)])
+        monkeypatch.setattr("sys.argv", ["test.py", *args])
+        run_evaluation(start_session(""))
+        results.append(json.loads(output.read_text()))
+    assert len(fused_networks) == 1
+    assert results[0]["acc1"] == results[1]["acc1"]
+    assert results[0]["nll"] == pytest.approx(results[1]["nll"], rel=1e-5)

@@ -2,8 +2,9 @@
 
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
-from models.fused import FusedGroupMixFormer
+from models.fused import FusedGroupMixFormer, fuse
 from models.groupmixformer import GroupMixFormer
 
 
@@ -27,6 +28,9 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
             block.mlp_branch = torch.compile(block.mlp_branch, **options)
 
 
-def is_compiled(network: nn.Module) -> bool:
-    """Whether `compile_blocks` was called on a plain network."""
-    return any("attention_branch" in vars(module) for module in network.modules())
+def inference_network(config: CfgNode, network: GroupMixFormer) -> nn.Module:
+    """The network that evaluates: fused with TEST.FUSE, compiled with COMPILE, else `network` itself."""
+    network = fuse(network.eval()) if config.TEST.FUSE else network
+    if config.COMPILE:
+        compile_blocks(network)
+    return network

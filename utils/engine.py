@@ -148,8 +148,9 @@ def train_one_epoch(
         statistics.keep()
         loss = _accumulate_gradients(session, trainer, data, batches, board)
         trainer.scaler.unscale_(trainer.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf).item()
-        verdict = watch.conclude_update(loss.item(), grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf)
+        loss, grad_norm = torch.stack([loss, grad_norm.to(loss)]).tolist()  # the update's one wait for a GPU
+        verdict = watch.conclude_update(loss, grad_norm)
         if not verdict.nonfinite_ranks:
             trainer.scaler.step(trainer.optimizer)
         trainer.scaler.update()
@@ -280,6 +281,8 @@ def evaluate(
     """
     processes, logger = session.processes, session.logger
     network.eval()
+    # What COMPILE compiles is training: validation would compile everything again, and differ by rounding.
+    eager = torch.compiler.set_stance("force_eager") if session.config.COMPILE else nullcontext()
     # Top-1 hits, top-5 hits, loss, images. Counts are exact in float64 up to 2**53.
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     batches_everywhere = len(loader.dataset.dataset) // processes.world_size // loader.batch_size
@@ -288,7 +291,7 @@ def evaluate(
         if number < batches_everywhere and session.watch.stop_agreed():
             raise StopRequested
         images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
-        with precision.autocast():
+        with precision.autocast(), eager:
             logits = network(normalize(images))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]

@@ -55,6 +55,7 @@ FREE_KEYS = {
     "SAVE_FREQ",
     "SAVE_KEEP",
     "TAG",
+    "TEST.FUSE",
     "TEST.PREDICTIONS",
     "TEST.REAL_JSON",
     "TEST.SIZES",

@@ -63,7 +63,7 @@ def start_session(description: str, may_train: bool = False) -> Session:
     _find_model_file(config)
     _choose_kernels(config)
     watch = Watch(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
-    return Session(args, config, processes, folder, logger, watch)
+    return Session(args, config, processes, folder, logger, watch, trains)
 
 
 def run_script(main: Callable[[], None]) -> None:
