@@ -259,14 +259,14 @@ def _printable(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Wrong use is one line, without the list of flags."""
         raise UserError(f"{message}; see --help")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m data.check", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="python -m data.check", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")

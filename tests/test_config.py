@@ -447,6 +447,7 @@ IMPOSSIBLE = [
     ("DATA.IMG_SIZE", "31"),
     ("DATA.INTERPOLATION", "cubic"),
     ("DATA.CACHE_MODE", "all"),
+    ("DATA.FAST_LOADING", "yes"),
     ("DATA.NUM_WORKERS", "-1"),
     ("MODEL.TYPE", "swin"),
     ("MODEL.NAME", "a/b"),

@@ -239,9 +239,9 @@ def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
         results.append((logits, {name: p.grad for name, p in candidate.named_parameters()}))
     (got, got_gradients), (expected, gradients) = results
     assert relative_error(got, expected) < 16 * eps
-    floor = 1e-4 * max(gradient.norm() for gradient in gradients.values())
+    floor = max(gradient.norm() for gradient in gradients.values())  # biases before a batch norm have none of their own
     for name, gradient in gradients.items():
-        assert (got_gradients[name] - gradient).norm() <= 64 * eps * gradient.norm() + eps * 100 * floor, name
+        assert (got_gradients[name] - gradient).norm() <= 64 * eps * gradient.norm() + eps * floor, name
 
     fused, compiled = fuse(network.eval()), fuse(network.eval())
     compile_blocks(compiled)
