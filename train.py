@@ -19,6 +19,7 @@ from data import (
 from evaluation.run import run_evaluation
 from models import build_model
 from utils.checkpoint import load_pretrained, lock_run_folder
+from utils.curves import RunCurves
 from utils.distributed import decide_on_main, share_running_statistics, wrap_distributed
 from utils.engine import (
     Progress,
@@ -96,6 +97,7 @@ def main() -> None:
         del state  # as large as the network, its average and the optimizer together
     saver = Saver(session, config, trainer, progress, images)
     board = TensorBoard(folder, processes.is_main, trainer.num_updates)
+    curves = RunCurves(folder, processes.is_main, logger)
     if processes.is_main:
         describe_run(config, folder)
     logger.info(
@@ -120,6 +122,7 @@ def main() -> None:
                     is_best |= progress.record(result.acc1, name)
                 logger.info(f"Max accuracy: {progress.max_accuracy:.3f}% ({progress.best_weights} weights)")
                 board.epoch(train_loss, results, trainer.num_updates)
+                curves.after_epoch()
                 progress.begin_epoch(epoch + 1)
                 saver.after_epoch(epoch, is_best)
     except StopRequested:
@@ -128,6 +131,7 @@ def main() -> None:
         exit_stopped()
     finally:
         board.close()
+        curves.draw()
 
     # ------------------------------------------------------------------------------------------------------------ close
     logger.info(
