@@ -52,7 +52,8 @@ p { max-width: 46rem; } .soft, figcaption, small { color: var(--soft); }
 th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 th.name, td.name { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
-.matrix { width: auto; } .matrix td { print-color-adjust: exact; text-align: center; border: 1px solid var(--line); min-width: 2.6rem; }
+.matrix { width: auto; }
+.matrix td { print-color-adjust: exact; text-align: center; border: 1px solid var(--line); min-width: 2.6rem; }
 .matrix th.name { max-width: 12rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; }
@@ -60,7 +61,8 @@ figure img, .missing { display: block; width: 100%; aspect-ratio: 1; object-fit:
 .missing { border: 1px dashed var(--line); padding: 1rem; text-align: center; color: var(--soft); }
 figcaption { font-size: .82rem; overflow-wrap: anywhere; } .wrong { color: var(--bad); font-weight: 600; }
 .right { color: var(--ink); font-weight: 600; } svg { width: 100%; max-width: 34rem; height: auto; }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg rect { print-color-adjust: exact; } svg .bar { fill: var(--main); }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg rect { print-color-adjust: exact; }
+svg .bar { fill: var(--main); }
 svg .few { fill-opacity: .35; } svg .axis { stroke: var(--soft); fill: none; }
 svg .ideal { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 2; }
 """
