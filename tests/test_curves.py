@@ -16,7 +16,7 @@ from utils.logging import TensorBoard
 def write(folder: Path, first: int, last: int, value: float, num_updates: int = 0) -> None:
     board = TensorBoard(folder, True, num_updates)
     for update in range(first, last + 1):
-        board.scalars({"train/loss": value}, update)
+        board.scalars({"train/loss": value, "train/lr": value}, update)
     board.close()
 
 
@@ -39,10 +39,12 @@ def test_a_run_draws_its_curves_and_a_stopped_one_continues_without_points_twice
 @pytest.mark.parametrize("continued_at", [0, 3])
 def test_what_a_continued_run_overwrote_is_not_shown(tmp_path: Path, continued_at: int) -> None:
     write(tmp_path, 1, 6, 1.0)
+    (before,) = tmp_path.iterdir()
+    before.rename(tmp_path / "events.out.tfevents.1000000000.host.0")  # names tell the second: not the same twice
     write(tmp_path, continued_at + 1, continued_at + 2, 2.0, continued_at)
-    series = curves.read_run(tmp_path).series["train/loss"]
-    assert series.updates.tolist() == list(range(1, continued_at + 3))
-    assert series.values.tolist() == [1.0] * continued_at + [2.0] * 2
+    for series in curves.read_run(tmp_path).series.values():
+        assert series.updates.tolist() == list(range(1, continued_at + 3))
+        assert series.values.tolist() == [1.0] * continued_at + [2.0] * 2
 
 
 def test_a_failure_to_draw_is_one_line(
