@@ -20,6 +20,7 @@ from evaluation.run import run_evaluation
 from models import build_model
 from utils.checkpoint import load_pretrained
 from utils.compilation import compile_blocks
+from utils.curves import RunCurves
 from utils.distributed import share_running_statistics, wrap_distributed
 from utils.engine import (
     Progress,
@@ -99,6 +100,7 @@ def main() -> None:
         del state  # as large as the network, its average and the optimizer together
     saver = Saver(session, config, trainer, progress, images)
     board = TensorBoard(folder, processes.is_main, trainer.num_updates)
+    curves = RunCurves(folder, processes.is_main, logger)
     if processes.is_main:
         describe_run(config, folder)
     logger.info(
@@ -123,6 +125,7 @@ def main() -> None:
                     is_best |= progress.record(result.acc1, name)
                 logger.info(f"Max accuracy: {progress.max_accuracy:.3f}% ({progress.best_weights} weights)")
                 board.epoch(train_loss, results, trainer.num_updates)
+                curves.after_epoch()
                 progress.begin_epoch(epoch + 1)
                 saver.after_epoch(epoch, is_best)
     except StopRequested:
@@ -131,6 +134,7 @@ def main() -> None:
         exit_stopped()
     finally:
         board.close()
+        curves.draw()
 
     # ------------------------------------------------------------------------------------------------------------ close
     logger.info(

@@ -173,7 +173,7 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
 
 
 def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Forward, backward, clipping, AdamW and EMA, on random images; AdamW of the reference is not fused, as released."""
+    """Forward, backward, clipping, AdamW and EMA, on random images; the reference's AdamW is not fused, as released."""
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     labels = torch.randint(0, 1000, (args.batch_size,), device=device)
     networks = {name: _network(args, device).train() for name in ("released order", "this network", "compiled")}
@@ -404,7 +404,8 @@ def row_start(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
 def _start_once(folder: Path, tag: str) -> dict[str, float]:
     """Run train.py for two epochs; seconds until its imports, first log line, first update, and an epoch's overhead."""
     code = (
-        "import sys, time; now = time.time; start = now(); sys.argv = sys.argv[1:]; import train, utils.engine as engine; "
+        "import sys, time; now = time.time; start = now(); sys.argv = sys.argv[1:]; "
+        "import train, utils.engine as engine; "
         "imported = now(); step = engine._accumulate_gradients; marks = []; "
         "engine._accumulate_gradients = lambda *a: (marks.append(now()), step(*a), marks.append(now()))[1]; "
         "epoch = train.train_one_epoch; ends = []; "

@@ -208,6 +208,8 @@ class TensorBoard:
             f"val/{key}_{name}": getattr(r, key) for name, r in results.items() for key in ("acc1", "acc5", "loss")
         }
         self.scalars({"epoch/train_loss": train_loss, **values}, num_updates)
+        if self.writer is not None:
+            self.writer.flush()  # curves.png is drawn from the files
 
     def images(self, name: str, images: Tensor, step: int) -> None:
         """One grid of up to 16 normalised images (B, 3, H, W)."""
