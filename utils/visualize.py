@@ -108,9 +108,9 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
 def _branches(
     stage: int, block: int, weight: Tensor, y: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]
 ) -> Branches:
-    """weight: (C, C); y: (N, C); v: (h, N, d) with 4C/5 channels; local: (N, C/5)."""
+    """weight: (C, C); y: (N, C); v: (N, h, d) with 4C/5 channels; local: (N, C/5)."""
     num_segments = len(BRANCHES)
-    v = v.transpose(0, 1).flatten(1)  # (h, N, d) -> (N, 4C/5)
+    v = v.flatten(1)  # (N, h, d) -> (N, 4C/5)
     proxies = [part.norm(dim=-1) for part in (*v.chunk(num_segments - 1, dim=-1), local)]
     pieces = zip(weight.chunk(num_segments, dim=1), y.chunk(num_segments, dim=-1))
     responses = [F.linear(segment, part).norm(dim=-1) for part, segment in pieces]
@@ -222,9 +222,8 @@ def _draw_depth(band: Any, branches: Sequence[Branches], chosen: Branches) -> No
 
 
 def _short(name: str, length: int = 28) -> str:
-    name = (
-        name.split(" (n")[0].split(",")[0].replace("$", r"\$")
-    )  # a WordNet id; a second name; mathematics to matplotlib
+    name = name.split(" (n")[0].split(",")[0]  # without WordNet's number and second names
+    name = name.replace("$", r"\$")  # which begins mathematics to matplotlib
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
