@@ -18,4 +18,5 @@ def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer
     groups.reverse()
     if options.NAME == "sgd":  # timm's name for SGD with Nesterov momentum
         return create_optimizer_v2(groups, opt="sgd", lr=lr, momentum=options.MOMENTUM)
-    return create_optimizer_v2(groups, opt="adamw", lr=lr, eps=options.EPS, betas=tuple(options.BETAS))
+    # fused: one pass over weights and state, on GPU and CPU
+    return create_optimizer_v2(groups, opt="adamw", lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=True)

@@ -1,0 +1,107 @@
+"""python -m utils.benchmark: what it computes from times, and that its rows run. Its figures are no test."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_pack import write
+from torch import nn
+
+from utils import benchmark
+
+CPU = torch.device("cpu")
+
+
+def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = 0.0, []
+    # A machine that gets slower and slower: each turn takes longer, the ratio stays.
+    durations = {"reference": [9.0, 9.0, 2.0, 4.0, 8.0], "ours": [5.0, 5.0, 1.0, 2.0, 4.0]}
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+
+    def way(name: str) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            order.append(name)
+            now += durations[name].pop(0)
+
+        return run
+
+    row = benchmark.compare("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
+    assert order[4:] == ["reference", "ours"] * 3, "behind the first turn, which warms up"
+    ours = row["ways"]["ours"]
+    assert (ours["ratio"], ours["quartiles"], ours["seconds"]) == (2.0, [2.0, 2.0], 2.0)
+    assert (ours["first_seconds"], ours["images_per_second"]) == (5.0, 5.0)
+    assert row["ways"]["reference"]["ratio"] == 1.0
+
+
+def test_memory_is_the_largest_sum_of_live_tensors() -> None:
+    network = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
+    images = torch.randn(512, 256)
+    bytes_needed = benchmark._activation_bytes(network, images, CPU, "")
+    hidden = 4 * 512 * 1024
+    assert 2 * hidden <= bytes_needed < 3 * hidden, "the hidden layer before and behind ReLU"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(4):
+        write(tmp_path / "photos" / "c" / f"{number}.jpg", (300 + 50 * number, 260), number)
+    return tmp_path / "photos"
+
+
+def test_rows_are_written_as_json_tables_and_plots(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--rows", "load", "size", "roofline", "--variant", "groupmixformer_miny", "--data-path", str(photos)]
+    arguments += ["--batch-size", "1", "--trials", "1", "--largest", "320", "--images", "4", "--out", str(out)]
+    assert benchmark.main(arguments) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((out / "benchmark.json").read_text())
+    assert {"processor", "torch", "date", "commit"} <= set(content["machine"])
+    load_train, load_val, size, roofline = content["rows"]
+    assert next(iter(load_train["ways"])) == next(iter(load_val["ways"])) == "exact"
+    assert [point["size"] for point in size["points"]["groupmixformer_miny"]] == [224, 320]
+    for points in size["points"].values():
+        assert points[1]["bytes_over_linear"] == pytest.approx(1, abs=0.25)
+    assert all(part["seconds"] > 0 for part in roofline["parts"].values())
+    assert (out / "benchmark.md").read_text() in printed
+    for row in content["rows"]:
+        assert f"**{row['title']}**" in printed
+    for name in ("size.png", "roofline.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+def test_the_rows_that_compile_and_start_processes_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--rows", "evaluate", "train", "processes", "start", "--variant", "groupmixformer_miny"]
+    arguments += ["--batch-size", "2", "--size", "32", "--trials", "1", "--out", str(out)]
+    assert benchmark.main(arguments) == 0
+    evaluate, train, processes, start = json.loads((out / "benchmark.json").read_text())["rows"]
+    assert list(evaluate["ways"]) == ["released order", "this network", "fused", "fused, compiled"]
+    assert list(train["ways"]) == ["released order", "this network", "compiled"]
+    assert len(processes["seconds"]) == 3
+    parts = start["seconds"]
+    assert parts["all, command to first update"] >= parts["imports"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "load"], "load: needs --data-path DIR"),
+        (["--rows", "nothing"], "--rows: invalid choice: 'nothing'"),
+        (["--variant", "resnet50"], "--variant resnet50: one of groupmixformer_miny"),
+        (["--trials", "0"], "--trials 0: at least 1"),
+        (["--out", "/proc/benchmark"], "/proc/benchmark"),
+        (["--rows", "load", "--data-path", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert benchmark.main(["--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("utils.benchmark: error: ") and message in error and error.count("\n") == 1
