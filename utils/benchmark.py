@@ -215,7 +215,7 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     source = FolderSource(args.data_path)
     chosen = np.linspace(0, len(source.samples) - 1, min(args.images, len(source.samples))).astype(int)
     encoded = [source.read(int(index)) for index in chosen]
-    packed = [shrink(content, 320, 95) for content in encoded]
+    packed = [shrink(content, 256, 95) for content in encoded]
     exact_train, fast_train = train_transform(config), FastTrainTransform(config)
     exact_eval, fast_eval = eval_transform(config), FastEvalTransform(config)
     threads = torch.get_num_threads()
@@ -225,8 +225,8 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
         training = {
             "exact": lambda: _each(encoded, decode_image, exact_train),
             "fast": lambda: _each(encoded, decode_to_tensor, fast_train),
-            "exact, packed (320, quality 95)": lambda: _each(packed, decode_image, exact_train),
-            "fast, packed (320, quality 95)": lambda: _each(packed, decode_to_tensor, fast_train),
+            "exact, packed (256, quality 95)": lambda: _each(packed, decode_image, exact_train),
+            "fast, packed (256, quality 95)": lambda: _each(packed, decode_to_tensor, fast_train),
             "decoding alone": lambda: _each(encoded, decode_to_tensor, lambda image: image),
         }
         validation = {
@@ -544,7 +544,10 @@ def _plot_roofline(row: dict[str, Any], out: Path, pyplot: Any) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     intensities = np.geomspace(0.5, 1000, 200)
     axis.loglog(
-        intensities, np.minimum(peak, bandwidth * intensities) / 1e9, "k-", label="limit: memory, then arithmetic"
+        intensities,
+        np.minimum(peak, bandwidth * intensities) / 1e9,
+        "k-",
+        label="limit: memory, then arithmetic\n(above the slope: from caches)",
     )
     for number, (name, part) in enumerate(parts.items()):
         intensity, speed = part["flops"] / part["bytes"], part["flops"] / part["seconds"] / 1e9
