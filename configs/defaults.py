@@ -68,6 +68,8 @@ _C.TRAIN.WEIGHT_DECAY = 0.05  # not applied to biases and one-dimensional parame
 _C.TRAIN.BASE_LR = 5e-4  # learning rate at global batch 512, as the next two; used: x global batch / 512
 _C.TRAIN.WARMUP_LR = 5e-7  # learning rate at update 0
 _C.TRAIN.MIN_LR = 5e-6  # learning rate towards which 'cosine' and 'linear' fall
+_C.TRAIN.LAYER_DECAY = 1.0  # factor on the learning rate from each block to the one before it; 1: the same for all
+_C.TRAIN.HEAD_LR_SCALE = 1.0  # factor on the learning rate of the classifier
 _C.TRAIN.CLIP_GRAD = 5.0  # largest L2 norm of all gradients together; 0: no clipping
 _C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint of the run folder
 _C.TRAIN.ACCUMULATION_STEPS = 1  # batches whose gradients make one update
@@ -198,6 +200,8 @@ _RULES: dict[str, Rule] = {
     "TRAIN.WARMUP_LR": _at_least(0),
     "TRAIN.MIN_LR": _at_least(0),
     "TRAIN.CLIP_GRAD": _at_least(0),
+    "TRAIN.LAYER_DECAY": ((lambda v: 0 < v <= 1), "must be greater than 0 and at most 1"),
+    "TRAIN.HEAD_LR_SCALE": _POSITIVE,
     "TRAIN.ACCUMULATION_STEPS": _at_least(1),
     "TRAIN.MAX_NONFINITE_UPDATES": _at_least(0),
     "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step"),

@@ -123,9 +123,7 @@ def report(saver):
     if saver.session.processes.is_main:
         print(f"{len(ratios)} pairs of blocks of {args.block} updates, {saver.session.processes.world_size} processes")
         print(f"an update with: median {1e3 * np.median(on):.2f} ms, without: {1e3 * np.median(off):.2f} ms")
-        print(
-            f"overhead: median {100 * np.median(ratios):.2f} %, 95 % bootstrap interval {100 * low:.2f} to {100 * high:.2f} %"
-        )
+        print(f"overhead: median {100 * np.median(ratios):.2f} %, 95 % interval {100 * low:.2f} to {100 * high:.2f} %")
         guarded, bare = [], []
         with tempfile.TemporaryDirectory(dir=saver.session.folder) as folder:
             path = Path(folder, "c.pth")

@@ -12,7 +12,7 @@ from configs import with_num_classes
 from data import build_mixup
 from models import build_model
 from utils.engine import build_criterion
-from utils.optimizer import build_optimizer
+from utils.optimizer import build_optimizer, scheduled_lr
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -147,6 +147,63 @@ def test_weight_decay_is_the_configured_one(recipe):
     config = recipe("TRAIN.WEIGHT_DECAY", 0.3, cfg="groupmixformer_digits")
     groups = build_optimizer(config, build_model(config), lr=1e-3).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+# ----------------------------------------------------------------------------------------- factors of the learning rate
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_layer_decay_falls_by_its_factor_from_block_to_block(recipe, decay):
+    config = recipe("TRAIN.LAYER_DECAY", decay, cfg="groupmixformer_digits")  # blocks a stage: 1, 1, 2, 1
+    network = build_model(config)
+    rates = scaled_learning_rates(config, world_size=1)
+    optimizer = build_optimizer(config, network, rates.base)
+    scheduler = build_scheduler(config, optimizer, rates, updates_per_epoch=10)
+    scheduler.step_update(50)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    lrs = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(lrs) == len(names), "every parameter is in one group"
+    order = [
+        "conv_stem.proj1.weight",
+        "patch_embed_layers.0.norm.weight",
+        "groupmixformer_backbone.0.gma_stage.0.mlp.fc1.weight",
+        "patch_embed_layers.1.norm.weight",
+        "groupmixformer_backbone.1.gma_stage.0.mlp.fc1.weight",
+        "patch_embed_layers.2.norm.weight",
+        "groupmixformer_backbone.2.gma_stage.0.mlp.fc1.weight",
+        "groupmixformer_backbone.2.gma_stage.1.mlp.fc1.weight",
+        "patch_embed_layers.3.norm.weight",
+        "groupmixformer_backbone.3.gma_stage.0.mlp.fc1.weight",
+        "head.weight",
+    ]
+    first, *later = (lrs[name] for name in order)
+    steps = [b / a for a, b in zip([first, *later], later)]
+    for name, step in zip(order[1:], steps):
+        assert step == pytest.approx(1 / decay) or step == pytest.approx(1), name
+    assert lrs["groupmixformer_backbone.2.gma_stage.1.norm1.bias"] == lrs[order[7]]
+    assert lrs["head.weight"] == scheduled_lr(optimizer), "the classifier learns at the schedule's rate"
+    assert lrs["groupmixformer_backbone.2.gma_stage.1.mlp.fc1.weight"] > lrs[order[6]], "block by block"
+    assert first < lrs["head.weight"] * decay**4
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all((decays[name] > 0) == (p.ndim > 1) for name, p in network.named_parameters() if "bias" not in name)
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+def test_the_head_has_a_learning_rate_of_its_own(recipe, layer_decay):
+    opts = ("TRAIN.HEAD_LR_SCALE", 10.0, "TRAIN.LAYER_DECAY", layer_decay)
+    config = recipe(*opts, cfg="groupmixformer_digits")
+    network = build_model(config)
+    rates = scaled_learning_rates(config, world_size=1)
+    optimizer = build_optimizer(config, network, rates.base)
+    build_scheduler(config, optimizer, rates, updates_per_epoch=10).step_update(50)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    lrs = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(lrs) == len(names)
+    for name, lr in lrs.items():
+        if name.startswith("head."):
+            assert lr == pytest.approx(10 * scheduled_lr(optimizer))
+        else:
+            assert lr <= scheduled_lr(optimizer) * (1 + 1e-12), name
+    weights = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert (weights["head.weight"], weights["head.bias"]) == (0.05, 0.0)
 
 
 def test_adamw(recipe):

@@ -4,6 +4,7 @@ import ast
 import math
 import re
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from configs import UserError
+from data.digits import write_digits
 from utils import engine, resume
 from utils.checkpoint import load_file
 from utils.faults import Watch
@@ -312,3 +314,41 @@ def test_float16_overflow_lowers_the_scale_and_changes_nothing_else(image_folder
     assert last["scaler"]["scale"] == 2.0**96 and last["optimizer"]["state"] == {}
     assert all(torch.isfinite(v).all() for v in last["model"].values() if v.is_floating_point())
     assert last["model"]["norm4.num_batches_tracked"] == 0, "skipped batches do not count in the statistics"
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+def test_a_run_with_factors_on_the_learning_rate_continues_with_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    opts = ("TRAIN.LAYER_DECAY", "0.8", "TRAIN.HEAD_LR_SCALE", "3.0")
+    whole, stopped = (runs.arguments(data, tmp_path / name, *opts) for name in ("whole", "stopped"))
+    assert runs.train_here(monkeypatch, whole) == 0
+    assert runs.train_here(monkeypatch, stopped, stop_at=3) == 75
+    assert runs.train_here(monkeypatch, stopped) == 0
+    digests = [runs.digest(runs.run_folder(tmp_path / name) / "ckpt_epoch_1.pth") for name in ("whole", "stopped")]
+    assert digests[0] == digests[1]
+    log = (runs.run_folder(tmp_path / "whole") / "log_rank0.txt").read_text()
+    plain = runs.arguments(data, tmp_path / "plain")
+    assert runs.train_here(monkeypatch, plain) == 0
+    expected = (runs.run_folder(tmp_path / "plain") / "log_rank0.txt").read_text()
+    logged = [re.findall(r" lr (\S+)", text) for text in (log, expected)]
+    assert logged[0] == logged[1] != [], "the log tells the schedule's rate, whatever the factors"
+
+
+@pytest.mark.long
+def test_fine_tuning_at_another_resolution_beats_training_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_digits(tmp_path / "digits")
+
+    def accuracy(cfg: str, tag: str, *flags: str) -> float:
+        args = ["--cfg", str(runs.ROOT / "configs" / cfg), "--data-path", str(tmp_path / "digits"), "--tag", tag]
+        assert runs.train_here(monkeypatch, [*args, "--output", str(tmp_path / "o"), *flags]) == 0
+        (log,) = (tmp_path / "o").glob(f"*/{tag}/log_rank0.txt")
+        return float(re.findall(r"best Acc@1 (\S+)", log.read_text())[-1])
+
+    first = accuracy("groupmixformer_digits.yaml", "first", "--opts", "TRAIN.EPOCHS", "8")
+    weights = tmp_path / "o" / "groupmixformer_digits" / "first" / "ckpt_best.pth"
+    tuned = accuracy("groupmixformer_digits_48.yaml", "tuned", "--pretrained", str(weights))
+    scratch = accuracy("groupmixformer_digits_48.yaml", "scratch")
+    assert first > 90 and tuned > 80 and tuned > scratch + 5

@@ -23,6 +23,7 @@ from data import TRAINING_STEP, TrainingData, normalize, seed_everything
 from .distributed import sum_over_processes, unwrap
 from .faults import KeptStatistics, StopRequested, UpdateVerdict
 from .logging import ProgressLog, TensorBoard, peak_memory_mib
+from .optimizer import scheduled_lr
 from .session import Session
 
 
@@ -79,7 +80,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return scheduled_lr(self.optimizer)
 
 
 @dataclass

@@ -1,6 +1,8 @@
-"""The optimizer, and which parameters decay."""
+"""The optimizer: which parameters decay, and by which factor each one's learning rate differs from the schedule's."""
 
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from typing import Any
+
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -9,14 +11,41 @@ from yacs.config import CfgNode
 def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer:
     """AdamW or SGD with Nesterov momentum; one-dimensional parameters and biases carry no weight decay.
 
-    Groups come in the released order (with decay, without), so that released optimizer states load.
+    Groups come in the released order (with decay, without), so that released optimizer states load. With
+    TRAIN.LAYER_DECAY there are two groups a block, by the network's `group_matcher`, from the stem on; their `lr_scale`
+    is what timm's schedulers multiply the learning rate by.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
-    groups = param_groups_weight_decay(
-        network, weight_decay=train.WEIGHT_DECAY, no_weight_decay_list=network.no_weight_decay()
-    )
-    groups.reverse()
+    common: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, no_weight_decay_list=network.no_weight_decay())
+    if train.LAYER_DECAY < 1:
+        groups = param_groups_layer_decay(network, layer_decay=train.LAYER_DECAY, **common)
+    else:
+        groups = param_groups_weight_decay(network, **common)
+        groups.reverse()
+    if train.HEAD_LR_SCALE != 1:
+        groups = _scale_head(groups, network, train.HEAD_LR_SCALE)
     if options.NAME == "sgd":  # timm's name for SGD with Nesterov momentum
         return create_optimizer_v2(groups, opt="sgd", lr=lr, momentum=options.MOMENTUM)
     # fused: one pass over weights and state, on GPU and CPU
     return create_optimizer_v2(groups, opt="adamw", lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=True)
+
+
+def scheduled_lr(optimizer: Optimizer) -> float:
+    """The schedule's learning rate, before any group's factor."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("lr_scale", 1.0)
+
+
+def _scale_head(groups: list[dict[str, Any]], network: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """Put the classifier's parameters into groups of their own, behind the others, with another lr_scale."""
+    head = {id(parameter) for parameter in network.get_classifier().parameters()}
+    others, heads = [], []
+    for group in groups:
+        parts: tuple[list, list] = ([], [])
+        for parameter in group["params"]:
+            parts[id(parameter) in head].append(parameter)
+        if parts[0]:
+            others.append(group | {"params": parts[0]})
+        if parts[1]:
+            heads.append(group | {"params": parts[1], "lr_scale": scale * group.get("lr_scale", 1.0)})
+    return others + heads
