@@ -46,9 +46,14 @@ def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypa
     released = tmp_path / "weights.pth"
     tiny = [*runs.TINY, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     smaller = ["--batch-size", "4", "--output", str(tmp_path), "--opts", *tiny]
-    if script == "test.py":
-        torch.save({"model": tiny_network(tmp_path, image_folder).state_dict()}, released)
-    places = {"<ImageNet>": str(image_folder), "<checkpoint>": str(released), "groupmixformer_small.pth": str(released)}
+    torch.save({"model": tiny_network(tmp_path, image_folder).state_dict()}, released)
+    quickstart = "output/groupmixformer_digits/quickstart/ckpt_best.pth"
+    places = {"datasets/digits": str(image_folder), quickstart: str(released)}
+    places |= {
+        "<ImageNet>": str(image_folder),
+        "<checkpoint>": str(released),
+        "groupmixformer_small.pth": str(released),
+    }
     picture = next((image_folder / "val").rglob("*.png"))
     places |= {"<picture>": str(picture), "<folder>": str(picture.parent), "224": "32", "256": "48", "288": "64"}
     args = [places.get(word, word) for word in rest] + smaller
@@ -110,6 +115,7 @@ def test_every_command_is_one_that_is_tested_or_named_here():
         "pip install -r",  # launch_scripts/setup_env.sh does it
         "python -m data.check",  # tests/test_data_check.py
         "python -m evaluation.compare",  # tests/test_evaluation.py
+        "python -m utils.benchmark",  # tests/test_benchmark.py
         "python multi_machine_start.py --machine_num",
     ]
 
