@@ -21,12 +21,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from configs import UserError
+from configs.commands import CommandParser, command
 
 from .inspection import inspect_all
 from .listing import File, Problem, Split, list_folders, list_zips
@@ -259,15 +259,8 @@ def _printable(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Wrong use is one line, without the list of flags."""
-        raise UserError(f"{message}; see --help")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m data.check", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("data.check", __doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
@@ -290,6 +283,7 @@ def _is_writable(path: Path) -> bool:
     return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
+@command("data.check")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit status. `argv` are the arguments without the program's name."""
     try:
@@ -305,9 +299,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write(args.json, format_json(report, args.strict))
         if args.manifest is not None:
             _write(args.manifest, report.manifest)
-    except UserError as error:
-        print(f"data.check: error: {error.one_line()}", file=sys.stderr)
-        return 2
     except OSError as error:  # a folder that vanished meanwhile
         print(f"data.check: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

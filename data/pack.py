@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import UserError
+from configs.commands import CommandParser, command
 
-from .check import OneLineParser
 from .datasets import ImageDataset, decode_image
 from .sources import SPLIT_NAMES, FolderSource, check_same_classes, open_source
 
@@ -88,8 +88,7 @@ def _as_it_is(encoded: bytes) -> bytes:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m data.pack", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("data.pack", __doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds train/ and val/")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the zip files; made if it is not there")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
@@ -108,30 +107,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Pack both splits; returns the exit status. `argv` are the arguments without the program's name."""
+@command("data.pack")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pack both splits"""
+    args = _parse(argv)
+    out = Path(args.out)
+    names = SPLIT_NAMES[args.dataset]
+    existing = [path for name in names.values() for path in (out / f"{name}.zip", out / f"{name}_map.txt")]
+    if found := next((path for path in existing if path.exists()), None):
+        raise UserError(f"{found}: exists already; remove it, or choose another --out")
+    sources = {split: open_source(args.data_path, args.dataset, split, False, "no", 0, 1) for split in names}
+    check_same_classes(sources["train"].classes, sources["val"].classes, args.data_path)
     try:
-        args = _parse(argv)
-        out = Path(args.out)
-        names = SPLIT_NAMES[args.dataset]
-        existing = [path for name in names.values() for path in (out / f"{name}.zip", out / f"{name}_map.txt")]
-        if found := next((path for path in existing if path.exists()), None):
-            raise UserError(f"{found}: exists already; remove it, or choose another --out")
-        sources = {split: open_source(args.data_path, args.dataset, split, False, "no", 0, 1) for split in names}
-        check_same_classes(sources["train"].classes, sources["val"].classes, args.data_path)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-        for split in ("val", "train"):  # the short one first: a mistake then shows early
-            source = sources[split]
-            short_side = args.short_side if split == "train" else None
-            count, before, after = pack_split(source, out, names[split], short_side, args.quality, args.workers)
-            print(f"{out / names[split]}.zip: {count} images, {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
-    except UserError as error:
-        print(f"data.pack: error: {error.one_line()}", file=sys.stderr)
-        return 2
-    return 0
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+    for split in ("val", "train"):  # the short one first: a mistake then shows early
+        source = sources[split]
+        short_side = args.short_side if split == "train" else None
+        count, before, after = pack_split(source, out, names[split], short_side, args.quality, args.workers)
+        print(f"{out / names[split]}.zip: {count} images, {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
 
 
 if __name__ == "__main__":

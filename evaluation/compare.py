@@ -5,18 +5,18 @@
 Prints accuracies, the difference with its 95 % paired bootstrap interval, and McNemar's exact test of top-1 and top-5.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from configs import UserError
+from configs.commands import CommandParser, command
+from utils.files import STDOUT, check_json_target, write_json
 
 from .metrics import Comparison, compare
-from .outputs import STDOUT, check_json_target, write_json
 from .predictions import Predictions
 
 
@@ -72,31 +72,20 @@ def format_comparison(results: dict[str, Any], names: Sequence[str]) -> str:
     return "\n".join([*lines, f"the same first prediction for {results['agreement']:.2f} % of the images", ""])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Wrong use is one line, without the list of flags."""
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare two files; returns the exit status. `argv` are the arguments without the program's name."""
-    parser = _Parser(prog="python -m evaluation.compare", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@command("evaluation.compare")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare two files."""
+    parser = CommandParser("evaluation.compare", __doc__)
     parser.add_argument("files", nargs=2, metavar="FILE", help="predictions that test.py wrote, .csv or .parquet")
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
-    try:
-        args = parser.parse_args(argv)
-        check_json_target(args.json)
-        results = compare_predictions(*map(Predictions.load, args.files))
-        text = format_comparison(results, args.files)
-        print(text, end="", file=sys.stderr if args.json == STDOUT else sys.stdout)
-        if args.json:
-            plain = {key: dataclasses.asdict(results[key]) for key in ("acc1", "acc5")}
-            write_json(args.json, {"files": args.files, **plain, "agreement": results["agreement"]})
-    except UserError as error:
-        print(f"evaluation.compare: error: {error.one_line()}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    check_json_target(args.json)
+    results = compare_predictions(*map(Predictions.load, args.files))
+    text = format_comparison(results, args.files)
+    print(text, end="", file=sys.stderr if args.json == STDOUT else sys.stdout)
+    if args.json:
+        plain = {key: dataclasses.asdict(results[key]) for key in ("acc1", "acc5")}
+        write_json(args.json, {"files": args.files, **plain, "agreement": results["agreement"]})
 
 
 if __name__ == "__main__":

@@ -1,23 +1,17 @@
 """What an evaluation writes: metrics.json, the predictions, per_class.csv and confusion.csv, in a folder of its own."""
 
-import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs import UserError
+from utils.files import write_json, write_rows
 
 from . import metrics
-from .files import whole_file, write_rows
 from .imagenet_variants import real_accuracy
 from .predictions import Predictions
-
-STDOUT = "-"
 
 
 def summarize(predictions: Predictions, label_sets: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
@@ -119,38 +113,3 @@ def _confusion_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def write_json(target: str, content: Any) -> None:
-    """Write JSON to a file, or to standard output for '-'. Numbers that are not finite become null.
-
-    Raises UserError where the file cannot be written.
-    """
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
-    if target == STDOUT:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    try:
-        with whole_file(Path(target)) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
-
-
-def check_json_target(target: str | None) -> None:
-    """Raise UserError where --json could not be written: found out now rather than after an hour."""
-    if target in (None, STDOUT):
-        return
-    path = Path(target)
-    special = path.exists() and not path.is_file()  # a pipe or a device
-    if path.is_dir() or not os.access(path if special else path.absolute().parent, os.W_OK):
-        raise UserError(f"--json {target}: cannot be written: a folder, or in none that exists and may be written to")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,10 +18,10 @@ from data.sources import SPLIT_NAMES
 from models import build_model
 from utils.checkpoint import load_exactly, load_file, select_weights
 from utils.engine import build_precision
+from utils.files import write_json
 from utils.logging import printable
 from utils.session import Session
 
-from .outputs import write_json
 from .predictions import UNLABELLED, predict_batch, summarize_batch
 
 SUFFIX = ".top5.json"  # behind the whole name of the picture: a.jpg and a.png do not share a file

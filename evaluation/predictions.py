@@ -25,10 +25,9 @@ from configs import UserError
 from data import Source, build_prediction_loader, normalize
 from utils.distributed import gather_on_main
 from utils.engine import Precision
+from utils.files import whole_file, write_rows
 from utils.logging import ProgressLog, peak_memory_mib
 from utils.session import Session
-
-from .files import whole_file, write_rows
 
 TOP = 5
 UNLABELLED = -1

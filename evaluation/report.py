@@ -6,7 +6,6 @@ FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and pre
 of mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json; without them the page says so.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -15,17 +14,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from configs import UserError
+from configs.commands import CommandParser, command
 from data.sources import SPLIT_NAMES
+from utils.files import STDOUT, check_json_target, whole_file, write_json
 
-from .files import whole_file
 from .metrics import class_results, confusion_matrix
-from .outputs import STDOUT, check_json_target, write_json
 from .predictions import Predictions
 
 WORST_CLASSES, CONFUSED_PAIRS, MATRIX_CLASSES, MISTAKES = 20, 15, 10, 24
@@ -348,38 +347,27 @@ def _confusion(content: dict[str, Any]) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Wrong use is one line, without the list of flags."""
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page of a command line; returns the exit status."""
-    parser = _Parser(prog="python -m evaluation.report", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@command("evaluation.report")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page of a command line."""
+    parser = CommandParser("evaluation.report", __doc__)
     parser.add_argument("folder", metavar="FOLDER", help="an evaluation of test.py, <run>/evaluation/<name>")
     parser.add_argument("--data-path", metavar="DIR", help="where the images lie, as for test.py")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write; default FOLDER/report.html")
     parser.add_argument("--json", metavar="FILE", help="write the content for programs; - is standard output")
+    args = parser.parse_args(argv)
+    check_json_target(args.json)
+    evaluation = read_evaluation(args.folder, args.data_path)
+    content = summarize(evaluation)
+    out = args.out or Path(args.folder) / "report.html"
     try:
-        args = parser.parse_args(argv)
-        check_json_target(args.json)
-        evaluation = read_evaluation(args.folder, args.data_path)
-        content = summarize(evaluation)
-        out = args.out or Path(args.folder) / "report.html"
-        try:
-            with whole_file(out) as partial:
-                partial.write_text(render(evaluation, content), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written: {error.strerror}") from None
-        if args.json:
-            write_json(args.json, content)
-        print(f"wrote {out}", file=sys.stderr if args.json == STDOUT else sys.stdout)
-    except UserError as error:
-        print(f"evaluation.report: error: {error.one_line()}", file=sys.stderr)
-        return 2
-    return 0
+        with whole_file(out) as partial:
+            partial.write_text(render(evaluation, content), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    if args.json:
+        write_json(args.json, content)
+    print(f"wrote {out}", file=sys.stderr if args.json == STDOUT else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from utils.checkpoint import load_weights
 from utils.compilation import inference_network
 from utils.distributed import decide_on_main
 from utils.engine import build_precision, measure_throughput
+from utils.files import check_json_target, write_json
 from utils.flops import count_flops
 from utils.logging import peak_memory_mib
 from utils.session import Session
 
 from .imagenet_variants import NUM_CLASSES, Variant, open_variant
-from .outputs import check_json_target, describe, summarize, write_json, write_outputs
+from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
 from .predictions import Predictions, check_suffix, predict
 

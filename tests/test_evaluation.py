@@ -27,7 +27,7 @@ from evaluation import compare as compare_script
 from evaluation import metrics, outputs, predictions, run
 from evaluation.predictions import Predictions, predict
 from models import build_model
-from utils import distributed
+from utils import distributed, files
 from utils.distributed import Processes
 from utils.engine import Precision
 from utils.session import start_session
@@ -517,11 +517,11 @@ def test_a_json_file_that_cannot_be_written_is_told_before_the_work(evaluate, tm
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
     link = tmp_path / "link"
     link.symlink_to("/dev/null")
-    outputs.check_json_target(str(link))
-    outputs.write_json(str(link), {})
+    files.check_json_target(str(link))
+    files.write_json(str(link), {})
     assert link.is_symlink() and list(tmp_path.iterdir()) == [link]
 
 
 def test_numbers_that_are_none_are_null_in_json(tmp_path):
-    outputs.write_json(str(tmp_path / "x.json"), {"a": [float("nan"), 1.5], "b": (float("inf"),)})
+    files.write_json(str(tmp_path / "x.json"), {"a": [float("nan"), 1.5], "b": (float("inf"),)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": [None]}

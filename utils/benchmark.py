@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import models
 from configs import UserError, get_config, parse_args
-from data.check import OneLineParser
+from configs.commands import CommandParser, command
 from data.datasets import decode_image
 from data.fast import FastEvalTransform, FastTrainTransform, decode_to_tensor
 from data.pack import shrink
@@ -560,8 +560,7 @@ def _plot_roofline(row: dict[str, Any], out: Path, pyplot: Any) -> None:
 
 # --------------------------------------------------------------------------------------------------------- command line
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m utils.benchmark", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("utils.benchmark", __doc__)
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=None, help="what to measure (all)")
     parser.add_argument("--variant", default="groupmixformer_small", help="network (groupmixformer_small)")
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (8)")
@@ -582,6 +581,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@command("utils.benchmark")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status. `argv` are the arguments without the program's name."""
     try:
@@ -602,12 +602,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             (out / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
             (out / "benchmark.md").write_text(format_markdown(machine, rows))
         plot(rows, out)
-    except UserError as error:
-        print(f"utils.benchmark: error: {error.one_line()}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"utils.benchmark: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        raise UserError(f"{error.filename}: {error.strerror}") from None
     print(format_markdown(machine, rows))
     print(f"also in {out}")
     return 0

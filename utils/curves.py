@@ -6,7 +6,6 @@ RUN is a run folder. The numbers come from its TensorBoard event files: they hol
 history beside them could disagree. One run is drawn to its own curves.png, several are compared in ./curves.png.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -15,11 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from configs import UserError
+from configs.commands import CommandParser, command
+
+from .files import STDOUT, check_json_target, write_json
 
 FILE_NAME = "curves.png"
 COST_LIMIT = 0.02  # of the time of a run; the event files of a long one take seconds to read
@@ -208,34 +210,21 @@ def describe(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Wrong use is one line, without the list of flags."""
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the runs of a command line; returns the exit status."""
-    from evaluation.outputs import STDOUT, check_json_target, write_json  # not needed, nor imported, in training
-
-    parser = _Parser(prog="python -m utils.curves", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@command("utils.curves")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the runs of a command line."""
+    parser = CommandParser("utils.curves", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, <output>/<MODEL.NAME>/<tag>")
     parser.add_argument("--out", metavar="FILE", help="image to write: .png, .svg or .pdf")
     parser.add_argument("--json", metavar="FILE", help="write the numbers for programs; - is standard output")
-    try:
-        args = parser.parse_args(argv)
-        check_json_target(args.json)
-        runs = [read_run(folder) for folder in args.runs]
-        out = Path(args.out or (Path(args.runs[0]) / FILE_NAME if len(runs) == 1 else FILE_NAME))
-        draw(runs, out)
-        if args.json:
-            write_json(args.json, describe(runs))
-        print(f"wrote {out}", file=sys.stderr if args.json == STDOUT else sys.stdout)
-    except UserError as error:
-        print(f"utils.curves: error: {error.one_line()}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    check_json_target(args.json)
+    runs = [read_run(folder) for folder in args.runs]
+    out = Path(args.out or (Path(args.runs[0]) / FILE_NAME if len(runs) == 1 else FILE_NAME))
+    draw(runs, out)
+    if args.json:
+        write_json(args.json, describe(runs))
+    print(f"wrote {out}", file=sys.stderr if args.json == STDOUT else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ every block.
 All flags of test.py that choose weights and preprocessing work here too, such as --pretrained, --weights and --opts.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,14 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError, get_config, parse_args, with_num_classes
+from configs.commands import CommandParser, command
 from data import ImageDataset, denormalize, views_transform
-from evaluation.outputs import STDOUT, check_json_target, write_json
 from evaluation.pictures import PictureSource, class_names
 from evaluation.run import find_weights
 from models import build_model
 from utils.checkpoint import load_exactly, load_file, select_weights
+
+from .files import STDOUT, check_json_target, write_json
 
 BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito: for any colour vision
@@ -271,38 +272,27 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Wrong use is one line, without the list of flags."""
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the picture of a command line; returns the exit status."""
-    parser = _Parser(prog="python -m utils.visualize", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@command("utils.visualize")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the picture of a command line."""
+    parser = CommandParser("utils.visualize", __doc__)
     parser.add_argument("--image", required=True, type=Path, metavar="FILE", help="the picture, of any size")
     parser.add_argument("--stage", type=int, default=4, help="stage of the response maps, 1 to 4")
     parser.add_argument("--block", type=int, default=-1, help="its block, from 1; -1 is the last")
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write; default <picture>.visualized.png")
-    try:
-        args, rest = parser.parse_known_args(argv)
-        common = parse_args(rest)
-        check_json_target(common.json)
-        out = args.out or Path(f"{args.image}.visualized.png")
-        config = get_config(common, lambda line: print(line, file=sys.stderr))
-        result = visualize(config, args.image, args.stage, args.block, out)
-        stream = sys.stderr if common.json == STDOUT else sys.stdout
-        for entry in result["top"]:
-            print(f"{100 * entry['probability']:6.2f} %  {entry['name']}", file=stream)
-        print(result.pop("table"), file=stream)
-        if common.json:
-            write_json(common.json, result)
-        print(f"wrote {out}", file=stream)
-    except UserError as error:
-        print(f"utils.visualize: error: {error.one_line()}", file=sys.stderr)
-        return 2
-    return 0
+    args, rest = parser.parse_known_args(argv)
+    common = parse_args(rest)
+    check_json_target(common.json)
+    out = args.out or Path(f"{args.image}.visualized.png")
+    config = get_config(common, lambda line: print(line, file=sys.stderr))
+    result = visualize(config, args.image, args.stage, args.block, out)
+    stream = sys.stderr if common.json == STDOUT else sys.stdout
+    for entry in result["top"]:
+        print(f"{100 * entry['probability']:6.2f} %  {entry['name']}", file=stream)
+    print(result.pop("table"), file=stream)
+    if common.json:
+        write_json(common.json, result)
+    print(f"wrote {out}", file=stream)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Files that are there whole or not at all, and numbers as JSON."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs import UserError
+
+STDOUT = "-"  # what --json takes for standard output
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write to; it becomes `path` at the end of the block, or goes where that fails.
+
+    A pipe or a device, such as /dev/null, is written to as it is: it must not be replaced by a file.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file whole or not at all."""
+    with (
+        whole_file(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_json(target: str, content: Any) -> None:
+    """Write JSON to a file, or to standard output for '-'. Numbers that are not finite become null.
+
+    Raises UserError where the file cannot be written.
+    """
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    if target == STDOUT:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        with whole_file(Path(target)) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def check_json_target(target: str | None) -> None:
+    """Raise UserError where --json could not be written: found out now rather than after an hour."""
+    if target in (None, STDOUT):
+        return
+    path = Path(target)
+    special = path.exists() and not path.is_file()  # a pipe or a device
+    if path.is_dir() or not os.access(path if special else path.absolute().parent, os.W_OK):
+        raise UserError(f"--json {target}: cannot be written: a folder, or in none that exists and may be written to")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
