@@ -60,7 +60,7 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Reports one line, on the first process only, and suggests the nearest flag for an unknown one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
     """Parse the command line (without the program's name); exits with status 2 and one line where it is wrong."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"

@@ -118,7 +118,7 @@ def error_of(*arguments_: str) -> str:
 
 
 def option_strings(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    monkeypatch.setattr(arguments._Parser, "parse_args", lambda self, *_: self)
+    monkeypatch.setattr(arguments.OneLineParser, "parse_args", lambda self, *_: self)
     return set(parse_args([])._option_string_actions)
 
 

@@ -14,7 +14,8 @@ A training checkpoint is a dict with
     config             the resolved configuration as YAML text
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
-or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping.
+or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping. Weights alone may also
+come as a safetensors file.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -110,6 +112,19 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         raise unwritable(path, error, sum(tensor.nbytes for tensor in _tensors(state))) from None
 
 
+def write_file(content: bytes, path: Path) -> None:
+    """Write bytes to a new file whole or not at all, making its folder; UserError where that cannot be done."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{path}: cannot be written: {_first_line(error)}") from None
+
+
 def keep_as_best(path: Path) -> None:
     """Let the run's best checkpoint be this file, without writing it twice where the file system can link."""
     best = path.with_name(BEST_NAME)
@@ -144,11 +159,14 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def load_file(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU, after checking the CRC-32 that torch stored with every tensor.
 
-    torch itself does not check it: a flipped bit in a weight would load silently.
+    torch itself does not check it: a flipped bit in a weight would load silently. A file that ends in .safetensors,
+    which has no such check, is read as a bare state dict.
     Raises UserError where the file is missing, damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
     try:
+        if path.suffix == ".safetensors" and path.is_file():
+            return safetensors.torch.load_file(path)
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
