@@ -440,8 +440,11 @@ class GroupMixFormer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one (0: by none), and the pooling where one is named.
 
-        Raises ValueError for classes without pooling: a linear classifier needs one vector an image.
+        A network without pooling that gets classes pools by 'avg' again. Raises ValueError where both '' and classes
+        are asked for: a linear classifier needs one vector an image.
         """
+        if global_pool is None and num_classes > 0 and self.global_pool.is_identity():
+            global_pool = "avg"
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         if num_classes > 0 and self.global_pool.is_identity():
@@ -575,14 +578,17 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 
 def _create_groupmixformer(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        GroupMixFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **{**VARIANTS[variant], **kwargs},
-    )
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)  # timm's factory arguments
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            GroupMixFormer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **{**VARIANTS[variant], **kwargs},
+        )
+    return model if dtype is None else model.to(dtype)
 
 
 @register_model

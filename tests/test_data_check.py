@@ -495,7 +495,7 @@ def test_bomb_takes_bounded_memory(root):
 
 def test_memory_limit_binds_the_decoder(root, capsys, monkeypatch):
     monkeypatch.setattr(inspection, "WORKER_MEMORY_BYTES", 64 * 2**20)
-    write("train/cat/x.png", bomb(6000, 6000))(root)  # within Pillow's limit; 137 MiB as RGB
+    write("train/cat/x.png", bomb(9400, 9400))(root)  # within Pillow's limit; 337 MiB in memory
     result = Result(root, capsys)
     assert result.names("bomb") == ["train/cat/x.png"]
     assert "67,108,864 bytes of memory" in result.problems["bomb", "train/cat/x.png"]

@@ -647,9 +647,9 @@ def fill_before(small_disk, place, name):
     """Let no byte be free when this function is called."""
     function = getattr(place, name)
 
-    def filled_up(*args):
+    def filled_up(*args, **kwargs):
         fill(small_disk, leave=0)
-        return function(*args)
+        return function(*args, **kwargs)
 
     setattr(place, name, filled_up)
 

@@ -917,3 +917,8 @@ def test_the_model_file_works_in_another_project(tmp_path: Path) -> None:
         [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert run.stdout.strip() == "[40, 80, 160, 160]", run.stderr
+
+
+def test_factory_arguments_place_and_cast_the_network() -> None:
+    network = timm.create_model("groupmixformer_miny", device="meta", dtype=torch.bfloat16)
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in network.parameters())

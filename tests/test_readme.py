@@ -116,6 +116,8 @@ def test_every_command_is_one_that_is_tested_or_named_here():
         "python -m data.check",  # tests/test_data_check.py
         "python -m evaluation.compare",  # tests/test_evaluation.py
         "python -m utils.benchmark",  # tests/test_benchmark.py
+        "python -m utils.convert",  # tests/test_convert.py
+        "python -m utils.export",  # tests/test_export.py
         "python multi_machine_start.py --machine_num",
     ]
 

@@ -10,7 +10,6 @@ What is written holds the weights alone, and the first 8 hex digits of its SHA-2
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -25,9 +24,11 @@ from torch import Tensor
 
 from configs import UserError
 from configs.arguments import OneLineParser
+from configs.commands import command
 from models import VARIANTS, GroupMixFormer
 
 from .checkpoint import load_file, select_weights, write_file
+from .files import STDOUT, check_json_target, write_json
 
 SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "birder": ".pt"}
 
@@ -200,34 +201,19 @@ def _some(names: Any, limit: int = 3) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- command line
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert by the command line; returns the exit status. `argv` are the arguments without the program's name."""
-    try:
-        args = _parse(argv)
-        done = convert(args.file, args.to, args.output, args.name, args.weights)
-        if args.json:
-            write_json(asdict(done), args.json)
-    except UserError as error:
-        print(f"utils.convert: error: {error.one_line()}", file=sys.stderr)
-        return 2
-    if args.json != "-":
+@command("utils.convert")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert by the command line."""
+    args = _parse(argv)
+    check_json_target(args.json)
+    done = convert(args.file, args.to, args.output, args.name, args.weights)
+    if args.json:
+        write_json(args.json, asdict(done))
+    if args.json != STDOUT:
         print(
             f"{done.source}: {done.weights}, {done.network}, {done.num_classes} classes, {done.parameters:,} parameters"
         )
         print(f"written and read back: {done.path} ({done.bytes / 2**20:.1f} MiB)")
-    return 0
-
-
-def write_json(values: dict[str, Any], path: str) -> None:
-    """Write values as JSON to a file, or to standard output for '-'."""
-    text = json.dumps(values, indent=2) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json: {path}: cannot be written: {error.strerror}") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -244,7 +230,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", default="best", choices=("best", "raw", "ema"), help="of a training checkpoint; default: best"
     )
-    parser.add_argument("--json", default="", metavar="FILE", help="write what was done as JSON; - prints it")
+    parser.add_argument("--json", metavar="FILE", help="write what was done as JSON; - prints it")
     args = parser.parse_args(argv)
     if {"/", "\\"} & set(args.name):
         parser.error(f"--name {args.name}: names a file; the folder goes to --output")

@@ -1,0 +1,97 @@
+"""Other libraries take the backbone without an adapter."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+import models  # noqa: F401  (registers the variants)
+
+
+def squares(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Noise with a bright square each; images (B, 3, H, W) and masks (B, 1, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, height, width, generator=generator)
+    masks = torch.zeros(count, 1, height, width)
+    for number in range(count):
+        top, left = (int(torch.randint(0, edge - 24, (), generator=generator)) for edge in (height, width))
+        masks[number, :, top : top + 24, left : left + 24] = 1
+    return images + 3 * masks, masks
+
+
+def test_segmentation_models_pytorch_trains_it_as_an_encoder() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    network = smp.Unet("tu-groupmixformer_miny", encoder_weights=None, classes=1).train()
+    assert [chans for chans in network.encoder.out_channels if chans][-4:] == [40, 80, 160, 160]
+    images, masks = squares(4, 64, 96)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = F.binary_cross_entropy_with_logits(network(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    touched = [p.grad is not None for name, p in network.encoder.named_parameters() if "norm4" not in name]
+    assert all(touched), "gradients reach the whole encoder"
+
+
+def test_segmentation_models_pytorch_takes_the_small_variant() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    network = smp.Unet("tu-groupmixformer_small", encoder_weights=None, classes=3).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+
+
+class PyramidBackbone(nn.Module):
+    """The stage maps through torchvision's feature pyramid, as its detectors take them."""
+
+    def __init__(self, out_channels: int = 32) -> None:
+        super().__init__()
+        self.body = timm.create_model("groupmixformer_miny", features_only=True)
+        self.pyramid = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels)
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.pyramid({str(i): maps for i, maps in enumerate(self.body(x))})
+
+
+def test_a_torchvision_detector_trains_and_detects_at_sizes_that_are_no_multiples_of_32() -> None:
+    torch.manual_seed(0)
+    detector = FasterRCNN(
+        PyramidBackbone(),
+        num_classes=2,
+        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (128,)), ((1.0,),) * 4),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=5, sampling_ratio=2),
+        min_size=75,
+        max_size=131,
+        size_divisible=1,  # no padding to a multiple: the backbone sees 75 x 131 and the like
+    )
+    images, masks = squares(2, 75, 131)
+    boxes = []
+    for mask in masks[:, 0]:
+        rows, columns = mask.nonzero().unbind(1)
+        boxes.append(torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]], dtype=torch.float))
+    targets = [{"boxes": box, "labels": torch.ones(1, dtype=torch.int64)} for box in boxes]
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = sum(detector(list(images), targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    gradients = [p.grad.abs().sum() for p in detector.backbone.body.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite() for gradient in gradients)
+    detector.eval()
+    with torch.no_grad():
+        for height, width in ((75, 131), (90, 77)):
+            (found,) = detector([torch.rand(3, height, width)])
+            assert set(found) == {"boxes", "labels", "scores"} and found["boxes"].isfinite().all()
