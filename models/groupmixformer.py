@@ -457,6 +457,8 @@ class GroupMixFormer(nn.Module):
             self.head = nn.Linear(self.num_features * self.global_pool.feat_mult(), num_classes)
             self.head.to(device=reference.device, dtype=reference.dtype)
             _init_weights(self.head)
+        for module in (self.global_pool, self.head_drop, self.head):  # fresh modules are in training mode
+            module.train(self.training)
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W) -> the maps of all stages, (B, C_i, ceil(H / stride_i), ceil(W / stride_i))."""

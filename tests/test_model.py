@@ -922,3 +922,10 @@ def test_the_model_file_works_in_another_project(tmp_path: Path) -> None:
 def test_factory_arguments_place_and_cast_the_network() -> None:
     network = timm.create_model("groupmixformer_miny", device="meta", dtype=torch.bfloat16)
     assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in network.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fresh_classifier_is_in_the_networks_mode(training: bool) -> None:
+    network = small_network(drop_rate=0.5).train(training)
+    network.reset_classifier(5, "max")
+    assert all(module.training == training for module in network.modules())
