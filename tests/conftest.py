@@ -21,6 +21,10 @@ from yacs.config import CfgNode  # noqa: E402
 
 from configs import get_config, parse_args  # noqa: E402
 
+# Tests fork this process and train in the fork. autograd starts its threads with the first backward pass; once
+# torch.compile or torch.export has been in use, these include ones that a fork cannot have, and it refuses to train.
+torch.ones(1, requires_grad=True).backward()
+
 CLASSES = ("ant", "bee", "cat")
 TRAIN_IMAGES_PER_CLASS, VAL_IMAGES_PER_CLASS = 6, 2
 
