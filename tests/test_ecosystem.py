@@ -1,5 +1,7 @@
 """Other libraries take the backbone without an adapter."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import models  # noqa: F401  (registers the variants)
+from utils.export import export
 
 
 def squares(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -95,3 +98,28 @@ def test_a_torchvision_detector_trains_and_detects_at_sizes_that_are_no_multiple
         for height, width in ((75, 131), (90, 77)):
             (found,) = detector([torch.rand(3, height, width)])
             assert set(found) == {"boxes", "labels", "scores"} and found["boxes"].isfinite().all()
+
+
+@pytest.mark.long
+def test_onnxruntime_gives_torchs_logits_for_any_batch_and_size(tmp_path: Path) -> None:
+    """The whole network of a published variant; tests/test_export.py has small ones and the command."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    network = timm.create_model("groupmixformer_small", num_classes=1000).eval()
+    for module in network.modules():  # logits of fresh networks are nearly zero, and would agree too easily
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    nn.init.normal_(network.head.weight, std=0.3)
+    export(network, tmp_path / "a.onnx", "onnx", 224)
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    shape = session.get_inputs()[0].shape
+    assert shape[1] == 3 and all(isinstance(shape[i], str) for i in (0, 2, 3)), shape
+    for size in ((1, 3, 224, 224), (3, 3, 161, 300)):
+        images = torch.randn(size)
+        with torch.no_grad():
+            expected = network(images)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)

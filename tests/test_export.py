@@ -17,7 +17,6 @@ OPTS = (
     *("--cfg", str(runs.ROOT / "configs" / "groupmixformer_digits.yaml"), "--img-size", "48"),
     *("--opts", "MODEL.GMA.EMBEDDING_DIMS", "[10,10,20,20]", "MODEL.GMA.SERIAL_DEPTHS", "[1,1,1,1]"),
 )
-FORMATS = ["onnx", "pt2"]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +58,14 @@ def need(to: str) -> None:
             pytest.importorskip(name)
 
 
-@pytest.mark.parametrize(("which", "seed"), [("raw", 1), ("best", 2)])
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize(
+    ("to", "which", "seed"),
+    [
+        ("onnx", "best", 2),
+        pytest.param("onnx", "raw", 1, marks=pytest.mark.long),
+        pytest.param("pt2", "best", 2, marks=pytest.mark.long),
+    ],
+)
 def test_logits_are_the_networks_at_sizes_it_was_not_exported_with(
     checkpoint: Path, to: str, which: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +81,7 @@ def test_logits_are_the_networks_at_sizes_it_was_not_exported_with(
         torch.testing.assert_close(logits, network_of(seed)(images).detach(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.long), "pt2"])
 def test_features_are_the_stage_maps(
     checkpoint: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

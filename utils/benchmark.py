@@ -73,20 +73,22 @@ def compare(
         items: images of one turn, for images/s.
         device: is synchronised around every way.
 
-    Returns {"title", "items", "ways": {name: {"seconds", "images_per_second", "ratio", "quartiles", "first_seconds"}}}:
-    medians over the turns; ratio is how many times as fast as the reference; first_seconds is the first call, which
-    pays for compilation.
+    Returns {"title", "items", "ways": {name: {"seconds", "images_per_second", "ratio", "quartiles", "first_seconds",
+    "bytes"}}}: medians over the turns; ratio is how many times as fast as the reference; first_seconds is the first
+    call, which pays for compilation; bytes, on GPUs, are what a call needs at its peak beyond what was there before it.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     first: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     for trial in tqdm(range(trials + 1), desc=title, disable=not sys.stderr.isatty(), leave=False):
         for name, way in ways.items():
-            seconds = _time(way, device)
             if trial == 0:
-                first[name] = seconds
+                first[name] = _time(way, device)
                 way()  # caches that only a second call fills
+                if device.type == "cuda":
+                    peaks[name] = _peak_bytes(way, device)
             else:
-                times[name].append(seconds)
+                times[name].append(_time(way, device))
     reference = times[next(iter(ways))]
     row: dict[str, Any] = {"title": title, "items": items, "ways": {}}
     for name, seconds in times.items():
@@ -99,6 +101,8 @@ def compare(
             "quartiles": [quartiles[0], quartiles[2]],
             "first_seconds": first[name],
         }
+        if name in peaks:
+            row["ways"][name]["bytes"] = peaks[name]
     return row
 
 
@@ -108,6 +112,14 @@ def _time(function: Callable[[], Any], device: torch.device) -> float:
     function()
     _synchronize(device)
     return time.perf_counter() - start
+
+
+def _peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """What a call allocates on a GPU at its peak, beyond what was there before it."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _synchronize(device: torch.device) -> None:
@@ -162,14 +174,18 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
         with torch.inference_mode() if "compiled" not in name else torch.no_grad(), _autocast(device, name):
             return candidates[name](images)
 
+    ways = {name: lambda name=name: run(name) for name in candidates}
     expected = run("released order").float()
+    first = {name: _time(way, device) for name, way in ways.items()}  # compiles
     for name in candidates:
         error = ((run(name).float() - expected).norm() / expected.norm()).item()
         if error > (0.05 if device.type == "cuda" else 1e-5):
             raise RuntimeError(f"{name} computes something else than the reference: relative error {error:.1e}")
-    ways = {name: lambda name=name: run(name) for name in candidates}
     title = f"evaluation, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
-    return [compare(title, ways, args.trials, args.batch_size, device)]
+    row = compare(title, ways, args.trials, args.batch_size, device)
+    for name, seconds in first.items():
+        row["ways"][name]["first_seconds"] = seconds
+    return [row]
 
 
 def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -276,17 +292,11 @@ def row_size(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
 
 def _activation_bytes(network: nn.Module, images: Tensor, device: torch.device, name: str) -> int:
     """Largest sum of live tensors during a forward pass, weights left out: PyTorch's own count on either device."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.inference_mode(), _autocast(device, name):
+    with torch.inference_mode(), _autocast(device, name):
+        if device.type == "cuda":
+            return _peak_bytes(lambda: network(images), device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             network(images)
-        return torch.cuda.max_memory_allocated(device) - before
-    with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-        torch.inference_mode(),
-    ):
-        network(images)
     live = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
@@ -476,13 +486,18 @@ def format_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
     for row in rows:
         lines += [f"**{row['title']}**", ""]
         if "ways" in row:
-            lines += ["| way | images/s | times as fast (quartiles) | first call |", "|---|---|---|---|"]
+            on_gpu = any("bytes" in way for way in row["ways"].values())
+            lines += [
+                "| way | images/s | times as fast (quartiles) | first call |" + " memory, MiB |" * on_gpu,
+                "|---|---|---|---|" + "---|" * on_gpu,
+            ]
             for name, way in row["ways"].items():
                 low, high = way["quartiles"]
-                lines.append(
+                line = (
                     f"| {name} | {way['images_per_second']:.1f} | {way['ratio']:.2f} ({low:.2f} to {high:.2f}) "
                     f"| {way['first_seconds']:.1f} s |"
                 )
+                lines.append(line + (f" {way['bytes'] / 2**20:.0f} |" if "bytes" in way else ""))
         elif "points" in row:
             lines += [
                 "| network | input | time, ms | / linear | activations, MiB | / linear |",

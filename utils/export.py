@@ -181,7 +181,7 @@ def _tuple(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _output_names(count: int) -> list[str]:
-    return ["output"] if count == 1 else [f"stage{i}" for i in range(1, count + 1)]
+    return ["logits"] if count == 1 else [f"stage{i}" for i in range(1, count + 1)]
 
 
 class _quiet_libraries:
@@ -198,7 +198,7 @@ class _quiet_libraries:
 # ------------------------------------------------------------------------------------------------------- command line
 @command("utils.export")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Export by the command line"""
+    """Export by the command line."""
     args = _parse(argv)
     check_json_target(args.json)
     report: Report = (lambda line: None) if args.json == STDOUT else lambda line: print(line, flush=True)
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features:
         network = StageMaps(network)
     differences = export(network, path, args.format, config.DATA.IMG_SIZE, args.opset, report)
-    outputs = _output_names(config.MODEL.GMA.NUM_STAGES if args.features else 1)
+    outputs = _output_names(len(config.MODEL.GMA.SERIAL_DEPTHS) if args.features else 1)
     done = Export(str(path), args.format, kind, ["images"], outputs, differences, path.stat().st_size)
     report(f"written: {path} ({done.bytes / 2**20:.1f} MiB)")
     if args.json:
