@@ -111,6 +111,13 @@ def build_mixup(config: CfgNode) -> Mixup | None:
             f"DATA.BATCH_SIZE = {config.DATA.BATCH_SIZE}: mixup and cutmix pair the images of a batch and need an even "
             "number (or AUG.MIXUP 0 AUG.CUTMIX 0)"
         )
+    if aug.CUTMIX_MINMAX is not None:
+        low, high = (int(config.DATA.IMG_SIZE * share) for share in aug.CUTMIX_MINMAX)
+        if low >= high:
+            raise UserError(
+                f"AUG.CUTMIX_MINMAX = {aug.CUTMIX_MINMAX}: leaves no choice of a box in images of "
+                f"{config.DATA.IMG_SIZE} pixels ({low} to {high}); the shares must lie further apart"
+            )
     return Mixup(
         mixup_alpha=aug.MIXUP,
         cutmix_alpha=aug.CUTMIX,

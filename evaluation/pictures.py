@@ -17,6 +17,7 @@ from data import ImageDataset, class_folders, usable_workers, views_transform
 from data.sources import SPLIT_NAMES
 from models import build_model
 from utils.checkpoint import load_exactly, load_file, select_weights
+from utils.compilation import inference_network
 from utils.engine import build_precision
 from utils.files import write_json
 from utils.logging import printable
@@ -74,6 +75,9 @@ def label_pictures(session: Session, weights: str) -> None:
     names = class_names(checkpoint, config)
     network = build_model(config).to(processes.device).eval()
     load_exactly(network, state, weights)
+    network = inference_network(config, network)
+    if config.DATA.FAST_LOADING == "all":
+        logger.info("DATA.FAST_LOADING does not apply to --images: pictures are resized exactly")
     precision = build_precision(config, processes.device)
     logger.info(f"{len(paths)} pictures, {kind} of {weights}, {len(names)} classes, {precision}")
 

@@ -1,5 +1,6 @@
 """What test.py does, and train.py with --eval, --throughput, --flops or --images."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,13 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for size in sizes:
         sized = with_values(config, {"DATA.IMG_SIZE": size})
+        folder = session.folder / "evaluation" / _name(sized, weights)
+        decide_on_main(lambda f=folder: _check_weights(f, weights), processes)
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
         predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
         about = {
             "weights": loaded,
+            "file": str(Path(weights).resolve()),
             "model": config.MODEL.NAME,
             "data": config.DATA.DATA_PATH,
             "variant": config.TEST.VARIANT,
@@ -92,8 +96,9 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             "crop": config.TEST.CROP,
             "tta": config.TEST.TTA,
             "precision": str(precision),
+            "fused": config.TEST.FUSE,
+            "fast_loading": config.DATA.FAST_LOADING == "all",
         }
-        folder = session.folder / "evaluation" / _name(sized, weights)
         results.append(
             decide_on_main(lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes)
         )
@@ -141,7 +146,20 @@ def _name(config: CfgNode, weights: str) -> str:
     if config.TEST.WEIGHTS != "best":
         parts.insert(1, config.TEST.WEIGHTS)
     parts.append(str(config.DATA.IMG_SIZE))
-    return "-".join(parts if config.TEST.TTA == "none" else [*parts, config.TEST.TTA])
+    parts += [config.TEST.TTA] * (config.TEST.TTA != "none")
+    parts += ["uncropped"] * (not config.TEST.CROP)
+    parts += ["fast"] * (config.DATA.FAST_LOADING == "all")
+    return "-".join(parts)
+
+
+def _check_weights(folder: Path, weights: str) -> None:
+    """Raise UserError where the folder holds an evaluation of another file, which would be lost."""
+    try:
+        other = json.loads((folder / "metrics.json").read_text())["file"]
+    except (OSError, ValueError, KeyError):
+        return
+    if other != str(Path(weights).resolve()):
+        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
 
 
 def report_throughput(session: Session) -> None:

@@ -75,6 +75,44 @@ def test_every_direction_gives_equal_logits(kind: str, target: str, tmp_path: Pa
     assert done.parameters == sum(p.numel() for p in network_of(1).parameters()) and done.num_classes == 7
 
 
+def test_a_ratio_whose_product_rounds_down_is_recovered() -> None:
+    hidden = GroupMixFormer(embed_dims=(100, 100, 100, 100), depths=(1,) * 4, mlp_ratios=(1.15,) * 4, num_classes=0)
+    assert int(100 * (114 / 100)) == 113, "the case"
+    module.describe_network(hidden.state_dict())[1].load_state_dict(hidden.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+@pytest.mark.parametrize("way", ["checkpoint_path", "pretrained_cfg_overlay"])
+def test_timm_loads_a_released_file(kind: str, way: str, tmp_path: Path) -> None:
+    """The pickled CfgNode in it and all; `write` makes it as the released code did."""
+    state = network_of(1).state_dict()
+    path = str(write(state, kind, tmp_path))
+    how = (
+        {"checkpoint_path": path}
+        if way == "checkpoint_path"
+        else {"pretrained": True, "pretrained_cfg_overlay": {"file": path, "num_classes": 7}}
+    )
+    network = timm.create_model("groupmixformer_miny", **SIZES, **how).eval()
+    assert torch.equal(network(golden_numbers.images(2, 33, 47)), logits(state))
+
+
+@pytest.mark.parametrize("way", ["checkpoint_path", "pretrained_cfg_overlay"])
+def test_timm_loads_the_moving_average_of_a_training_checkpoint_where_it_has_one(
+    checkpoint: Path, way: str, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint)
+    without = tmp_path / "without.pth"
+    torch.save({key: value for key, value in content.items() if key != "model_ema"}, without)
+    for path, seed in ((checkpoint, 2), (without, 1)):
+        how = (
+            {"checkpoint_path": str(path)}
+            if way == "checkpoint_path"
+            else {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 7}}
+        )
+        network = timm.create_model("groupmixformer_miny", **SIZES, **how).eval()
+        assert torch.equal(network(golden_numbers.images(2, 33, 47)), logits(network_of(seed).state_dict()))
+
+
 @pytest.mark.parametrize("target", list(SUFFIXES))
 @pytest.mark.parametrize(("which", "seed"), [("raw", 1), ("ema", 2), ("best", 2)])
 def test_weights_of_a_training_checkpoint_are_chosen(

@@ -804,6 +804,20 @@ def test_odd_batch_cannot_be_mixed(make_config):
     assert mixup() is None
 
 
+@pytest.mark.parametrize(
+    ("shares", "size", "fits"), [("[0.5,0.5]", 32, False), ("[0.5,0.51]", 32, False), ("[0.5,0.51]", 224, True)]
+)
+def test_cutmix_needs_a_choice_of_boxes(make_config, shares, size, fits):
+    """timm draws the box between the two whole numbers of pixels."""
+    opts = ("AUG.CUTMIX_MINMAX", shares, "DATA.IMG_SIZE", str(size))
+    config = make_config("--batch-size", "4", "--opts", "MODEL.LABEL_SMOOTHING", "0.1", *opts)
+    if fits:
+        mixup = build_mixup(config)
+        mixup(torch.rand(4, 3, size, size), torch.arange(4))
+    else:
+        assert "AUG.CUTMIX_MINMAX" in message_of(build_mixup, config)
+
+
 # -------------------------------------------------------------------------------------------------------------- digits
 @pytest.fixture(scope="session")
 def written_digits(tmp_path_factory) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import re
+import shutil
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -434,7 +435,7 @@ def evaluate(data, tmp_path, monkeypatch):
 
 
 def test_what_an_evaluation_writes(evaluate, capsys):
-    folder = evaluate() / "weights-val-data-32"
+    folder = evaluate() / "weights-val-data-32-uncropped"
     last = capsys.readouterr().out.splitlines()[-1]
     assert sorted(path.name for path in folder.iterdir()) == [
         *("confusion.csv", "metrics.json", "per_class.csv", "predictions.csv"),
@@ -471,9 +472,30 @@ def test_several_sizes_end_in_a_table(evaluate, tmp_path, capsys):
     for line, row in zip((small, large, middle), content):
         assert line.split() == [str(row["image_size"]), *(f"{row[k]:.3f}" for k in ("acc1", "acc5")), *line.split()[3:]]
     assert last == f" * Acc@1 {content[2]['acc1']:.3f} Acc@5 {content[2]['acc5']:.3f}"
-    assert {path.name for path in folder.iterdir()} == {f"weights-val-data-{size}-flip" for size in (32, 48, 40)}
+    assert {path.name for path in folder.iterdir()} == {
+        f"weights-val-data-{size}-flip-uncropped" for size in (32, 48, 40)
+    }
     losses = [row["nll"] for row in content]
     assert len(set(losses)) == 3, "every size is really another"
+
+
+def test_evaluations_that_differ_do_not_replace_each_other(evaluate, tmp_path):
+    folder = evaluate()
+    evaluate("TEST.CROP", "True")
+    evaluate("DATA.FAST_LOADING", "all")
+    names = [f"weights-val-data-32{how}" for how in ("-uncropped", "-uncropped-fast", "")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert json.loads((folder / names[1] / "metrics.json").read_text())["fast_loading"] is True
+    evaluate()  # the same once more
+    before = (folder / names[0] / "predictions.csv").read_bytes()
+    other = tmp_path / "other" / "weights.pth"
+    other.parent.mkdir()
+    shutil.copy(evaluate.weights, other)
+    with pytest.raises(
+        UserError, match=r"weights-val-data-32-uncropped: holds the evaluation of .*/weights.pth; .* another --tag"
+    ):
+        evaluate(flags=["--resume", str(other)])
+    assert (folder / names[0] / "predictions.csv").read_bytes() == before
 
 
 def test_weights_that_give_no_numbers_write_nothing(evaluate, tmp_path):
@@ -489,7 +511,9 @@ def test_a_folder_that_cannot_be_written_is_named(evaluate, tmp_path):
     folder = runs.run_folder(tmp_path)
     folder.mkdir(parents=True)
     (folder / "evaluation").write_text("a file")
-    with pytest.raises(UserError, match=r"evaluation/weights-val-data-32: cannot be written: Not a directory"):
+    with pytest.raises(
+        UserError, match=r"evaluation/weights-val-data-32-uncropped: cannot be written: Not a directory"
+    ):
         evaluate()
 
 

@@ -223,6 +223,18 @@ def test_fused_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]
     assert len(eager_compiler) == 4
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_many_sizes_are_all_compiled(eager_compiler: list[int], fused: bool) -> None:
+    """torch.compile otherwise gives up, silently, at so many variants of one function."""
+    network = fuse(network_of()) if fused else network_of().eval()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True), torch.no_grad():
+        compile_blocks(network)
+        for batch in (1, 2):
+            for size in (32, 48, 64):
+                network(torch.randn(batch, 3, size, size))
+    assert len(eager_compiler) >= 2 * 3 * 4
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:

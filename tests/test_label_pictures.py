@@ -14,6 +14,7 @@ from data.transforms import eval_transform
 from evaluation import run
 from evaluation.pictures import class_names, find_pictures
 from models import build_model
+from utils import compilation
 from utils.session import start_session
 
 
@@ -90,6 +91,16 @@ def test_readable_pictures_alone_are_a_success(pictures, tmp_path, monkeypatch):
     assert label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures / "a.png"], "--tta", "flip") == 0
     content = json.loads((pictures / "a.png.top5.json").read_text())
     assert [len(content["top"]), content["tta"]] == [2, "flip"]
+
+
+def test_pictures_are_labelled_by_the_network_that_is_asked_for(pictures, tmp_path, monkeypatch, capsys):
+    save_network(tmp_path / "w.pth", tmp_path, 3)
+    used = []
+    fuse = compilation.fuse
+    monkeypatch.setattr(compilation, "fuse", lambda network: (used.append(network), fuse(network))[1])
+    opts = ("DATA.FAST_LOADING", "all")
+    assert label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures / "a.png"], "--fuse", opts=opts) == 0
+    assert len(used) == 1 and "DATA.FAST_LOADING does not apply to --images" in capsys.readouterr().out
 
 
 def test_a_result_that_cannot_be_written_is_named_and_the_others_go_on(pictures, tmp_path, monkeypatch, capsys):

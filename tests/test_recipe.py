@@ -219,14 +219,14 @@ def test_adamw(recipe):
     assert (group["eps"], tuple(group["betas"])) == (1e-6, (0.8, 0.95))
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.5])
+@pytest.mark.parametrize("momentum", [0.9, 0.5, 0.0])
 def test_sgd_has_nesterov_momentum(recipe, momentum):
     opts = ("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", momentum)
     config = recipe(*opts, cfg="groupmixformer_digits")
     optimizer = build_optimizer(config, build_model(config), lr=0.1)
     assert isinstance(optimizer, torch.optim.SGD)
     for group, decay in zip(optimizer.param_groups, (0.05, 0.0), strict=True):
-        assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, momentum, True)
+        assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, momentum, momentum > 0)
         assert (group["weight_decay"], group["dampening"]) == (decay, 0)
 
 

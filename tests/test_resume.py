@@ -269,9 +269,17 @@ def test_a_released_training_checkpoint_continues(data, tmp_path, monkeypatch):
     state = load_file(runs.run_folder(tmp_path / "own") / "ckpt_epoch_0.pth")
     released = {key: state[key] for key in ("model", "optimizer", "lr_scheduler", "max_accuracy", "epoch")}
     released["config"] = CfgNode({"TRAIN": {"EPOCHS": 300}})
+    for group in released["optimizer"]["param_groups"]:
+        group["fused"] = None
+    for values in released["optimizer"]["state"].values():
+        values["step"] = int(values["step"])  # as old releases of torch counted
     torch.save(released, tmp_path / "released.pth")
     flags = ["--resume", str(tmp_path / "released.pth")]
+    load, loaded = torch.optim.AdamW.load_state_dict, []
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda o, state: (loaded.append(state), load(o, state)))
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path / "new", flags=flags)) == 0
+    # torch decides by the groups that it is given whether `step` lies on the GPU, where the fused update needs it.
+    assert [group["fused"] for group in loaded[0]["param_groups"]] == [True] * len(loaded[0]["param_groups"])
     new, own = (load_file(runs.run_folder(tmp_path / d) / "ckpt_epoch_1.pth")["model"] for d in ("new", "own"))
     assert all(torch.equal(new[name], own[name]) for name in own)
 

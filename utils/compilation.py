@@ -17,6 +17,9 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
     torch.compile. The first forward pass, and the first with another input size, pay for the compilation.
     """
     options = {"dynamic": False, **options}
+    # All blocks are one function to the compiler: each stage, batch size and input size counts against its limit of 8,
+    # behind which it would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if isinstance(network, FusedGroupMixFormer):
         for blocks in network.stages:
             for block in blocks:

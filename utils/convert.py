@@ -10,6 +10,7 @@ What is written holds the weights alone, and the first 8 hex digits of its SHA-2
 
 import argparse
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple
         sizes: dict[str, Any] = dict(
             embed_dims=tuple(first[stage][1] for stage in range(len(first))),
             depths=tuple(sum(stage == s for s, _, _ in blocks) for stage in range(len(first))),
-            mlp_ratios=tuple(first[stage][0] / first[stage][1] for stage in range(len(first))),
+            mlp_ratios=tuple(_mlp_ratio(*first[stage]) for stage in range(len(first))),
         )
         num_classes = state["head.weight"].shape[0] if "head.weight" in state else 0
         with torch.device("meta"):
@@ -129,6 +130,12 @@ def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple
         raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {_some(state)})") from None
     name = next((name for name, numbers in VARIANTS.items() if sizes.items() <= numbers.items()), "")
     return name or "GroupMixFormer " + ", ".join(f"{key} {value}" for key, value in sizes.items()), network
+
+
+def _mlp_ratio(hidden: int, dim: int) -> float:
+    """The ratio for which int(dim * ratio) is `hidden`; a division alone may round to one row less."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def convert(source: str | Path, to: str, folder: str | Path, name: str = "", which: str = "best") -> Conversion:

@@ -282,8 +282,6 @@ def evaluate(
     """
     processes, logger = session.processes, session.logger
     network.eval()
-    # What COMPILE compiles is training: validation would compile everything again, and differ by rounding.
-    eager = torch.compiler.set_stance("force_eager") if session.config.COMPILE else nullcontext()
     # Top-1 hits, top-5 hits, loss, images. Counts are exact in float64 up to 2**53.
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     batches_everywhere = len(loader.dataset.dataset) // processes.world_size // loader.batch_size
@@ -292,6 +290,9 @@ def evaluate(
         if number < batches_everywhere and session.watch.stop_agreed():
             raise StopRequested
         images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
+        # What COMPILE compiles is training: validation would compile everything again, and differ by rounding.
+        # The stance holds from its construction on, so it is made where it ends.
+        eager = torch.compiler.set_stance("force_eager") if session.config.COMPILE else nullcontext()
         with precision.autocast(), eager:
             logits = network(normalize(images))
         logits = logits.float()

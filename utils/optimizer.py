@@ -25,7 +25,8 @@ def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer
     if train.HEAD_LR_SCALE != 1:
         groups = _scale_head(groups, network, train.HEAD_LR_SCALE)
     if options.NAME == "sgd":  # timm's name for SGD with Nesterov momentum
-        return create_optimizer_v2(groups, opt="sgd", lr=lr, momentum=options.MOMENTUM)
+        name = "sgd" if options.MOMENTUM > 0 else "momentum"  # Nesterov's needs some
+        return create_optimizer_v2(groups, opt=name, lr=lr, momentum=options.MOMENTUM)
     # fused: one pass over weights and state, on GPU and CPU
     return create_optimizer_v2(groups, opt="adamw", lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=True)
 

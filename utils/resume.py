@@ -234,10 +234,12 @@ def restore(
     groups = trainer.optimizer.param_groups
     options = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
     try:
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(trainer.optimizer.param_groups, options):  # the recipe is the configuration's
+        saved = [dict(group) for group in state["optimizer"]["param_groups"]]
+        # The recipe is the configuration's. Before loading, because `fused` decides on which device torch puts `step`.
+        for group, own in zip(saved, options):
             group.update(own)
-    except (ValueError, KeyError) as error:
+        trainer.optimizer.load_state_dict({**state["optimizer"], "param_groups": saved})
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     if state.get("scaler") and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(state["scaler"])
