@@ -2,6 +2,7 @@
 
 nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
+nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
@@ -24,14 +25,25 @@ from utils import engine, resume
 from utils.session import run_script
 
 kind, *where = os.environ["FAULT"].split(":")
-if kind == "nan":
+
+
+def nan_output(module, args, out):
+    return out * float("nan")
+
+
+def nan_gradient(module, args, out):
+    out.register_hook(lambda gradient: gradient * float("nan"))
+
+
+if kind in ("nan", "nan-gradient"):
     rank, first = int(where[0]), int(where[1].rstrip("+"))
     forward_backward = engine._accumulate_gradients
 
     def poisoned(session, trainer, *rest):
         update = trainer.num_updates
         if session.processes.rank == rank and (update == first or (where[1].endswith("+") and update > first)):
-            hook = trainer.network.conv_stem.register_forward_hook(lambda module, args, out: out * float("nan"))
+            spoil = nan_output if kind == "nan" else nan_gradient
+            hook = trainer.network.conv_stem.register_forward_hook(spoil)
             loss = forward_backward(session, trainer, *rest)
             hook.remove()
             return loss
