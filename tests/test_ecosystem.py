@@ -1,8 +1,13 @@
 """Other libraries take the backbone without an adapter."""
 
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import runs
 import timm
 import torch
 import torch.nn.functional as F
@@ -123,3 +128,65 @@ def test_onnxruntime_gives_torchs_logits_for_any_batch_and_size(tmp_path: Path) 
         (logits,) = session.run(None, {"images": images.numpy()})
         assert expected.abs().max() > 0.1
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+# What timm's validate.py and train.py do with a model that they know by name only; timm does not install the scripts.
+SCRIPT = """
+import argparse, timm, torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, accuracy
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data-dir")
+parser.add_argument("--model", choices=timm.list_models("groupmix*"))
+parser.add_argument("--train", action="store_true")
+args = parser.parse_args()
+model = timm.create_model(args.model, num_classes=3, in_chans=3, pretrained=False, checkpoint_path="")
+config = resolve_data_config({"img_size": 64}, model=model)
+assert config["interpolation"] == "bicubic" and config["crop_pct"] == 0.875, config
+split = "train" if args.train else "val"
+dataset = create_dataset("", root=args.data_dir, split=split, class_map="")
+loader = create_loader(
+    dataset, (3, 64, 64), 3, is_training=args.train, use_prefetcher=False, num_workers=0,
+    interpolation=config["interpolation"], mean=config["mean"], std=config["std"], crop_pct=config["crop_pct"],
+)
+if args.train:
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=1, updates_per_epoch=len(loader))
+    ema = ModelEmaV3(model)
+    model.set_grad_checkpointing(True)
+    model.train()
+    for step, (images, labels) in enumerate(loader):
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model, step=step)
+        scheduler.step_update(step)
+    print("scales", len({group["lr_scale"] for group in optimizer.param_groups}), "loss", float(loss))
+else:
+    model.eval()
+    with torch.inference_mode():
+        for images, labels in loader:
+            print("top", *(float(a) for a in accuracy(model(images), labels, topk=(1, 3))))
+"""
+
+
+@pytest.mark.parametrize(("name", "flags"), [("validate.py", []), ("train.py", ["--train"])])
+def test_scripts_that_ask_timm_find_the_variants_by_the_readmes_command(
+    name: str, flags: list[str], data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(SCRIPT)
+    (line,) = re.findall(r"^python -c .*runpy.*$", (runs.ROOT / "README.md").read_text(), re.MULTILINE)
+    code = shlex.split(line)[2].replace("<timm>/validate.py", str(tmp_path / name))
+    command = [sys.executable, "-c", code, "--model", "groupmixformer_miny", "--data-dir", str(data), *flags]
+    result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    if flags:
+        scales, loss = re.fullmatch(r"scales (\d+) loss (\S+)", result.stdout.strip()).groups()
+        assert int(scales) > 20 and float(loss) < 5, "a group of its own for stem, every block and head"
+    else:
+        tops = [float(line.split()[2]) for line in result.stdout.splitlines()]
+        assert tops == [100.0] * len(tops) and tops
