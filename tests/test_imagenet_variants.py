@@ -213,7 +213,8 @@ def test_test_py_evaluates_a_variant(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["test.py", *args])
     run.run_evaluation(start_session(""))
     assert capsys.readouterr().out.splitlines()[-1].startswith(" * Acc@1 50.000 Acc@5 ")
-    content = json.loads((runs.run_folder(tmp_path) / "evaluation" / "weights-v2-v2-32" / "metrics.json").read_text())
+    folder = runs.run_folder(tmp_path) / "evaluation" / "weights-v2-v2-32-uncropped"
+    content = json.loads((folder / "metrics.json").read_text())
     assert (content["variant"], content["acc1"], content["classes"]) == ("v2", 50, 1000)
 
     state = {"model": {**network.state_dict(), "head.weight": torch.zeros(3, 20), "head.bias": torch.zeros(3)}}
