@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a bare `pytest`, which does not put the folder that it runs in on the path
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a launcher's, where the tests run under one
     os.environ.pop(name, None)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # or processes that the tests start could not be interrupted
 
 # Threads that wait by spinning starve the processes that the tests start beside themselves.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -677,7 +677,7 @@ def stop(signum, frame):
     sys.exit(1)
 for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
     signal.signal(signal.Signals[name], stop)
-print("ready", os.getpid(), flush=True)
+os.write(1, f"ready {os.getpid()}\\n".encode())  # print may write a line in pieces, between those of another process
 while True:
     signal.pause()
 """
