@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 
 import data
 from configs import UserError
-from data import digits
+from data import digits, randomness
 from data.datasets import AugmentedDataset, ImageDataset, decode_image
 from data.samplers import SampleKey, TrainingOrder
 from data.sources import FolderSource, ZipSource, check_same_classes, fingerprint
@@ -911,3 +911,12 @@ def test_a_member_of_a_zip_file_that_is_too_large_is_refused(tmp_path, monkeypat
 def test_a_class_folder_that_links_to_itself_is_no_class(image_folder):
     (image_folder / "train" / "loop").symlink_to("loop")
     assert FolderSource(image_folder / "train").classes == ["ant", "bee", "cat"]
+
+
+def test_seeding_is_torchs_own():
+    """The short way round torch.manual_seed gives the same numbers, for the whole range of seeds."""
+    for key in range(20):
+        randomness.seed_everything(7, key)
+        quick = torch.rand(5)
+        torch.manual_seed(randomness.derive_seed(7, key))
+        assert torch.equal(quick, torch.rand(5))
