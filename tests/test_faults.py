@@ -465,7 +465,7 @@ def random_kills(data, output, epochs, kills):
     return done
 
 
-@pytest.mark.parametrize(("epochs", "kills"), [(4, 6), pytest.param(16, 30, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("epochs", "kills"), [(4, 6), pytest.param(50, 100, marks=pytest.mark.long)])
 def test_a_training_killed_again_and_again_ends_with_the_same_bits(data, tmp_path, epochs, kills):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     status, text = train_in_fork(runs.arguments(data, straight, "TRAIN.EPOCHS", str(epochs)))
