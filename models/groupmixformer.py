@@ -80,6 +80,8 @@ class Stem(nn.Module):
         self.act2 = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
+        # Channels last from here on: maps and tokens are then two views of the same memory, everywhere.
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.act1(self.norm1(self.proj1(x)))
         return self.act2(self.norm2(self.proj2(x)))
 
@@ -173,9 +175,10 @@ class GroupAggregator(nn.Module):
         """segments: (5, 3, B, N, s), of q, k and v -> proxies (3, B, N, h, d), local branch (B, N, s)."""
         _, _, B, N, s = segments.shape
         H, W = size
+        grouped, local = segments.split([4, 1])  # not sliced: the backward pass of two slices fills zeros and adds them
         # One copy puts each segment of q, k and v side by side in memory, as one batch of maps in channels-last order,
         # which convolutions and batch norms then read without copies of their own. (4, 3, B, N, s) -> 4 x (3B, s, H, W)
-        maps = segments[:4].reshape(4, 3 * B, N, s).transpose(2, 3).view(4, 3 * B, s, H, W)
+        maps = grouped.reshape(4, 3 * B, N, s).transpose(2, 3).view(4, 3 * B, s, H, W)
         tokens, groups3, groups5, groups7 = maps.unbind(0)
         tokens = self.act0(self.norm0(tokens))
         groups3 = self.act1(self.norm1(self.agg1(groups3)))
@@ -186,7 +189,7 @@ class GroupAggregator(nn.Module):
         proxies = proxies.reshape(3, B, N, self.num_heads, 4 * s // self.num_heads)
 
         # (3, B, N, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
-        local = segments[4].permute(1, 2, 0, 3).reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, H, W)
+        local = local.squeeze(0).permute(1, 2, 0, 3).reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, H, W)
         return proxies, self.agg0(local)
 
 
@@ -275,13 +278,13 @@ class GMAStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        x = x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, C, H, W) -> (B, N, C), no copy: channels last
         for block in self.gma_stage:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = _checkpoint(block, x, (H, W))
             else:
                 x = block(x, (H, W))
-        return x.transpose(1, 2).reshape(B, C, H, W).contiguous()  # (B, N, C) -> (B, C, H, W)
+        return x.transpose(1, 2).reshape(B, C, H, W)  # (B, N, C) -> (B, C, H, W), no copy
 
 
 def _checkpoint(block: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:

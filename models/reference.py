@@ -20,7 +20,9 @@ class ReferenceNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         network = self.network
-        x = network.conv_stem(x)
+        stem = network.conv_stem
+        x = stem.act1(stem.norm1(stem.proj1(x)))
+        x = stem.act2(stem.norm2(stem.proj2(x)))
         for embed, stage in zip(network.patch_embed_layers, network.groupmixformer_backbone):
             x = embed(x)
             B, C, H, W = x.shape

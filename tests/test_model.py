@@ -868,6 +868,26 @@ def test_copies_compute_the_same(copied: Callable[[nn.Module], nn.Module]) -> No
     assert torch.equal(copied(network)(images), network(images))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_tokens_and_maps_share_one_layout(training, memory_format) -> None:
+    """Whatever the layout of the images: a transposed one would be copied in every norm and convolution."""
+    network = timm.create_model("groupmixformer_miny", num_classes=10).train(training)
+    layouts = []
+
+    def note(module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+        else:
+            layouts.append(inputs[0].is_contiguous())
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.LayerNorm | nn.Linear):
+            module.register_forward_hook(note)
+    network(torch.randn(2, 3, 64, 96).contiguous(memory_format=memory_format))
+    assert len(layouts) > 300 and all(layouts)
+
+
 def test_channels_last_gives_the_same_values() -> None:
     network, images = small_network().double(), golden_numbers.images(2, 64, 96).double()
     expected = network(images)
