@@ -198,6 +198,20 @@ def test_two_processes_stopped_at_any_update(data, tmp_path, two_processes, upda
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("opts", [(), ("TRAIN.USE_CHECKPOINT", "True")], ids=["", "checkpointing"])
+def test_two_compiled_processes_train_as_two_plain_ones(data, tmp_path, two_processes, opts):
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", *opts, flags=["--compile"])
+    result = runs.launch("train.py", args, processes=2)
+    assert result.returncode == 0, result.stderr
+    losses = [
+        [float(loss) for loss in re.findall(r"^.*Train: .*\sloss ([\d.]+)", log.read_text(), re.MULTILINE)]
+        for log in (runs.run_folder(output) / "log_rank0.txt" for output in (tmp_path, two_processes))
+    ]
+    assert len(losses[0]) == 8
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_sees_the_same_images(data, tmp_path, two_processes, before, after):
     def args(processes):
