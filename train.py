@@ -59,7 +59,7 @@ def main() -> None:
         config, train_source, *share, pin_memory, logger.warning, quiet_loader_worker, samples_log=samples_log
     )
     val_loader = build_eval_loader(config, val_source, *share, pin_memory, quiet_loader_worker)
-    images = identify_images(config, data, processes.world_size)
+    images = identify_images(config, data, val_source, processes.world_size)
     mixup = build_mixup(config)
     logger.info(
         f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
@@ -117,9 +117,10 @@ def main() -> None:
             for epoch in range(progress.next_epoch, config.TRAIN.EPOCHS):
                 train_loss = train_one_epoch(session, trainer, progress, data, board, saver.after_update)
                 results = {}
-                for name, candidate in networks.items():
-                    share_running_statistics(candidate, processes)
-                    results[name] = evaluate(session, candidate, val_loader, precision, f"Test ({name}): ")
+                with saver.keeping_epoch():
+                    for name, candidate in networks.items():
+                        share_running_statistics(candidate, processes)
+                        results[name] = evaluate(session, candidate, val_loader, precision, f"Test ({name}): ")
                 is_best = False
                 for name, result in results.items():
                     is_best |= progress.record(result.acc1, name)

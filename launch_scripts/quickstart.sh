@@ -30,5 +30,6 @@ flags=(--cfg configs/groupmixformer_digits.yaml --data-path "$DATA_PATH" --outpu
 tensorboard=("$(dirname -- "$PYTHON")/tensorboard")
 [[ -x ${tensorboard[0]} ]] || tensorboard=("$PYTHON" -m tensorboard.main)
 [[ $run_folder == /* ]] || run_folder=$ROOT/$run_folder
+[[ $PYTHON != *.venv/bin/* ]] || echo "Other commands need this environment: source $(printf '%q' "$(dirname -- "$PYTHON")/activate")"
 echo "Run folder: $run_folder"
 echo "Look at it: $(printf '%q ' "${tensorboard[@]}" --logdir "$run_folder")"

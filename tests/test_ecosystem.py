@@ -180,7 +180,7 @@ def test_scripts_that_ask_timm_find_the_variants_by_the_readmes_command(
 ) -> None:
     (tmp_path / name).write_text(SCRIPT)
     (line,) = re.findall(r"^python -c .*runpy.*$", (runs.ROOT / "README.md").read_text(), re.MULTILINE)
-    code = shlex.split(line)[2].replace("<timm>/validate.py", str(tmp_path / name))
+    code = shlex.split(line)[2].replace("<clone of timm>/validate.py", str(tmp_path / name))
     command = [sys.executable, "-c", code, "--model", "groupmixformer_miny", "--data-dir", str(data), *flags]
     result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -135,9 +135,9 @@ def test_what_is_wrong_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pyt
         ([*OPTS, "--resume", "missing.pth"], "missing.pth: no such file"),
         ([*OPTS, *weights, "--output", tmp_path / "taken.pt2"], "not overwritten"),
         ([*OPTS, *weights, "--opset", "17"], "at least 18"),
-        ([*OPTS, *weights, "--img-size", "32"], "at least 33"),
+        ([*OPTS, *weights, "--img-size", "32"], "at 33 pixels and more; pass --img-size 64"),
         ([*OPTS, *weights, "--image-size", "64"], "did you mean --img-size?"),
-        ([*cfg, *weights], "at least 33"),
+        ([*cfg, *weights], "at 33 pixels and more; pass --img-size 64"),
         ([*cfg, *weights, "--img-size", "48"], "weights of another network"),
     ):
         status, _, err = run(capsys, *words, "--format", "pt2")

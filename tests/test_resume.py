@@ -88,6 +88,19 @@ def test_stopped_between_training_and_validation(data, tmp_path, monkeypatch, st
     assert outcome(tmp_path) == straight
 
 
+def test_a_validation_that_fails_loses_no_epoch(image_folder, tmp_path, monkeypatch, straight):
+    image = image_folder / "val" / "bee" / "0.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:40])
+    args = runs.arguments(image_folder, tmp_path)
+    with pytest.raises(UserError, match=r"bee/0.png: cannot be read as an image"):
+        runs.train_here(monkeypatch, args)
+    assert [p.name for p in runs.run_folder(tmp_path).glob("ckpt*")] == ["ckpt_epoch_0_update_4.pth"]
+    image.write_bytes(whole)
+    assert runs.train_here(monkeypatch, args) == 0
+    assert outcome(tmp_path) == straight
+
+
 def test_stopped_in_the_middle_of_accumulation(data, tmp_path, monkeypatch):
     opts = ("DATA.BATCH_SIZE", "2", "TRAIN.ACCUMULATION_STEPS", "2")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -247,10 +260,11 @@ def test_free_settings_may_change(data, tmp_path, monkeypatch, straight):
     assert outcome(tmp_path) == straight
 
 
-def test_changed_data_are_noticed(image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("split", "named"), [("train", "training"), ("val", "validation")])
+def test_changed_data_are_noticed(image_folder, tmp_path, monkeypatch, split, named):
     assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path), stop_at=2) == 75
-    (image_folder / "train" / "ant" / "0.png").rename(image_folder / "train" / "ant" / "9.png")
-    with pytest.raises(UserError, match=r"the training images .* are not the same"):
+    (image_folder / split / "ant" / "0.png").rename(image_folder / split / "ant" / "9.png")
+    with pytest.raises(UserError, match=rf"the {named} images .* are not the same"):
         runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path))
 
 

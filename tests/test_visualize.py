@@ -71,6 +71,20 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return weights, picture
 
 
+def test_the_drawing_is_not_put_beside_the_picture(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a data set it would be one more image of the class."""
+    weights, picture = files
+    before = set(tmp_path.iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    args = ["--cfg", str(Path(CFG[1]).resolve()), "--resume", str(weights), "--image", str(picture), "--opts", *TINY]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert visualize.main(args) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "elsewhere"}
+    assert (tmp_path / "elsewhere" / "output" / "visualized" / f"{picture.name}.png").is_file()
+
+
 def test_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, picture = files
     out, numbers = tmp_path / "out.png", tmp_path / "numbers.json"

@@ -11,6 +11,7 @@ A training checkpoint is a dict with
     is_best            whether it is the run's best one so far
     progress           where training goes on and what the epoch has seen so far (`utils.engine.Progress`)
     global_batch, world_size, data_order, data_fingerprint   what decides which images an update sees
+    val_fingerprint                                          of the validation images
     config             the resolved configuration as YAML text
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},

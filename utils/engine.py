@@ -285,6 +285,7 @@ def evaluate(
     # Top-1 hits, top-5 hits, loss, images. Counts are exact in float64 up to 2**53.
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     batches_everywhere = len(loader.dataset.dataset) // processes.world_size // loader.batch_size
+    share = f"\t(the share of process {processes.rank})" if processes.world_size > 1 else ""
     console = ProgressLog(logger, title, len(loader), every=session.config.PRINT_FREQ, show_bar=processes.is_main)
     for number, (images, labels) in enumerate(loader):
         if number < batches_everywhere and session.watch.stop_agreed():
@@ -303,7 +304,7 @@ def evaluate(
             acc1, acc5, mean_loss = (sums[:3] / sums[3]).tolist()
             console.line(
                 f"loss {mean_loss:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}"
-                f"\tmem {peak_memory_mib(processes.device):.0f}MB",
+                f"\tmem {peak_memory_mib(processes.device):.0f}MB{share}",
                 len(labels),
             )
     console.close()

@@ -209,7 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not weights:
         raise UserError("no weights to export: give a file with --resume or --pretrained")
     if config.DATA.IMG_SIZE < MIN_SIZE:
-        raise UserError(f"--img-size {config.DATA.IMG_SIZE}: must be at least {MIN_SIZE} to export")
+        raise UserError(
+            f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: exports are verified at {MIN_SIZE} pixels and more; pass "
+            "--img-size 64"
+        )
     default = f"{config.MODEL.NAME}{'_features' if args.features else ''}{SUFFIXES[args.format]}"
     path = Path(args.output or default)
     network, kind = load_network(config, weights, config.TEST.WEIGHTS)

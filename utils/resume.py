@@ -1,6 +1,8 @@
 """The state of a whole run: into a checkpoint at any update, and back from it."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from configs.defaults import config_keys, to_dict
-from data import TrainingData, fingerprint
+from data import Source, TrainingData, fingerprint
 
 from .checkpoint import (
     BEST_NAME,
@@ -26,6 +28,7 @@ from .checkpoint import (
 )
 from .distributed import decide_on_main
 from .engine import Progress, Trainer
+from .faults import StopRequested
 from .schedule import global_batch_size
 from .session import Session
 
@@ -114,6 +117,18 @@ class Saver:
 
         decide_on_main(save, self.session.processes)
 
+    @contextmanager
+    def keeping_epoch(self) -> Iterator[None]:
+        """Around validation: where it fails, the epoch trained before it is saved first, and then continued from."""
+        try:
+            yield
+        except StopRequested:
+            raise  # saved by `stop`
+        except Exception:
+            if self.session.processes.is_main:
+                self.session.logger.info(f"validation failed; the epoch before it is saved as {self._save_position()}")
+            raise
+
     def stop(self) -> Path:
         """Save where the run stands; returns once it is on disk, on every process: the first to end ends them all."""
         return decide_on_main(self._save_position, self.session.processes)
@@ -150,7 +165,7 @@ class Saver:
         return state
 
 
-def identify_images(config: CfgNode, data: TrainingData, world_size: int) -> dict[str, Any]:
+def identify_images(config: CfgNode, data: TrainingData, val_source: Source, world_size: int) -> dict[str, Any]:
     """What decides which images an update sees, for a checkpoint: it must be the same to continue."""
     order = data.order
     return {
@@ -158,6 +173,7 @@ def identify_images(config: CfgNode, data: TrainingData, world_size: int) -> dic
         "world_size": world_size,
         "data_order": f"within shares of {world_size} processes" if order.sharded else "over all images",
         "data_fingerprint": fingerprint(data.images.source),
+        "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
         "classes": data.images.classes,  # names, for pictures that are labelled later
     }
 
@@ -260,8 +276,11 @@ def recipe_changes(state: dict[str, Any], config: CfgNode, images: dict[str, Any
         for key, name in (("global_batch", "global batch"), ("data_order", "order of images"))
         if state.get(key, images[key]) != images[key]
     ]
-    if state.get("data_fingerprint", images["data_fingerprint"]) != images["data_fingerprint"]:
-        changes.append("the training images (names, classes or number) are not the same")
+    changes += [
+        f"the {what} images (names, classes or number) are not the same"
+        for key, what in (("data_fingerprint", "training"), ("val_fingerprint", "validation"))
+        if state.get(key, images[key]) != images[key]
+    ]
     stored = state.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
         before = dict(_flatten(yaml.safe_load(stored)))

@@ -279,11 +279,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image", required=True, type=Path, metavar="FILE", help="the picture, of any size")
     parser.add_argument("--stage", type=int, default=4, help="stage of the response maps, 1 to 4")
     parser.add_argument("--block", type=int, default=-1, help="its block, from 1; -1 is the last")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write; default <picture>.visualized.png")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (output/visualized/<picture>.png)")
     args, rest = parser.parse_known_args(argv)
     common = parse_args(rest)
     check_json_target(common.json)
-    out = args.out or Path(f"{args.image}.visualized.png")
+    # Not beside the picture: in a data set it would be one more image.
+    out = args.out or Path("output", "visualized", f"{args.image.name}.png")
+    if args.out is None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     config = get_config(common, lambda line: print(line, file=sys.stderr))
     result = visualize(config, args.image, args.stage, args.block, out)
     stream = sys.stderr if common.json == STDOUT else sys.stdout
