@@ -272,6 +272,22 @@ def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
     assert all_end(pids)
 
 
+def test_a_validation_that_fails_on_another_process_loses_no_epoch(image_folder, tmp_path):
+    """The main process, which saves, has no damaged image in its own share."""
+    args = runs.arguments(image_folder, tmp_path, "DATA.BATCH_SIZE", "2")
+    image = sorted((image_folder / "val").glob("*/*"))[5]  # process 1 evaluates every odd one
+    whole = image.read_bytes()
+    image.write_bytes(whole[:40])
+    result = runs.launch("train.py", args, processes=2)
+    assert result.returncode != 0
+    assert f"{image}: cannot be read as an image" in result.stderr
+    saved = runs.run_folder(tmp_path) / "ckpt_epoch_0_update_4.pth"
+    assert f"validation failed; the epoch before it is saved as {saved}" in result.stdout
+    image.write_bytes(whole)
+    again = runs.launch("train.py", args, processes=2)
+    assert again.returncode == 0 and f"resumed from {saved}" in again.stdout
+
+
 TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
 
 

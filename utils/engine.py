@@ -308,6 +308,9 @@ def evaluate(
                 len(labels),
             )
     console.close()
+    # Here too: a process that waits for a failed one on the GPU does not come back, and could not save any more.
+    if session.watch.stop_agreed():
+        raise StopRequested
     hits1, hits5, loss_sum, count = sum_over_processes(sums, processes).tolist()
     if not math.isfinite(loss_sum):
         logger.warning(f"outputs are not finite: loss {loss_sum} over {count:.0f} images")
