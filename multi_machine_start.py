@@ -40,6 +40,9 @@ NODE_RANK_VARIABLES = ("SLURM_NODEID", "NODE_RANK", "PET_NODE_RANK", "GROUP_RANK
 # decimal number, to the file that this variable names. The file lies in a folder of this launcher's own, so the
 # variable also tells its descendants from all other processes.
 EXIT_FILE_VARIABLE = "LAUNCHER_EXIT_FILE"
+# The worker that fails first leaves its line in the file that this one names: torchrun's own report, of fifty lines,
+# comes behind the line in the terminal, and does not hold it.
+CAUSE_FILE_VARIABLE = "LAUNCHER_CAUSE_FILE"
 
 # What torchrun needs in its environment. Its own variables, so that a torchrun which does not know one ignores it.
 TORCHRUN_DEFAULTS = {
@@ -288,10 +291,11 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {*stop_signals, signal.SIGCHLD})
     try:
         with tempfile.TemporaryDirectory(prefix="groupmixformer-") as folder:
-            exit_file = Path(folder, "exit_code")
+            exit_file, cause_file = Path(folder, "exit_code"), Path(folder, "cause")
             # torchrun makes a folder in there for every start of workers; without it, one in /tmp that stays.
             logs = Path(folder, "logs")
-            environment = {"PET_LOG_DIR": str(logs), **os.environ, **environment, EXIT_FILE_VARIABLE: str(exit_file)}
+            files = {EXIT_FILE_VARIABLE: str(exit_file), CAUSE_FILE_VARIABLE: str(cause_file)}
+            environment = {"PET_LOG_DIR": str(logs), **os.environ, **environment, **files}
             for retries_left in range(args.retries, -1, -1):
                 code, stopped_by = run_once(command, args.code_path, environment, stop_signals, mask_before)
                 end_leftovers(exit_file)
@@ -306,7 +310,9 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
                     log(f"{node}: ended by {signal.Signals(stopped_by).name} before the run had saved")
                     return 128 + stopped_by
                 started = environment["PET_LOG_DIR"] != str(logs) or any(logs.glob("*/attempt_*"))
-                fault = f"{node}: torchrun ended with code {code}" + ("" if started else f": {why_not_started(args)}")
+                cause = read_cause(cause_file) if started else why_not_started(args)
+                fault = f"{node}: torchrun ended with code {code}" + (f": {cause}" if cause else "")
+                cause_file.unlink(missing_ok=True)
                 shutil.rmtree(logs, ignore_errors=True)
                 if retries_left == 0:
                     log(f"{fault}; no retries left" if args.retries else fault)
@@ -376,6 +382,14 @@ def read_exit_code(exit_file: Path) -> int | None:
         return int(exit_file.read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def read_cause(cause_file: Path) -> str:
+    """The line that the first worker to fail left, if one did."""
+    try:
+        return cause_file.read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def end_leftovers(exit_file: Path, seconds: float = 10) -> None:

@@ -288,6 +288,28 @@ def test_a_validation_that_fails_on_another_process_loses_no_epoch(image_folder,
     assert again.returncode == 0 and f"resumed from {saved}" in again.stdout
 
 
+def test_the_last_line_of_the_launcher_names_the_cause(data, tmp_path):
+    """Behind torchrun's report; two processes fail alike, and one line is repeated."""
+    config = runs.ROOT / "configs" / "groupmixformer_digits.yaml"
+    command = [
+        sys.executable,
+        "multi_machine_start.py",
+        "--np",
+        "2",
+        "--config",
+        str(config),
+        "--output",
+        str(tmp_path),
+    ]
+    command += ["--data_path", str(data / "nowhere"), "--retries", "1", "--retry_wait", "0"]
+    result = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
+    assert result.returncode != 0
+    ends = [line for line in result.stderr.splitlines() if ": torchrun ended with code" in line]
+    assert len(ends) == 2 and result.stderr.splitlines()[-1] == ends[-1]
+    cause = rf"train\.py: error on process [01] of 2: --data-path {re.escape(str(data / 'nowhere'))}: no such folder"
+    assert all(re.search(f"torchrun ended with code 1: {cause}", line) for line in ends), ends
+
+
 TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -226,6 +226,13 @@ def exit_stopped() -> NoReturn:
     if path := os.environ.get("LAUNCHER_EXIT_FILE"):
         Path(path).write_text(str(EXIT_STOPPED))
     sys.exit(EXIT_STOPPED)
+
+
+def tell_launcher(line: str) -> None:
+    """Leave the cause of a failure for multi_machine_start.py to repeat; the first process to fail does."""
+    if path := os.environ.get("LAUNCHER_CAUSE_FILE"):
+        with suppress(OSError), open(path, "x") as file:
+            file.write(line)
 
 
 def die_with_launcher() -> None:

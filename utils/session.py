@@ -21,7 +21,7 @@ from configs.defaults import to_dict
 
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .distributed import Processes, close_processes, decide_on_main, init_processes
-from .faults import Watch, die_with_launcher, lost_loader_worker, unwritable
+from .faults import Watch, die_with_launcher, lost_loader_worker, tell_launcher, unwritable
 from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
@@ -87,7 +87,9 @@ def run_script(main: Callable[[], None]) -> None:
         # Mistakes in the command line are found before processes meet, by every one of them: one says so.
         if torch.distributed.is_initialized() or rank == "0":
             who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
-            print(f"{script}: {who}: {message}", file=sys.stderr, flush=True)
+            line = f"{script}: {who}: {message}"
+            print(line, file=sys.stderr, flush=True)
+            tell_launcher(line)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
         os._exit(2)
