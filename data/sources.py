@@ -189,7 +189,7 @@ def open_source(
         raise UserError("DATA.DATA_PATH is empty: give the folder of the data set with --data-path")
     root, name = Path(data_path), SPLIT_NAMES[dataset][split]
     if not root.is_dir():
-        raise UserError(f"--data-path {data_path}: no such folder")
+        raise UserError(f"--data-path {data_path}: no such folder; give the one that holds {name}{'.zip' * zip_mode}")
     if zip_mode:
         return ZipSource(root, name, cache_mode, rank, world_size)
     if not (root / name).is_dir():

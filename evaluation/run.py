@@ -70,7 +70,8 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     config = with_num_classes(config, num_outputs)
 
     network = build_model(config).to(processes.device)
-    loaded = load_weights(network, weights, config.TEST.WEIGHTS)
+    classes = [] if config.TEST.VARIANT else images.source.classes
+    loaded = load_weights(network, weights, config.TEST.WEIGHTS, classes, logger.warning)
     logger.info(f"evaluating {loaded}")
     network = inference_network(config, network)
     precision = build_precision(config, processes.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from models import build_model
+from models import VARIANTS, GroupMixFormer, build_model
 from utils import checkpoint
 from utils.checkpoint import (
     BEST_NAME,
@@ -442,6 +442,15 @@ def test_many_differences_are_cut_short(make_network):
     assert ", ...)" in message and len(message) < 400
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_of_another_published_variant_are_named(make_network, variant):
+    with torch.device("meta"):
+        weights = GroupMixFormer(num_classes=7, **VARIANTS[variant]).state_dict()
+    message = message_of(load_exactly, make_network(7), weights, "f.pth")
+    assert message.endswith(f"; they are of {variant}: use --cfg configs/{variant}.yaml")
+    assert (Path(__file__).parents[1] / "configs" / f"{variant}.yaml").is_file()
+
+
 def test_half_precision_weights_load(tmp_path, make_network):
     source, target = make_network(seed=1), make_network(seed=2)
     torch.save({"model": {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}},
@@ -456,6 +465,18 @@ def test_evaluating_weights_of_other_classes_is_explained(tmp_path, make_network
     torch.save({"model": make_network(10).state_dict()}, tmp_path / "w.pth")
     message = message_of(load_weights, make_network(7), tmp_path / "w.pth")
     assert "10 classes" in message and "7" in message and "--pretrained" in message
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "told"),
+    [(["ant", "bee"], []), (None, []), (["ant", "wasp"], ["1 of its 2 classes", "'wasp' against 'bee'"])],
+)
+def test_evaluating_on_classes_of_other_names_is_told(tmp_path, make_network, trained_on, told):
+    checkpoint = {"model": make_network(2).state_dict()} | ({"classes": trained_on} if trained_on else {})
+    torch.save(checkpoint, tmp_path / "w.pth")
+    lines = []
+    load_weights(make_network(2), tmp_path / "w.pth", classes=["ant", "bee"], notify=lines.append)
+    assert len(lines) == bool(told) and all(part in lines[0] for part in told)
 
 
 def test_fine_tuning_keeps_a_fresh_head(tmp_path, make_network):

@@ -163,10 +163,11 @@ def test_missing_data(run, make_config, tmp_path, script):
     weights = ["--pretrained", save_weights(make_config, tmp_path / "w.pth")] if script == "test" else []
     assert "--data-path" in error_line(run(script, *weights), script)
     line = error_line(run(script, *weights, "--data-path", tmp_path / "nowhere"), script)
-    assert line == f"--data-path {tmp_path / 'nowhere'}: no such folder"
+    split = {"train": "train", "test": "val"}[script]
+    assert line == f"--data-path {tmp_path / 'nowhere'}: no such folder; give the one that holds {split}"
     (tmp_path / "empty").mkdir()
     line = error_line(run(script, *weights, "--data-path", tmp_path / "empty"), script)
-    assert str(tmp_path / "empty") in line and {"train": "train/", "test": "val/"}[script] in line
+    assert str(tmp_path / "empty") in line and f"{split}/" in line
 
 
 def test_classes_of_train_and_val_differ(run, make_config, image_folder, tmp_path):

@@ -12,6 +12,7 @@ A training checkpoint is a dict with
     progress           where training goes on and what the epoch has seen so far (`utils.engine.Progress`)
     global_batch, world_size, data_order, data_fingerprint   what decides which images an update sees
     val_fingerprint                                          of the validation images
+    classes            their names, in the order of the head's rows
     config             the resolved configuration as YAML text
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
@@ -29,7 +30,7 @@ import shutil
 import socket
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
+from models import VARIANTS, GroupMixFormer
 
 from .faults import unwritable
 
@@ -224,12 +226,27 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
 
 
-def load_weights(network: nn.Module, path: str | Path, which: str = "best") -> str:
+def load_weights(
+    network: nn.Module,
+    path: str | Path,
+    which: str = "best",
+    classes: Sequence[str] = (),
+    notify: Callable[[str], None] = lambda line: None,
+) -> str:
     """Load weights into a network of the same shape and number of classes; returns what was loaded, for the log.
+
+    Args:
+        network: takes the weights.
+        path: a checkpoint of ours, a released one, or a bare state dict.
+        which: 'raw', 'ema' or 'best', see `select_weights`.
+        classes: the names of the data's classes.
+        notify: is called with one line where the checkpoint names its classes otherwise. That is not refused: folders
+            may have been renamed; but it may as well be another data set of as many classes.
 
     Raises UserError that names missing, unexpected and differently shaped entries.
     """
-    state, kind = select_weights(load_file(path), which, str(path))
+    checkpoint = load_file(path)
+    state, kind = select_weights(checkpoint, which, str(path))
     own, loaded = _num_classes(network.state_dict()), _num_classes(state)
     if own != loaded and own and loaded:
         raise UserError(
@@ -237,6 +254,14 @@ def load_weights(network: nn.Module, path: str | Path, which: str = "best") -> s
             "data folder that the weights were trained on (all its classes), or fine-tune with train.py --pretrained"
         )
     load_exactly(network, state, str(path))
+    trained_on = checkpoint.get("classes")
+    renamed = [pair for pair in zip(trained_on if isinstance(trained_on, list) else (), classes) if pair[0] != pair[1]]
+    if renamed:
+        notify(
+            f"{path}: {len(renamed)} of its {own} classes have other names than the data's, the first "
+            f"{renamed[0][0]!r} against {renamed[0][1]!r}: the accuracy means nothing unless they are the same "
+            "classes in the same order"
+        )
     return f"{kind} of {path}"
 
 
@@ -298,8 +323,21 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
-        raise UserError(f"{origin}: weights of another network than --cfg describes: {'; '.join(parts)}")
+        known = _published_variant(state)
+        hint = [f"they are of {known}: use --cfg configs/{known}.yaml"] if known else []
+        raise UserError(f"{origin}: weights of another network than --cfg describes: {'; '.join(parts + hint)}")
     network.load_state_dict(state)
+
+
+def _published_variant(state: dict[str, Tensor]) -> str:
+    """The published variant that these weights, whatever their head, are of; '' where they are of none."""
+    shapes = {name: value.shape for name, value in state.items() if name not in HEAD_KEYS}
+    for name, widths_and_depths in VARIANTS.items():
+        with torch.device("meta"):
+            network = GroupMixFormer(**widths_and_depths)
+        if shapes == {key: value.shape for key, value in network.state_dict().items() if key not in HEAD_KEYS}:
+            return name
+    return ""
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:
