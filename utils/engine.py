@@ -326,8 +326,8 @@ def measure_throughput(
     batch_size: int,
     precision: Precision,
     device: torch.device,
-    warmup_steps: int = 10,
-    steps: int = 30,
+    warmup_steps: int,
+    steps: int,
 ) -> float:
     """Images/s of the evaluation forward pass on random images (batch_size, *input_shape), after warming up."""
     network.eval()
