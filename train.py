@@ -34,7 +34,7 @@ from utils.engine import (
 from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
 from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
-from utils.resume import Saver, identify_images, load_resume, restore
+from utils.resume import Saver, identify_images, load_resume, restore, set_rest_aside
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.session import describe_run, run_script, start_session
 
@@ -98,6 +98,8 @@ def main() -> None:
     if state is not None:
         progress = restore(session, config, resume_path, state, trainer, data.updates_per_epoch, images)
         del state  # as large as the network, its average and the optimizer together
+    if processes.is_main:
+        set_rest_aside(session, resume_path)
     saver = Saver(session, config, trainer, progress, images)
     board = TensorBoard(folder, processes.is_main, trainer.num_updates)
     curves = RunCurves(folder, processes.is_main, logger)

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and continued ends with the same bits as one that was not."""
 
+import errno
 import os
 import re
 import signal
@@ -219,6 +220,112 @@ def test_damaged_checkpoints_are_passed_over(data, tmp_path, monkeypatch, straig
     log = (folder / "log_rank0.txt").read_text()
     assert f"{newest}: damaged" in log and "resumed from" in log and "ckpt_epoch_0.pth" in log
     assert outcome(tmp_path)[0] == straight[0]
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # it may be one file with the best
+    path.write_bytes(content)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.glob("ckpt*"))
+
+
+def test_what_is_saved_after_a_fallback_stays(data, tmp_path, monkeypatch, straight):
+    """The newest is damaged: a stop in the epoch that it was of must leave its checkpoint, and continue from it."""
+    args = runs.arguments(data, tmp_path)
+    folder = runs.run_folder(tmp_path)
+    assert runs.train_here(monkeypatch, args) == 0
+    damage(folder / "ckpt_epoch_1.pth")
+    (folder / "samples_rank0.txt").unlink()
+    assert runs.train_here(monkeypatch, args, stop_at=6) == 75
+    assert names_in(folder) == [
+        *("ckpt_best.pth", "ckpt_epoch_0.pth", "ckpt_epoch_1.pth.aside", "ckpt_epoch_1_update_2.pth")
+    ]
+    log = (folder / "log_rank0.txt").read_text()
+    assert f"{folder}/ckpt_epoch_1.pth: is not continued from; set aside as ckpt_epoch_1.pth.aside" in log
+    assert runs.train_here(monkeypatch, args) == 0
+    assert "ckpt_epoch_1_update_2.pth: epoch 1, update 2" in (folder / "log_rank0.txt").read_text()
+    assert outcome(tmp_path)[0] == straight[0]
+
+
+def test_pruning_after_a_fallback_keeps_the_whole_ones(data, tmp_path, monkeypatch):
+    opts = ("TRAIN.EPOCHS", "4", "SAVE_KEEP", "2")
+    folder = runs.run_folder(tmp_path)
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, *opts, "SAVE_KEEP", "0")) == 0
+    damage(folder / "ckpt_epoch_2.pth")
+    damage(folder / "ckpt_epoch_3.pth")
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, *opts), stop_at=10) == 75
+    assert names_in(folder) == [
+        *("ckpt_best.pth", "ckpt_epoch_0.pth", "ckpt_epoch_1.pth"),
+        *("ckpt_epoch_2.pth.aside", "ckpt_epoch_2_update_2.pth", "ckpt_epoch_3.pth.aside"),
+    ]
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, *opts)) == 0
+    assert names_in(folder)[1:] == [
+        *("ckpt_epoch_2.pth", "ckpt_epoch_2.pth.aside", "ckpt_epoch_3.pth", "ckpt_epoch_3.pth.aside")
+    ]
+
+
+def test_a_new_run_in_an_old_folder_is_the_one_that_continues(data, tmp_path, monkeypatch, straight):
+    """Twice: what is set aside does not replace what was before."""
+    folder = runs.run_folder(tmp_path)
+    anew = runs.arguments(data, tmp_path, "TRAIN.AUTO_RESUME", "False", "SAVE_KEEP", "1")
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
+    before = {path.name: path.read_bytes() for path in folder.glob("ckpt*")}
+    for suffix in (".aside", ".aside2"):
+        assert runs.train_here(monkeypatch, anew, stop_at=6) == 75
+        assert [name for name in names_in(folder) if "aside" not in name][1:] == [
+            *("ckpt_epoch_0.pth", "ckpt_epoch_1_update_2.pth")
+        ]
+        assert f"ckpt_best.pth{suffix}" in names_in(folder)
+    for name, content in before.items():
+        assert (folder / f"{name}.aside").read_bytes() == content
+    (folder / "samples_rank0.txt").unlink()
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
+    assert "ckpt_epoch_1_update_2.pth: epoch 1, update 2" in (folder / "log_rank0.txt").read_text()
+    assert outcome(tmp_path)[0] == straight[0]
+
+
+def test_going_back_within_a_run(data, tmp_path, monkeypatch, straight):
+    """--resume names a checkpoint of the run's own folder: those after it are set aside, itself it stays."""
+    folder = runs.run_folder(tmp_path)
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "2")) == 0
+    (folder / "samples_rank0.txt").unlink()
+    flags = ["--resume", str(folder / "ckpt_epoch_0.pth")]
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, "TRAIN.AUTO_RESUME", "False", flags=flags)) == 0
+    assert names_in(folder)[1:] == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth", "ckpt_epoch_1.pth.aside"]
+    assert outcome(tmp_path)[0] == straight[0]
+
+
+def test_a_start_that_is_refused_sets_nothing_aside(data, tmp_path, monkeypatch):
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path), stop_at=2) == 75
+    before = names_in(runs.run_folder(tmp_path))
+    flags = ["--pretrained", str(tmp_path / "nowhere.pth")]
+    with pytest.raises(UserError, match="no such file"):
+        runs.train_here(monkeypatch, runs.arguments(data, tmp_path, "TRAIN.AUTO_RESUME", "False", flags=flags))
+    assert names_in(runs.run_folder(tmp_path)) == before
+
+
+def test_a_best_that_cannot_be_linked_is_no_damage(data, tmp_path, monkeypatch):
+    """At the start of a continuation: the whole checkpoint must not be passed over for an older one."""
+    args = runs.arguments(data, tmp_path)
+    assert runs.train_here(monkeypatch, args) == 0
+    (runs.run_folder(tmp_path) / "ckpt_best.pth").unlink()
+    state = load_file(runs.run_folder(tmp_path) / "ckpt_epoch_1.pth")
+    torch.save({**state, "is_best": True}, runs.run_folder(tmp_path) / "ckpt_epoch_1.pth")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        patch.setattr("utils.checkpoint.shutil.copyfile", full)
+        with pytest.raises(UserError, match=r"ckpt_best\.pth: cannot be written \(No space left"):
+            runs.train_here(monkeypatch, args)
+    assert "trying the one before" not in (runs.run_folder(tmp_path) / "log_rank0.txt").read_text()
+    assert names_in(runs.run_folder(tmp_path)) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(data, tmp_path, monkeypatch):

@@ -159,6 +159,20 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> str:
+    """Rename a checkpoint to <name>.aside, or .aside2 and so on; returns that name. Nothing reads or deletes those.
+
+    Raises UserError where it cannot be renamed.
+    """
+    names = (f"{path.name}.aside{number}" for number in ("", *range(2, 10_000)))
+    name = next(name for name in names if not path.with_name(name).exists())
+    try:
+        path.rename(path.with_name(name))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be renamed to {name}: {_first_line(error)}") from None
+    return name
+
+
 def load_file(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU, after checking the CRC-32 that torch stored with every tensor.
 

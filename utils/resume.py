@@ -25,6 +25,7 @@ from .checkpoint import (
     prune_checkpoints,
     save_checkpoint,
     select_weights,
+    set_aside,
 )
 from .distributed import decide_on_main
 from .engine import Progress, Trainer
@@ -194,15 +195,14 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     for path in reversed(own):
         try:
             state = load_file(path)
-            if state.get("is_best"):  # in case the run was killed between saving it and keeping it as such
-                keep_as_best(path)
-            if config.MODEL.RESUME:
-                session.logger.warning(
-                    f"--resume {config.MODEL.RESUME} is not used: the run has checkpoints of its own"
-                )
-            return str(path), state
         except UserError as error:
             session.logger.warning(f"{error.one_line()}; trying the one before")
+            continue
+        if state.get("is_best"):  # in case the run was killed between saving it and keeping it as such
+            keep_as_best(path)
+        if config.MODEL.RESUME:
+            session.logger.warning(f"--resume {config.MODEL.RESUME} is not used: the run has checkpoints of its own")
+        return str(path), state
     if own:
         raise UserError(
             f"{session.folder}: none of its {len(own)} checkpoints can be read; move them away to start anew, or set "
@@ -211,6 +211,23 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     if config.MODEL.RESUME:
         return config.MODEL.RESUME, load_file(config.MODEL.RESUME)
     return "", None
+
+
+def set_rest_aside(session: Session, resume_path: str) -> None:
+    """Rename the checkpoints of the run folder that come after the one continued from, and those of an earlier run.
+
+    Auto resume and pruning go by name: they would take them for newer than what is saved from now on. For the main
+    process, once nothing can refuse the start any more.
+    """
+    own = checkpoints_of(session.folder)
+    chosen = next((i for i, path in enumerate(own) if resume_path and path.samefile(resume_path)), None)
+    if chosen is not None:
+        rest = own[chosen + 1 :]
+    else:  # a new run: the best one is another's too
+        best = session.folder / BEST_NAME
+        rest = own + [best] * (best.exists() and not (resume_path and best.samefile(resume_path)))
+    for path in rest:
+        session.logger.warning(f"{path}: is not continued from; set aside as {set_aside(path)}")
 
 
 def restore(
