@@ -323,6 +323,22 @@ def test_best_survives_pruning(tmp_path, state, monkeypatch, links):
     assert load_file(tmp_path / BEST_NAME)["epoch"] == 1
 
 
+def test_a_copied_best_is_on_disk_before_it_replaces_the_older(tmp_path, state, monkeypatch):
+    """A rename may reach the disk before what the file holds: after a power failure it would be empty."""
+    save_checkpoint(state, checkpoint_path(tmp_path, 0))
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "link", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
+    keep_as_best(checkpoint_path(tmp_path, 0))
+    assert events == [f".{BEST_NAME}.partial", "replace", tmp_path.name]
+
+
 def test_best_that_cannot_be_written_is_told_and_the_older_one_kept(tmp_path, state, monkeypatch):
     for epoch in (0, 1):
         save_checkpoint({**state, "epoch": epoch}, checkpoint_path(tmp_path, epoch))

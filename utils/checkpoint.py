@@ -108,7 +108,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -140,8 +140,9 @@ def keep_as_best(path: Path) -> None:
             os.link(path, partial)
         except OSError:
             shutil.copyfile(path, partial)
+            _sync(partial)
         os.replace(partial, best)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -369,9 +370,9 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make what a file holds, or a rename in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
