@@ -34,7 +34,7 @@ from utils.engine import (
 from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
 from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
-from utils.resume import Saver, identify_images, load_resume, restore, set_rest_aside
+from utils.resume import Saver, check_same_everywhere, identify_images, load_resume, restore, set_rest_aside
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.session import describe_run, run_script, start_session
 
@@ -60,6 +60,7 @@ def main() -> None:
     )
     val_loader = build_eval_loader(config, val_source, *share, pin_memory, quiet_loader_worker)
     images = identify_images(config, data, val_source, processes.world_size)
+    check_same_everywhere(session, config, images)
     mixup = build_mixup(config)
     logger.info(
         f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "

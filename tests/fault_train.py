@@ -7,6 +7,7 @@ stop:<rank>:<update>     that process gets SIGUSR1 in that update
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
 slow-save                saving waits for the file "go on" in the output folder
+differ:<rank>:<word>:<other>  that process has another word on its command line
 frozen-norms             batch norms use their running statistics in training too
 """
 
@@ -94,6 +95,9 @@ elif kind == "slow-save":
         save(state, path)
 
     resume.save_checkpoint = slow_save
+elif kind == "differ":
+    if os.environ["RANK"] == where[0]:
+        sys.argv = [where[2] if word == where[1] else word for word in sys.argv]
 elif kind == "frozen-norms":
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 

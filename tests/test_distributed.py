@@ -288,6 +288,35 @@ def test_a_validation_that_fails_on_another_process_loses_no_epoch(image_folder,
     assert again.returncode == 0 and f"resumed from {saved}" in again.stdout
 
 
+def differing_data(data, tmp_path, what):
+    """A copy of the data set as another node may have it: an image of another class, or one that is missing."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    image = other / "train" / "ant" / "0.png"
+    if what == "other labels":
+        image.rename(other / "train" / "bee" / "9.png")
+    else:
+        image.unlink()
+    return other
+
+
+@pytest.mark.parametrize("what", ["other labels", pytest.param("one less", marks=pytest.mark.long), "other recipe"])
+def test_a_process_with_other_images_or_another_recipe_is_named(data, tmp_path, what):
+    """Nodes share neither disk nor command line: all processes end alike, before the first update."""
+    if what == "other recipe":
+        swap, named = ("0.00123", "0.00456"), r"TRAIN.BASE_LR 0\.00123 -> 0\.00456"
+    else:
+        swap, named = (str(data), str(differing_data(data, tmp_path, what))), "the training images .* are not the same"
+    args = runs.arguments(data, tmp_path / "out", "DATA.BATCH_SIZE", "2", "TRAIN.BASE_LR", "0.00123")
+    result = runs.launch(FAULT_TRAIN, args, processes=2, env={"FAULT": f"differ:1:{swap[0]}:{swap[1]}"})
+    assert result.returncode != 0 and "Train: " not in result.stdout
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fault_train.py: error")]
+    assert lines and "SIGABRT" not in result.stderr
+    expected = rf"on process [01] of 2: process 1 on {socket.gethostname()} differs from process 0: {named}$"
+    assert all(re.search(expected, line) for line in lines), lines
+    assert not runs.run_folder(tmp_path / "out").exists()
+
+
 def test_the_last_line_of_the_launcher_names_the_cause(data, tmp_path):
     """Behind torchrun's report; two processes fail alike, and one line is repeated."""
     config = runs.ROOT / "configs" / "groupmixformer_digits.yaml"

@@ -1,11 +1,13 @@
 """The state of a whole run: into a checkpoint at any update, and back from it."""
 
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -74,6 +76,9 @@ FREE_KEYS = {
     "TRAIN.START_EPOCH",
     "TRAIN.USE_CHECKPOINT",
 }
+
+# Of these, what all processes of a run must agree on, or some would stop or go on alone.
+ALIKE_KEYS = {"TRAIN.ALLOW_CHANGES", "TRAIN.MAX_NONFINITE_UPDATES", "TRAIN.START_EPOCH"}
 
 
 class Saver:
@@ -177,6 +182,23 @@ def identify_images(config: CfgNode, data: TrainingData, val_source: Source, wor
         "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
         "classes": data.images.classes,  # names, for pictures that are labelled later
     }
+
+
+def check_same_everywhere(session: Session, config: CfgNode, images: dict[str, Any]) -> None:
+    """Raise UserError, the same on every process, where one of them has other images or settings than process 0.
+
+    Nodes need not share a disk, and each process reads its own command line and lists its own images.
+    """
+    processes = session.processes
+    if not processes.distributed:
+        return
+    of_main = decide_on_main(lambda: {**images, "config": yaml.safe_dump(to_dict(config))}, processes)
+    notes: list[Any] = [None] * processes.world_size
+    differences = recipe_changes(of_main, config, images, FREE_KEYS - ALIKE_KEYS)
+    dist.all_gather_object(notes, (socket.gethostname(), differences))
+    for rank, (host, different) in enumerate(notes):
+        if different:
+            raise UserError(f"process {rank} on {host} differs from process 0: {'; '.join(different)}")
 
 
 def load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
@@ -286,7 +308,9 @@ def restore(
     return progress
 
 
-def recipe_changes(state: dict[str, Any], config: CfgNode, images: dict[str, Any]) -> list[str]:
+def recipe_changes(
+    state: dict[str, Any], config: CfgNode, images: dict[str, Any], free_keys: Set[str] = FREE_KEYS
+) -> list[str]:
     """What differs between the run that a checkpoint belongs to and this one, a phrase each."""
     changes = [
         f"{name} {state[key]} -> {images[key]}"
@@ -303,7 +327,7 @@ def recipe_changes(state: dict[str, Any], config: CfgNode, images: dict[str, Any
         before = dict(_flatten(yaml.safe_load(stored)))
         for key, now in config_keys(config):
             now = list(now) if isinstance(now, tuple) else now
-            if key in before and key not in FREE_KEYS and before[key] != now:
+            if key in before and key not in free_keys and before[key] != now:
                 changes.append(f"{key} {before[key]!r} -> {now!r}")
     return changes
 
