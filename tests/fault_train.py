@@ -4,6 +4,7 @@ nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
 nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
+interrupt:<rank>:<update>  likewise SIGINT, twice
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
 slow-save                saving waits for the file "go on" in the output folder
@@ -51,12 +52,13 @@ if kind in ("nan", "nan-gradient"):
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = poisoned
-elif kind == "stop":
+elif kind in ("stop", "interrupt"):
     forward_backward = engine._accumulate_gradients
 
     def signalled(session, trainer, *rest):
         if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            for number in [signal.SIGUSR1] if kind == "stop" else [signal.SIGINT] * 2:
+                signal.raise_signal(number)
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = signalled

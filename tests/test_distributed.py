@@ -70,6 +70,12 @@ def pid_of(output, rank):
     return int(re.findall(rf"process {rank} of .* pid (\d+) on", log)[-1])
 
 
+def workers_of(pid):
+    """The loader workers of a process, whichever of its threads forked them."""
+    lists = [children.read_text().split() for children in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for children in lists for child in children]
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -397,6 +403,37 @@ def test_a_polite_stop_takes_less_than_30_seconds(data, tmp_path, processes, pla
     update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
     assert load_file(path)["num_updates"] == int(update) == {"train": 1, "evaluate": 4, "save": 5}[place]
     assert took < STOP_SECONDS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_every_process_of_a_run_saves(data, tmp_path, number):
+    """As pkill and systemd send it: the loader workers must wait for their process, and end with it."""
+    args = runs.arguments(data, tmp_path, "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "500")
+    with Launched("train.py", args) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")  # validated once: both loaders have workers
+        pid = pid_of(tmp_path, 0)
+        workers = workers_of(pid)
+        for process in (*workers, pid):
+            os.kill(process, number)
+        status, output = run.finish()
+    assert len(workers) == 2 * min(2, len(os.sched_getaffinity(0)))
+    assert status == 75, output
+    update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
+    assert load_file(path)["num_updates"] == int(update)
+    assert all_end([pid, *workers], seconds=5)
+
+
+def test_an_interrupted_run_does_not_wait_for_its_loader_workers(data, tmp_path):
+    args = runs.arguments(data, tmp_path, "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "500")
+    with Launched(FAULT_TRAIN, args, env={"FAULT": "interrupt:0:8"}) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pid = pid_of(tmp_path, 0)
+        workers = workers_of(pid)
+        run.until(r"Train: \[1/500\]\[3/4\]")
+        assert all_end([pid], seconds=4), "torch waits for its workers for 5 s, Python without end"
+        status, output = run.finish()
+    assert status == 130 and "Traceback" not in output, output
+    assert workers and all_end(workers, seconds=5)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -257,13 +258,23 @@ def die_with_launcher() -> None:
 def quiet_loader_worker(worker_id: int) -> None:
     """For `worker_init_fn`: a loader worker leaves stopping to its process, and never outlives it.
 
-    torchrun and terminals signal whole process groups: a worker that is in one would end before its process has saved.
+    torchrun and terminals signal whole process groups, schedulers every process of a job: a worker that took the
+    signal would end before its process has saved. See `end_loader_workers`.
     """
     os.setpgrp()
-    for number in STOP_SIGNALS:  # not the handlers of the process that it was forked from
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform.startswith("linux"):
         _set_parent_death_signal(signal.SIGKILL)
+
+
+def end_loader_workers() -> None:
+    """Kill the loader workers that are left when the script ends: Python would ask them with SIGTERM, and wait."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in workers:
+        worker.kill()
 
 
 def _set_parent_death_signal(number: int) -> None:

@@ -21,7 +21,7 @@ from configs.defaults import to_dict
 
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .distributed import Processes, close_processes, decide_on_main, init_processes
-from .faults import Watch, die_with_launcher, lost_loader_worker, tell_launcher, unwritable
+from .faults import Watch, die_with_launcher, end_loader_workers, lost_loader_worker, tell_launcher, unwritable
 from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
@@ -95,6 +95,8 @@ def run_script(main: Callable[[], None]) -> None:
         os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        end_loader_workers()
     close_processes()
 
 
