@@ -20,7 +20,7 @@ from configs import UserError
 from data.digits import write_digits
 from utils import engine, resume
 from utils.checkpoint import load_file
-from utils.faults import Watch
+from utils.faults import KeptStatistics, Watch
 
 NO_WARMUP = ("TRAIN.WARMUP_EPOCHS", "0")
 RESULTS = ("progress", "max_accuracy", "best_weights", "is_best")
@@ -298,6 +298,22 @@ def test_checkpoints_by_the_clock(image_folder, tmp_path, monkeypatch):
     args = runs.arguments(image_folder, tmp_path, "SAVE_EVERY_MINUTES", "0.9", "TRAIN.EPOCHS", "1", *NO_WARMUP)
     assert runs.train_here(monkeypatch, args) == 0
     assert kept == ["ckpt_epoch_0_update_3.pth", "ckpt_epoch_0.pth"]
+
+
+def test_kept_statistics_are_copied_in_lists_of_one_type(monkeypatch):
+    """Batch norms mix float32 with the int64 count of batches, and torch copies mixed lists one tensor at a time."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(4))
+    copy, lists = torch._foreach_copy_, []
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda into, of: (lists.append([*into, *of]), copy(into, of)))
+    statistics = KeptStatistics(network)
+    statistics.keep()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network[0](torch.randn(2, 3, 4, 4))
+    network[1](torch.randn(2, 4, 4, 4))
+    assert not torch.equal(network[1].running_mean, before["1.running_mean"])
+    statistics.restore()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert len(lists) == 4 and all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
 
 
 def test_float16_overflow_lowers_the_scale_and_changes_nothing_else(image_folder, tmp_path, monkeypatch):

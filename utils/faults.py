@@ -197,14 +197,18 @@ class KeptStatistics:
     """A copy of a network's buffers (running statistics), to go back to where an update is not to count."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._buffers = [buffer for buffer in network.buffers() if buffer.numel()]
-        self._copies = [buffer.clone() for buffer in self._buffers]
+        buffers = [buffer for buffer in network.buffers() if buffer.numel()]
+        by_type = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
+        # A list a dtype: of mixed ones torch copies one tensor after the other.
+        self._pairs = [([buffer.clone() for buffer in alike], alike) for alike in by_type]
 
     def keep(self) -> None:
-        torch._foreach_copy_(self._copies, self._buffers)
+        for copies, buffers in self._pairs:
+            torch._foreach_copy_(copies, buffers)
 
     def restore(self) -> None:
-        torch._foreach_copy_(self._buffers, self._copies)
+        for copies, buffers in self._pairs:
+            torch._foreach_copy_(buffers, copies)
 
 
 def lost_loader_worker(error: BaseException | None) -> str:
