@@ -117,6 +117,8 @@ def main() -> None:
     networks = {"raw": network} | ({"ema": trainer.ema.module} if trainer.ema is not None else {})
     try:
         with session.watch.naming_lost_processes():
+            if session.watch.stop_agreed():  # during all of the above
+                raise StopRequested
             for epoch in range(progress.next_epoch, config.TRAIN.EPOCHS):
                 train_loss = train_one_epoch(session, trainer, progress, data, board, saver.after_update)
                 results = {}
@@ -133,8 +135,8 @@ def main() -> None:
                 progress.begin_epoch(epoch + 1)
                 saver.after_epoch(epoch, is_best)
     except StopRequested:
-        path = saver.stop()
-        logger.info(f"stopped by request at update {trainer.num_updates}, saved {path}; the same command continues")
+        done = saver.stop()
+        logger.info(f"stopped by request at update {trainer.num_updates}, {done}; the same command continues")
         exit_stopped()
     finally:
         board.close()

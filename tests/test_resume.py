@@ -89,6 +89,30 @@ def test_stopped_between_training_and_validation(data, tmp_path, monkeypatch, st
     assert outcome(tmp_path) == straight
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_stopped_while_it_starts(data, tmp_path, monkeypatch, straight, begun):
+    """Before its first update: nothing is computed, nothing written, nothing lost."""
+    args, folder = runs.arguments(data, tmp_path), runs.run_folder(tmp_path)
+    if begun:
+        assert runs.train_here(monkeypatch, args, stop_at=3) == 75
+    samples = folder / "samples_rank0.txt"
+    before = {path.name: path.read_bytes() for path in [*folder.glob("ckpt*"), *folder.glob(samples.name)]}
+    open_split = train.open_split
+
+    def interrupted(*rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_split(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_split", interrupted)
+        assert runs.train_here(monkeypatch, args) == 75
+    assert {path.name: path.read_bytes() for path in [*folder.glob("ckpt*"), *folder.glob(samples.name)]} == before
+    said = f"stopped by request at update {3 * begun}, nothing new to save; the same command continues"
+    assert said in (folder / "log_rank0.txt").read_text()
+    assert runs.train_here(monkeypatch, args) == 0
+    assert outcome(tmp_path) == straight
+
+
 def test_a_validation_that_fails_loses_no_epoch(image_folder, tmp_path, monkeypatch, straight):
     image = image_folder / "val" / "bee" / "0.png"
     whole = image.read_bytes()

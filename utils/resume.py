@@ -97,6 +97,7 @@ class Saver:
         self.session, self.config = session, config
         self.trainer, self.progress = trainer, progress
         self.images = images
+        self.started_at = trainer.num_updates
         self.last_save = time.monotonic()
 
     def after_update(self) -> None:
@@ -135,9 +136,12 @@ class Saver:
                 self.session.logger.info(f"validation failed; the epoch before it is saved as {self._save_position()}")
             raise
 
-    def stop(self) -> Path:
-        """Save where the run stands; returns once it is on disk, on every process: the first to end ends them all."""
-        return decide_on_main(self._save_position, self.session.processes)
+    def stop(self) -> str:
+        """Save where the run stands; returns what was done once it is on disk, on every process: the first to end ends
+        them all. Where no update was done since the start, what it started from is as good."""
+        if self.trainer.num_updates == self.started_at:
+            return "nothing new to save"
+        return f"saved {decide_on_main(self._save_position, self.session.processes)}"
 
     def _save_position(self) -> Path:
         """Save in the middle of an epoch or between training and validation."""
