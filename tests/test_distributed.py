@@ -22,6 +22,7 @@ from data import open_split
 from data.datasets import ImageDataset
 from data.transforms import eval_transform
 from models import build_model
+from utils import distributed
 from utils.checkpoint import load_file
 
 FAULT_TRAIN = str(Path(__file__).with_name("fault_train.py"))
@@ -343,6 +344,30 @@ def test_the_last_line_of_the_launcher_names_the_cause(data, tmp_path):
     assert len(ends) == 2 and result.stderr.splitlines()[-1] == ends[-1]
     cause = rf"train\.py: error on process [01] of 2: --data-path {re.escape(str(data / 'nowhere'))}: no such folder"
     assert all(re.search(f"torchrun ended with code 1: {cause}", line) for line in ends), ends
+
+
+@pytest.mark.parametrize(
+    ("variables", "chosen"),
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0"}, "ib0"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "loopback"}, "eth0"),  # node 0's name, on node 0
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "node0"}, "ib0"),  # a launcher that does not say how many are on a node
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, None),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0"}, None),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0", "GLOO_SOCKET_IFNAME": "own"}, "own"),
+    ],
+)
+def test_network_interface_of_several_nodes(monkeypatch, variables, chosen):
+    leads_to = {"node0": "ib0", "loopback": "lo", "127.0.0.1": "lo", "192.0.2.1": "eth0"}
+    monkeypatch.setattr(distributed, "interface_towards", leads_to.__getitem__)
+    monkeypatch.setattr(os, "environ", dict(variables))
+    distributed.choose_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+def test_the_interface_that_leads_to_a_host():
+    assert distributed.interface_towards("127.0.0.1") == "lo"
+    assert distributed.interface_towards("no-such-host.invalid") == ""
 
 
 TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end

@@ -93,7 +93,7 @@ def nodes():
 class Started:
     """multi_machine_start.py on one of the nodes; its output goes to a file. At the end all of its node is killed."""
 
-    def __init__(self, nodes, rank, data, output, *opts, flags=(), address=ADDRESSES[0]):
+    def __init__(self, nodes, rank, data, output, *opts, flags=(), address=ADDRESSES[0], env=None):
         self.nodes, self.rank, self.output = nodes, rank, output
         output.mkdir(exist_ok=True)
         number = len(list(output.glob("console*")))
@@ -103,7 +103,7 @@ class Started:
         command += ["--config", "configs/groupmixformer_digits.yaml", "--data_path", str(data)]
         command += ["--output", str(output), "--tag", "run", "--", "--opts", *runs.TINY, "DATA.BATCH_SIZE", "2"]
         command += ["DIST_TIMEOUT_SECONDS", str(DIST_TIMEOUT), *opts]
-        env = runs.environment() | {"GLOO_SOCKET_IFNAME": nodes.devices[rank]}
+        env = runs.environment() | (env or {})
         self.started = time.monotonic()
         with self.console.open("w") as console:
             self.process = subprocess.Popen(
@@ -233,6 +233,22 @@ def test_a_node_that_never_comes(nodes, data, tmp_path, rank):
         assert node.finish(seconds=6 * DIST_TIMEOUT) != 0
         last = node.text.splitlines()[-1]
     assert re.search(r"the 2 nodes have not met within 10 s at 10\.77\.0\.1:29500", last), node.text
+
+
+@pytest.mark.long
+def test_nodes_that_meet_but_do_not_reach_each_other(nodes, data, tmp_path):
+    """gloo gives out an address that is of no use to the others, as it does by itself where host names are loopback."""
+    env = {"GLOO_SOCKET_IFNAME": "lo"}
+    with (
+        Started(nodes, 0, data, tmp_path / "node0", env=env) as first,
+        Started(nodes, 1, data, tmp_path / "node1", env=env) as second,
+    ):
+        for rank, node in enumerate((first, second)):
+            assert node.finish(seconds=6 * DIST_TIMEOUT) != 0
+            cause = rf"train\.py: error on process {rank} of 2: \S+ has not met the other processes \(MASTER_ADDR "
+            cause += r"10\.77\.0\.1, network interface lo\); .* set GLOO_SOCKET_IFNAME"
+            assert any(re.match(cause, line) for line in node.causes()), node.text
+            assert re.search(cause, node.text.splitlines()[-1]) and 'train.py", line' not in node.text, node.text
 
 
 @pytest.mark.long

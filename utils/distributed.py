@@ -1,9 +1,13 @@
 """This process among all, and the few collective operations that training and evaluation need."""
 
+import fcntl
 import inspect
 import os
+import socket
+import struct
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -54,6 +58,7 @@ def init_processes(timeout_seconds: float) -> Processes:
     if use_cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
+        choose_interface()
         timeout = timedelta(seconds=timeout_seconds)
         # torchrun --max-restarts keeps its store: what the processes of the last start left there would be taken for
         # addresses of this one's, and all would wait for each other.
@@ -69,6 +74,40 @@ def init_processes(timeout_seconds: float) -> Processes:
             device_id=device if use_cuda else None,
         )
     return Processes(rank, local_rank, world_size, device)
+
+
+def choose_interface() -> None:
+    """Where there are several nodes, let gloo use the network interface that leads to MASTER_ADDR.
+
+    By itself gloo takes the one that this host's own name resolves to, which often is loopback (Debian's 127.0.1.1):
+    no other node can connect to that. GLOO_SOCKET_IFNAME, where it is set, is left alone.
+    """
+    address = os.environ.get("MASTER_ADDR", "")
+    several_nodes = int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if "GLOO_SOCKET_IFNAME" in os.environ or not several_nodes or address in ("", "localhost", "127.0.0.1"):
+        return
+    # On node 0 the name of the node may itself be loopback; then what leads out of this machine (RFC 5737's address).
+    for host in (address, "192.0.2.1"):
+        name = interface_towards(host)
+        if name not in ("", "lo"):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def interface_towards(host: str) -> str:
+    """The network interface by which this machine reaches an IPv4 host; '' where it cannot be told. Sends nothing."""
+    SIOCGIFADDR = 0x8915  # from netdevice(7): an interface's address, in a structure of its name and a sockaddr_in
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:  # no such name, no route
+            return ""
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                if fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own:
+                    return name
+    return ""
 
 
 _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -32,6 +32,10 @@ PATIENCE = 0.1  # of the time limit: so long a process is waited for before the 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class NotMet(UserError):
+    """The processes of a run have not come together."""
+
+
 class StopRequested(Exception):
     """All processes agreed to stop here; the state is that of a whole update."""
 
@@ -76,7 +80,8 @@ class Watch:
         """
         self.listening = True
         if self.processes.distributed:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            with meeting(self._timeout.total_seconds()):
+                self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._store = dist.distributed_c10d._get_default_store()
             threading.Thread(target=self._report_waiting, daemon=True).start()
         for number in STOP_SIGNALS:
@@ -180,6 +185,47 @@ class Watch:
             if int(count) < mark:
                 missing.append(f"process {rank} on {host}")
         return ", ".join(missing)
+
+
+@contextmanager
+def meeting(timeout_seconds: float) -> Iterator[None]:
+    """Around the making of a process group: what goes wrong is one line, and takes no longer than twice the timeout.
+
+    gloo counts its timeout anew for every other process.
+    """
+
+    def line(cause: object) -> str:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or "the one of its host name"
+        return (
+            f"{socket.gethostname()} has not met the other processes (MASTER_ADDR {os.environ.get('MASTER_ADDR')}, "
+            f"network interface {interface}); where the nodes reach each other by another one, set GLOO_SOCKET_IFNAME, "
+            f"and NCCL_SOCKET_IFNAME for GPUs: {str(cause).strip().splitlines()[0][:200]}"
+        )
+
+    def give_up() -> None:
+        report_failure(line(f"nothing within {2 * timeout_seconds:g} s"))
+        os._exit(2)
+
+    timer = threading.Timer(2 * timeout_seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except UserError:
+        raise
+    except RuntimeError as error:
+        raise NotMet(line(error)) from None
+    finally:
+        timer.cancel()
+
+
+def report_failure(message: str) -> None:
+    """Say why this process ends, on standard error and to the launcher."""
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
+    line = f"{Path(sys.argv[0]).name}: {who}: {message}"
+    print(line, file=sys.stderr, flush=True)
+    tell_launcher(line)
 
 
 def unwritable(path: str | Path, error: Exception, needed_bytes: int | None = None) -> UserError:

@@ -21,7 +21,16 @@ from configs.defaults import to_dict
 
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .distributed import Processes, close_processes, decide_on_main, init_processes
-from .faults import Watch, die_with_launcher, end_loader_workers, lost_loader_worker, tell_launcher, unwritable
+from .faults import (
+    NotMet,
+    Watch,
+    die_with_launcher,
+    end_loader_workers,
+    lost_loader_worker,
+    meeting,
+    report_failure,
+    unwritable,
+)
 from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
@@ -53,7 +62,8 @@ def start_session(description: str, may_train: bool = False) -> Session:
     notices: list[str] = []
     config = get_config(args, notices.append)
     die_with_launcher()
-    processes = init_processes(config.DIST_TIMEOUT_SECONDS)
+    with meeting(config.DIST_TIMEOUT_SECONDS):
+        processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
     folder = _open_run_folder(config, processes, lock=trains)  # before anything is logged: it may be another run's
     logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
@@ -68,8 +78,6 @@ def start_session(description: str, may_train: bool = False) -> Session:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback."""
-    script = Path(sys.argv[0]).name
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         main()
     except Exception as error:
@@ -84,12 +92,10 @@ def run_script(main: Callable[[], None]) -> None:
         if not message:
             raise
         _leave_no_empty_folder()
-        # Mistakes in the command line are found before processes meet, by every one of them: one says so.
-        if torch.distributed.is_initialized() or rank == "0":
-            who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
-            line = f"{script}: {who}: {message}"
-            print(line, file=sys.stderr, flush=True)
-            tell_launcher(line)
+        # Mistakes in the command line are found before processes meet, by every one of them: one a node says so.
+        joined = torch.distributed.is_initialized() or isinstance(error, NotMet)
+        if joined or os.environ.get("LOCAL_RANK", "0") == "0":
+            report_failure(message)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
         os._exit(2)
