@@ -5,6 +5,7 @@ nan:<rank>:<update>+     and in every later one
 nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 interrupt:<rank>:<update>  likewise SIGINT, twice
+raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk' or anything else
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
 slow-save                saving waits for the file "go on" in the output folder
@@ -12,6 +13,7 @@ differ:<rank>:<word>:<other>  that process has another word on its command line
 frozen-norms             batch norms use their running statistics in training too
 """
 
+import errno
 import os
 import signal
 import sys
@@ -62,6 +64,18 @@ elif kind in ("stop", "interrupt"):
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = signalled
+elif kind == "raise":
+    forward_backward = engine._accumulate_gradients
+
+    def raising(session, trainer, *rest):
+        if (session.processes.rank, trainer.num_updates) == (int(where[0]), int(where[1])):
+            raise {
+                "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines."),
+                "disk": OSError(errno.EROFS, "Read-only file system", "/a/disk"),
+            }.get(where[2]) or KeyError(where[2])
+        return forward_backward(session, trainer, *rest)
+
+    engine._accumulate_gradients = raising
 elif kind == "hold":
     forward_backward = engine._accumulate_gradients
 

@@ -324,6 +324,26 @@ def test_a_process_with_other_images_or_another_recipe_is_named(data, tmp_path, 
     assert not runs.run_folder(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("what", "message", "code"),
+    [
+        ("memory", r"CUDA out of memory\. Tried to allocate 2\.00 GiB\.: lower --batch-size .*--use-checkpoint", 2),
+        ("unforeseen", "KeyError: 'unforeseen'", 1),
+    ],
+)
+def test_an_error_of_any_kind_is_named_to_the_launcher(data, tmp_path, what, message, code):
+    """The first process to fail leaves its cause, not one of those that lose it then."""
+    args = runs.arguments(data, tmp_path / "out", "DATA.BATCH_SIZE", "2")
+    env = {"FAULT": f"raise:1:5:{what}", "LAUNCHER_CAUSE_FILE": str(tmp_path / "cause")}
+    result = runs.launch(FAULT_TRAIN, args, processes=2, env=env)
+    assert result.returncode != 0
+    cause = (tmp_path / "cause").read_text()
+    assert re.fullmatch(rf"fault_train\.py: error on process 1 of 2: {message}", cause), cause
+    assert cause in result.stderr.splitlines()
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", result.stderr), result.stderr
+    assert result.stderr.count("in raising") == (code == 1), "a traceback where the line is not enough"
+
+
 def test_the_last_line_of_the_launcher_names_the_cause(data, tmp_path):
     """Behind torchrun's report; two processes fail alike, and one line is repeated."""
     config = runs.ROOT / "configs" / "groupmixformer_digits.yaml"

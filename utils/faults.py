@@ -147,7 +147,7 @@ class Watch:
         """Turn the failure of a collective operation into one line that names who did not come."""
         try:
             yield
-        except (UserError, FloatingPointError):
+        except (UserError, FloatingPointError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             if self._group is None or lost_loader_worker(error) or not _is_communication_failure(error):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ def start_session(description: str, may_train: bool = False) -> Session:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback."""
+    """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback.
+
+    Any other error ends in its traceback, one line and status 1.
+    """
     try:
         main()
     except Exception as error:
@@ -89,21 +93,30 @@ def run_script(main: Callable[[], None]) -> None:
         elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
             path = error.filename or _run_folder / "a file"
             message = unwritable(path, error).one_line() if error.errno in FULL_DISK else f"{path}: {error.strerror}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            message = f"{_first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
+            message += "--use-checkpoint"
+        status = 2 if message else 1
         if not message:
-            raise
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {_first_line(error)}"
         _leave_no_empty_folder()
         # Mistakes in the command line are found before processes meet, by every one of them: one a node says so.
-        joined = torch.distributed.is_initialized() or isinstance(error, NotMet)
+        joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, NotMet)
         if joined or os.environ.get("LOCAL_RANK", "0") == "0":
             report_failure(message)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
-        os._exit(2)
+        os._exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         end_loader_workers()
     close_processes()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:
