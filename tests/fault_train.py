@@ -6,6 +6,7 @@ nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 interrupt:<rank>:<update>  likewise SIGINT, twice
 raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk' or anything else
+raise-alone:<rank>:<update>:<what>  likewise, and the others then wait without end, as they would in NCCL
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
 slow-save                saving waits for the file "go on" in the output folder
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-from utils import engine, resume
+from utils import engine, faults, resume
 from utils.session import run_script
 
 kind, *where = os.environ["FAULT"].split(":")
@@ -64,7 +65,8 @@ elif kind in ("stop", "interrupt"):
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = signalled
-elif kind == "raise":
+elif kind in ("raise", "raise-alone"):
+    faults.GRACE_SECONDS = 1
     forward_backward = engine._accumulate_gradients
 
     def raising(session, trainer, *rest):
@@ -73,6 +75,8 @@ elif kind == "raise":
                 "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines."),
                 "disk": OSError(errno.EROFS, "Read-only file system", "/a/disk"),
             }.get(where[2]) or KeyError(where[2])
+        while kind == "raise-alone" and trainer.num_updates == int(where[1]):
+            time.sleep(0.01)
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = raising

@@ -22,9 +22,10 @@ from data import open_split
 from data.datasets import ImageDataset
 from data.transforms import eval_transform
 from models import build_model
-from utils import distributed
+from utils import checkpoint, distributed, faults
 from utils.checkpoint import load_file
 
+TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
 FAULT_TRAIN = str(Path(__file__).with_name("fault_train.py"))
 
 
@@ -344,6 +345,51 @@ def test_an_error_of_any_kind_is_named_to_the_launcher(data, tmp_path, what, mes
     assert result.stderr.count("in raising") == (code == 1), "a traceback where the line is not enough"
 
 
+def test_a_failure_of_one_process_ends_those_that_wait_for_it(data, tmp_path):
+    """NCCL does not notice that a process has gone: here the other one waits without end, whatever happens."""
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
+    with Launched(FAULT_TRAIN, args, processes=2, env={"FAULT": "raise-alone:1:5:disk"}) as run:
+        run.until(r"^fault_train.py: error on process 1 of 2: /a/disk: Read-only file system$")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        assert all_end(pids, seconds=TORCHRUN_GRACE_SECONDS / 3)
+        status, output = run.finish()
+    assert status != 0
+    cause = rf"process 1 on {socket.gethostname()} has failed: /a/disk: Read-only file system"
+    assert re.search(rf"^fault_train\.py: error on process 0 of 2: {cause}$", output, re.M), output
+    assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", output), output
+
+
+def test_a_process_is_not_ended_while_it_saves(tmp_path, monkeypatch):
+    """What is left of a failed run may just be writing the epoch that it has trained."""
+    events = []
+
+    class Lock:
+        def __enter__(self):
+            events.append("may be ended")
+
+        def __exit__(self, *error):
+            pass
+
+    def save(state, file):
+        events.append(faults.SAVING.locked())
+        torch_save(state, file)
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    checkpoint.save_checkpoint({"model": {}}, tmp_path / "ckpt_epoch_0.pth")
+    assert events == [True] and not faults.SAVING.locked()
+
+    watch = faults.Watch(distributed.Processes(0, 0, 2, torch.device("cpu")), 600)
+    watch._store = torch.distributed.HashStore()
+    watch._store.set("cause", "process 1 has failed")
+    monkeypatch.setattr(faults, "SAVING", Lock())
+    monkeypatch.setattr(faults, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(faults, "report_failure", events.append)
+    monkeypatch.setattr(os, "_exit", events.append)
+    watch._end_after_failure()
+    assert events == [True, "may be ended", "process 1 has failed", 2]
+
+
 def test_the_last_line_of_the_launcher_names_the_cause(data, tmp_path):
     """Behind torchrun's report; two processes fail alike, and one line is repeated."""
     config = runs.ROOT / "configs" / "groupmixformer_digits.yaml"
@@ -390,13 +436,10 @@ def test_the_interface_that_leads_to_a_host():
     assert distributed.interface_towards("no-such-host.invalid") == ""
 
 
-TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("returns", [True, False])
 def test_a_process_slower_than_the_limit_ends_the_run_and_is_named(data, tmp_path, returns):
-    """It sleeps, so that it cannot hear torchrun; where it wakes up afterwards, it names itself, not the others."""
+    """It sleeps, so that it cannot hear torchrun; awake or not, it ends and names itself, not the others."""
     opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "10")
     env = {"FAULT": "hold:1:5"}
     with Launched(FAULT_TRAIN, runs.arguments(data, tmp_path, *opts), processes=2, env=env) as run:
@@ -410,8 +453,8 @@ def test_a_process_slower_than_the_limit_ends_the_run_and_is_named(data, tmp_pat
         assert time.monotonic() - began < 10 + TORCHRUN_GRACE_SECONDS + 20
     assert status != 0 and all_end([*pids, run.process.pid])
     lines = [line for line in output.splitlines() if line.startswith("fault_train.py: error")]
-    assert len(lines) == 1 + returns
-    assert all(re.search(r": process 1 on \S+ was lost or too slow: ", line) for line in lines), lines
+    assert len(lines) == 2
+    assert all(re.search(r": process 1 on \S+ was lost or too slow(: |$)", line) for line in lines), lines
     assert load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")["num_updates"] == 4
 
 

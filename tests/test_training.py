@@ -4,6 +4,7 @@ import ast
 import math
 import re
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,16 @@ def test_gradients_are_synchronised_once_an_update(image_folder, tmp_path, monke
     opts = ("DATA.BATCH_SIZE", "2", "TRAIN.ACCUMULATION_STEPS", str(accumulation), *("TRAIN.EPOCHS", "1"))
     assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, *opts, "TRAIN.WARMUP_EPOCHS", "0")) == 0
     assert synchronised.count(0) == 18 // (2 * accumulation), "the first bucket, once an update"
+
+
+def test_a_process_says_that_it_has_come_before_every_batch(image_folder, tmp_path, monkeypatch):
+    """Synchronised batch norms wait for the other processes in each, not only in the last one of an update."""
+    events = []
+    monkeypatch.setattr(Watch, "arrive", lambda watch: events.append("arrive"))
+    monkeypatch.setattr(engine, "_gradient_sync", lambda *_, **__: (events.append("batch"), nullcontext())[1])
+    opts = ("DATA.BATCH_SIZE", "2", "TRAIN.ACCUMULATION_STEPS", "3", "TRAIN.EPOCHS", "1", *NO_WARMUP)
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path, *opts)) == 0
+    assert events == ["arrive", "batch"] * 9
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(image_folder, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from configs import UserError
 from models import VARIANTS, GroupMixFormer
 
-from .faults import unwritable
+from .faults import SAVING, unwritable
 
 BEST_NAME = "ckpt_best.pth"
 LOCK_NAME = "run.lock"
@@ -100,6 +100,11 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
     Raises UserError, the older file untouched, where it cannot be written.
     """
+    with SAVING:
+        _save(state, path)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)  # it may be a link to another checkpoint, which must not be written through it

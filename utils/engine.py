@@ -197,10 +197,8 @@ def _accumulate_gradients(
             images, targets = trainer.mixup(images, targets)
         if trainer.num_updates == 0 and step == 0:
             board.images("train/images", images, 0)
-        is_last = step == config.TRAIN.ACCUMULATION_STEPS - 1
-        if is_last:
-            session.watch.arrive()
-        with _gradient_sync(trainer.model, enabled=is_last):
+        session.watch.arrive()  # every batch's: synchronised batch norms wait for the others in each
+        with _gradient_sync(trainer.model, enabled=step == config.TRAIN.ACCUMULATION_STEPS - 1):
             with trainer.precision.autocast():
                 loss = trainer.criterion(trainer.model(images), targets) / config.TRAIN.ACCUMULATION_STEPS
             trainer.scaler.scale(loss).backward()

@@ -29,7 +29,12 @@ from .distributed import Processes
 EXIT_STOPPED = 75
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
+POLL_SECONDS = 1  # how often a process looks whether another one has failed
+GRACE_SECONDS = 20  # how long it then has to end by itself; torchrun kills what is left of a node after 30
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+SAVING = threading.Lock()  # held while a checkpoint is written: no thread ends the process then
 
 
 class NotMet(UserError):
@@ -83,7 +88,7 @@ class Watch:
             with meeting(self._timeout.total_seconds()):
                 self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._store = dist.distributed_c10d._get_default_store()
-            threading.Thread(target=self._report_waiting, daemon=True).start()
+            threading.Thread(target=self._look_after_others, daemon=True).start()
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -123,10 +128,11 @@ class Watch:
         if self._group is not None:
             self._store.set(f"meeting/{self.processes.rank}", f"{self._meetings} {socket.gethostname()}")
 
-    def _report_waiting(self) -> None:
-        """Say so when this process has come and others have not for long; for a thread of its own.
+    def _look_after_others(self) -> None:
+        """Say so when this process has come and others have not for long; end it after one of them has failed.
 
-        On GPUs it is the only line that names them: NCCL's watchdog ends a process that has waited too long.
+        For a thread of its own. On GPUs nothing else does either: a process that waits in NCCL is ended by a watchdog,
+        without a cause.
         """
         period = PATIENCE * self._timeout.total_seconds()
         seen = reported = 0
@@ -134,13 +140,26 @@ class Watch:
             while True:
                 self._beats += 1
                 self._store.set(f"beat/{self.processes.rank}", f"{self._beats} {socket.gethostname()}")
-                time.sleep(period)
+                next_beat = time.monotonic() + period
+                while (left := next_beat - time.monotonic()) > 0:
+                    time.sleep(min(left, POLL_SECONDS))
+                    if self._store.check(["cause"]):
+                        self._end_after_failure()
                 if seen == self._meetings != reported and (missing := self._not_come()):
                     self._report(f"waiting for {missing}, for more than {period:g} s now")
                     reported = seen
                 seen = self._meetings
         except RuntimeError:  # the store has gone: who waits for it finds out
             return
+
+    def _end_after_failure(self) -> NoReturn:
+        """End this process, with the cause of the one that failed, unless it ends by itself in time."""
+        cause = self._store.get("cause").decode()
+        self._store.add("told", 1)
+        time.sleep(GRACE_SECONDS)
+        with SAVING:
+            report_failure(cause)
+            os._exit(2)
 
     @contextmanager
     def naming_lost_processes(self) -> Iterator[None]:
@@ -217,6 +236,26 @@ def meeting(timeout_seconds: float) -> Iterator[None]:
         raise NotMet(line(error)) from None
     finally:
         timer.cancel()
+
+
+def tell_others(message: str) -> None:
+    """Leave the cause of this process's failure for the others, and wait until they have seen it: the store may go
+    with this process. No longer than STORE_SECONDS, and for nothing where no process has failed for the first time.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    def tell() -> None:
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            cause = f"process {rank} on {socket.gethostname()} has failed: {message}"
+            first = store.compare_set("cause", "", cause).decode() == cause
+            while first and store.check([f"beat/{rank}"]) and store.add("told", 0) < world_size:
+                time.sleep(POLL_SECONDS / 10)
+
+    if dist.is_initialized():
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(STORE_SECONDS)
 
 
 def report_failure(message: str) -> None:

@@ -30,6 +30,7 @@ from .faults import (
     lost_loader_worker,
     meeting,
     report_failure,
+    tell_others,
     unwritable,
 )
 from .logging import create_logger, log_provenance
@@ -105,6 +106,7 @@ def run_script(main: Callable[[], None]) -> None:
         joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, NotMet)
         if joined or os.environ.get("LOCAL_RANK", "0") == "0":
             report_failure(message)
+        tell_others(message)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
         os._exit(status)
