@@ -248,7 +248,7 @@ def number_in(path):
 
 def open_folder(folder):
     """What a run does first; returns the numbers of the checkpoints that it then finds, in their order."""
-    os.close(lock_run_folder(folder))
+    os.close(lock_run_folder(folder, print))
     assert not list(folder.glob("*partial*")) and not list(folder.glob(".*partial*"))
     numbers = [number_in(path) for path in checkpoints_of(folder)]
     training = SimpleNamespace(AUTO_RESUME=True)

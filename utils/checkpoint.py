@@ -28,6 +28,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +47,8 @@ from .faults import SAVING, unwritable
 
 BEST_NAME = "ckpt_best.pth"
 LOCK_NAME = "run.lock"
+LOCK_SECONDS = 120  # an NFSv4 server takes 90 to drop the locks of a client that is gone
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS without lockd, Lustre mounted with noflock
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
 IMAGENET_21K_CLASSES = 21841
 _ZIP_FOLDER = 0x10  # attribute of a zip record that is a folder
@@ -68,23 +71,40 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("ckpt_epoch_*.pth") if _NAME.fullmatch(path.name)), key=position)
 
 
-def lock_run_folder(folder: Path) -> int:
+def lock_run_folder(folder: Path, notify: Callable[[str], None], wait_seconds: float = LOCK_SECONDS) -> int:
     """Take the right to write a run folder, until this process ends, however it ends; returns the open descriptor.
 
     The kernel drops the lock with the process, so a killed run leaves nothing to clear away but half-written files,
-    which go now. Raises UserError where another run holds the folder, naming it.
+    which go now. A file server that has lost the host of a run drops its lock later: what another host holds is waited
+    for, `wait_seconds` at most. Where the file system has no locks, `notify` is told, and nothing guards the folder.
+    Raises UserError where another run holds the folder, naming it.
     """
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
-        holder = os.read(descriptor, 200).decode().strip() or "another process"
-        os.close(descriptor)
-        raise UserError(
-            f"{folder}: is being written by {holder}; give this run another --tag or wait for that one to end"
-        ) from None
+        raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
+    deadline, waits = time.monotonic() + wait_seconds, False
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                notify(f"{folder}: its file system has no locks ({error.strerror}): let no other run write there")
+                break
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        elsewhere = " on " in holder and not holder.endswith(f" on {socket.gethostname()}")
+        if not elsewhere or time.monotonic() >= deadline:
+            os.close(descriptor)
+            raise UserError(
+                f"{folder}: is being written by {holder}; give this run another --tag or wait for that one to end"
+            )
+        if not waits:
+            notify(f"{folder}: is locked by {holder}; waiting up to {wait_seconds:g} s, in case that host is gone")
+            waits = True
+        time.sleep(1)
     for partial in folder.glob(".*.partial"):
         partial.unlink()  # first of all: it may be what fills the disk
     try:

@@ -67,7 +67,8 @@ def start_session(description: str, may_train: bool = False) -> Session:
     with meeting(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
-    folder = _open_run_folder(config, processes, lock=trains)  # before anything is logged: it may be another run's
+    # Before anything is logged: it may be another run's.
+    folder = _open_run_folder(config, processes, trains, notices.append)
     logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
     log_provenance(logger, processes)
     for notice in notices:
@@ -121,7 +122,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:
+def _open_run_folder(config: CfgNode, processes: Processes, lock: bool, notify: Callable[[str], None]) -> Path:
     """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there, and locked for writing; UserError where it cannot be.
 
     The main process goes first, and locks: whoever finds the folder missing then is on another disk.
@@ -142,10 +143,14 @@ def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:
         if not os.access(folder, os.W_OK):
             raise UserError(f"--output: {folder}: cannot be written to")
 
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # it may be about waiting, and there is no log yet
+        notify(line)
+
     def make_and_lock() -> None:
         make()
         if lock:
-            lock_run_folder(folder)
+            lock_run_folder(folder, tell)
 
     decide_on_main(make_and_lock, processes)
     if not processes.is_main:
@@ -157,7 +162,7 @@ def _leave_no_empty_folder() -> None:
     """Remove the run folder if this process made it and it holds nothing yet but logs, which name no result."""
     with contextlib.suppress(OSError, UserError):
         if _run_folder in _made_folders:
-            lock = lock_run_folder(_run_folder)  # nobody else has begun to write there
+            lock = lock_run_folder(_run_folder, str, wait_seconds=0)  # nobody else has begun to write there
             contents = list(_run_folder.iterdir())
             if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
                 for path in contents:
