@@ -11,10 +11,11 @@ Everything after `--` goes to train.py. Without --node_rank, the first of these 
 SLURM_NODEID, NODE_RANK, PET_NODE_RANK, GROUP_RANK, MACHINE_RANK. (SLURM_PROCID counts tasks, not nodes.)
 
 SIGTERM, SIGINT and SIGUSR1 are forwarded, so that train.py can save and end. After a fault torchrun is started again,
-up to --retries times, and train.py continues from its last good checkpoint.
+up to --retries times, and train.py continues from its last good checkpoint. After an hour of training the count starts
+anew. A mistake that train.py finds before it trains is not tried again.
 
-Exit codes: 0, the run is done; 75, it was stopped and saved: start it again; 2, wrong arguments; 128 + n, stopped by
-signal n without saving; else torchrun's own.
+Exit codes: 0, the run is done; 75, it was stopped and saved: start it again; 2, a mistake, in these arguments or found
+by train.py; 128 + n, stopped by signal n without saving; else torchrun's own.
 """
 
 import argparse
@@ -34,6 +35,9 @@ import time
 from pathlib import Path
 
 EX_TEMPFAIL = 75  # sysexits.h: "try again later"; what train.py ends with once it has saved on request
+EX_MISTAKE = 2  # what train.py and torchrun end with before they begin, where the arguments, data or recipe are wrong
+# A run that lasted so long before a fault has got somewhere: days of training may meet more faults than --retries.
+RENEWAL_SECONDS = 3600
 NODE_RANK_VARIABLES = ("SLURM_NODEID", "NODE_RANK", "PET_NODE_RANK", "GROUP_RANK", "MACHINE_RANK")
 
 # torchrun ends with 1 whatever its workers ended with. So a worker that ends on purpose writes its exit code, as a
@@ -296,7 +300,9 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
             logs = Path(folder, "logs")
             files = {EXIT_FILE_VARIABLE: str(exit_file), CAUSE_FILE_VARIABLE: str(cause_file)}
             environment = {"PET_LOG_DIR": str(logs), **os.environ, **environment, **files}
-            for retries_left in range(args.retries, -1, -1):
+            retries_left = args.retries
+            while True:
+                began = time.monotonic()
                 code, stopped_by = run_once(command, args.code_path, environment, stop_signals, mask_before)
                 end_leftovers(exit_file)
                 if code != 0:
@@ -314,6 +320,11 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
                 fault = f"{node}: torchrun ended with code {code}" + (f": {cause}" if cause else "")
                 cause_file.unlink(missing_ok=True)
                 shutil.rmtree(logs, ignore_errors=True)
+                if code == EX_MISTAKE:
+                    log(f"{fault}; to be mended first" if args.retries else fault)
+                    return code
+                if time.monotonic() - began >= RENEWAL_SECONDS:
+                    retries_left = args.retries
                 if retries_left == 0:
                     log(f"{fault}; no retries left" if args.retries else fault)
                     return code
@@ -321,6 +332,7 @@ def supervise(args: argparse.Namespace, command: list[str], environment: dict[st
                 pending = signal.sigtimedwait(stop_signals, args.retry_wait)
                 if pending is not None:
                     return 128 + pending.si_signo
+                retries_left -= 1
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -702,6 +703,33 @@ def test_a_saved_run_is_not_retried(launch, checkout):
     process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75
     assert starts(checkout) == 1
+
+
+def test_a_mistake_is_not_retried(launch, checkout):
+    code = COUNT_STARTS + 'open(os.environ["LAUNCHER_EXIT_FILE"], "w").write("2")\nsys.exit(1)'
+    process = launch(code, "--retries", "3")
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 2
+    assert starts(checkout) == 1 and errors.splitlines()[-1].endswith("; to be mended first")
+
+
+@pytest.mark.parametrize(("lasted", "starts"), [(3599, 3), (3600, 5)])
+def test_a_long_run_renews_the_retries(monkeypatch, tmp_path, lasted, starts):
+    """Three runs that last so long before they fail, then some that fail at once: --retries are for faults in a row."""
+    clock, attempts = SimpleNamespace(now=0.0), []
+
+    def run_once(*rest):
+        attempts.append(clock.now)
+        clock.now += lasted if len(attempts) <= 3 else 1
+        return 1, None
+
+    monkeypatch.setattr(multi_machine_start, "run_once", run_once)
+    monkeypatch.setattr(multi_machine_start, "end_leftovers", lambda exit_file: None)
+    monkeypatch.setattr(multi_machine_start, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    args = SimpleNamespace(node_rank=0, machine_num=1, retries=2, retry_wait=0, code_path=str(tmp_path), ip=None)
+    args.main_port = args.rendezvous_timeout = None
+    assert multi_machine_start.supervise(args, ["torchrun"], {}) == 1
+    assert len(attempts) == starts
 
 
 def test_torchrun_sees_its_environment(launch):

@@ -27,6 +27,7 @@ from .distributed import Processes
 
 # What a stopped and saved run exits with (sysexits' EX_TEMPFAIL): start the same command again to go on.
 EXIT_STOPPED = 75
+EXIT_MISTAKE = 2  # of the user's, found before training: starting the same command again does not help
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
 POLL_SECONDS = 1  # how often a process looks whether another one has failed
@@ -37,8 +38,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAVING = threading.Lock()  # held while a checkpoint is written: no thread ends the process then
 
 
-class NotMet(UserError):
-    """The processes of a run have not come together."""
+class Fault(UserError):
+    """No mistake in the command: processes that do not meet, and whatever ends a run that has begun to train.
+
+    Starting the same command again may help, which multi_machine_start.py does.
+    """
 
 
 class StopRequested(Exception):
@@ -166,12 +170,14 @@ class Watch:
         """Turn the failure of a collective operation into one line that names who did not come."""
         try:
             yield
-        except (UserError, FloatingPointError, torch.OutOfMemoryError):
+        except (FloatingPointError, torch.OutOfMemoryError):
             raise
+        except UserError as error:
+            raise Fault(error.one_line()) from error
         except RuntimeError as error:
             if self._group is None or lost_loader_worker(error) or not _is_communication_failure(error):
                 raise
-            raise UserError(f"{self._who_is_missing()}: {str(error).strip().splitlines()[0][:200]}") from None
+            raise Fault(f"{self._who_is_missing()}: {str(error).strip().splitlines()[0][:200]}") from None
 
     def _who_is_missing(self) -> str:
         """Ask the store, in a thread: where its node cannot be reached, torch's client waits for it without end."""
@@ -233,7 +239,7 @@ def meeting(timeout_seconds: float) -> Iterator[None]:
     except UserError:
         raise
     except RuntimeError as error:
-        raise NotMet(line(error)) from None
+        raise Fault(line(error)) from None
     finally:
         timer.cancel()
 
@@ -312,10 +318,15 @@ def lost_loader_worker(error: BaseException | None) -> str:
 
 
 def exit_stopped() -> NoReturn:
-    """End this process with EXIT_STOPPED, and leave word for the launcher: torchrun turns every such code into 1."""
-    if path := os.environ.get("LAUNCHER_EXIT_FILE"):
-        Path(path).write_text(str(EXIT_STOPPED))
+    """End this process with EXIT_STOPPED."""
+    leave_exit_code(EXIT_STOPPED)
     sys.exit(EXIT_STOPPED)
+
+
+def leave_exit_code(code: int) -> None:
+    """Leave the code that this process is about to end with for the launcher: torchrun turns every one into 1."""
+    if path := os.environ.get("LAUNCHER_EXIT_FILE"):
+        Path(path).write_text(str(code))
 
 
 def tell_launcher(line: str) -> None:
@@ -341,7 +352,7 @@ def die_with_launcher() -> None:
         try:
             socket.create_connection(where, timeout=10).close()
         except OSError as error:
-            raise UserError(f"torchrun at {where[0]}:{where[1]} cannot be reached, it has ended: {error}") from None
+            raise Fault(f"torchrun at {where[0]}:{where[1]} cannot be reached, it has ended: {error}") from None
 
 
 def quiet_loader_worker(worker_id: int) -> None:

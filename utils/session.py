@@ -23,10 +23,12 @@ from configs.defaults import to_dict
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .distributed import Processes, close_processes, decide_on_main, init_processes
 from .faults import (
-    NotMet,
+    EXIT_MISTAKE,
+    Fault,
     Watch,
     die_with_launcher,
     end_loader_workers,
+    leave_exit_code,
     lost_loader_worker,
     meeting,
     report_failure,
@@ -98,15 +100,17 @@ def run_script(main: Callable[[], None]) -> None:
         elif isinstance(error, torch.OutOfMemoryError):
             message = f"{_first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
             message += "--use-checkpoint"
-        status = 2 if message else 1
+        status = EXIT_MISTAKE if message else 1
         if not message:
             traceback.print_exc()
             message = f"{type(error).__name__}: {_first_line(error)}"
         _leave_no_empty_folder()
         # Mistakes in the command line are found before processes meet, by every one of them: one a node says so.
-        joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, NotMet)
+        joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, Fault)
         if joined or os.environ.get("LOCAL_RANK", "0") == "0":
             report_failure(message)
+        if isinstance(error, UserError) and not isinstance(error, Fault):
+            leave_exit_code(EXIT_MISTAKE)
         tell_others(message)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
