@@ -357,7 +357,7 @@ def test_best_that_cannot_be_written_is_told_and_the_older_one_kept(tmp_path, st
 
 
 # --------------------------------------------------------------------------------------------------- what a file holds
-@pytest.mark.parametrize("form", ["model", "state_dict", "bare", "model module.", "bare module."])
+@pytest.mark.parametrize("form", ["model", "state_dict", "bare", "model_ema", "model module.", "bare module."])
 def test_forms_of_weight_files(tmp_path, make_network, form):
     source, target = make_network(seed=1), make_network(seed=2)
     weights = source.state_dict()
@@ -367,7 +367,7 @@ def test_forms_of_weight_files(tmp_path, make_network, form):
     assert not has_weights_of(target, weights)
     said = load_weights(target, tmp_path / "w.pth")
     assert has_weights_of(target, weights)
-    assert "raw weights" in said and str(tmp_path / "w.pth") in said
+    assert f"{'ema' if key == 'model_ema' else 'raw'} weights" in said and str(tmp_path / "w.pth") in said
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -409,6 +409,11 @@ def test_which_weights_of_a_checkpoint():
         state, said = select_weights(content, which, "f.pth")
         assert equal(state, expected)
         assert said == ("ema weights" if expected is ema else "raw weights")
+    ema_only = {"model_ema": ema, "epoch": 3}
+    for which in ("best", "ema"):
+        state, said = select_weights(ema_only, which, "f.pth")
+        assert equal(state, ema) and said == "ema weights"
+    assert "holds no raw weights" in message_of(select_weights, ema_only, "raw", "f.pth")
     for which, content in (("ema", {"model": raw}), ("best", {"model": raw, "best_weights": "ema"})):
         message = message_of(select_weights, content, which, "f.pth")
         assert "f.pth" in message and "EMA" in message

@@ -535,6 +535,43 @@ def test_processes_killed_at_random_under_torchrun_with_restarts(data, tmp_path,
         assert samples(outputs["killed"], rank) == samples(outputs["straight"], rank)
 
 
+@pytest.mark.parametrize(("epochs", "kills"), [(2, 1), pytest.param(8, 10, marks=pytest.mark.long)])
+def test_processes_killed_at_random_under_our_launcher_with_retries(data, tmp_path, epochs, kills):
+    """As with torchrun's restarts, by multi_machine_start.py, which starts torchrun again."""
+    rng = random.Random(kills + 1)
+    plan = [f"{rng.randint(0, 1)}:{update}" for update in sorted(rng.randint(0, 4 * epochs - 1) for _ in range(kills))]
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "train.py").write_text(KILLING_TRAIN.format(root=str(runs.ROOT)))
+    opts = ("DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", str(epochs), "SAVE_EVERY_UPDATES", "1")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    result = runs.launch("train.py", runs.arguments(data, straight, *opts), processes=2)
+    assert result.returncode == 0, result.stderr[-5000:]
+    command = [sys.executable, "multi_machine_start.py", "--np", "2", "--code_path", str(code), "--tag", "run"]
+    command += ["--config", str(runs.ROOT / "configs" / "groupmixformer_digits.yaml"), "--data_path", str(data)]
+    command += [
+        "--output",
+        str(killed),
+        "--retries",
+        str(kills),
+        "--retry_wait",
+        "0",
+        "--",
+        "--opts",
+        *runs.TINY,
+        *opts,
+    ]
+    env = runs.environment() | {"KILLS": " ".join(plan), "KILLS_DONE": str(tmp_path / "done")}
+    limit = 120 + 30 * kills
+    result = subprocess.run(command, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=limit)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert len((tmp_path / "done").read_text().split()) == kills
+    assert result.stderr.count("; starting it again in 0 s") == kills
+    assert final_state(killed, epochs) == final_state(straight, epochs)
+    for rank in (0, 1):
+        assert samples(killed, rank) == samples(straight, rank)
+
+
 # ---------------------------------------------------------------------------------------------------------------- disks
 @pytest.fixture
 def small_disk(tmp_path):

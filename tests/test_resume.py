@@ -1,9 +1,11 @@
 """A run that was stopped anywhere and continued ends with the same bits as one that was not."""
 
 import errno
+import math
 import os
 import re
 import signal
+from contextlib import contextmanager
 
 import pytest
 import runs
@@ -22,14 +24,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
-    """The run that was never stopped: digest of its last checkpoint, and its samples."""
+def straight_output(data, tmp_path_factory):
+    """The run that was never stopped."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         torch.set_num_threads(1)
         output = tmp_path_factory.mktemp("straight")
         assert runs.train_here(monkeypatch, runs.arguments(data, output)) == 0
-    folder = runs.run_folder(output)
-    return runs.digest(folder / "ckpt_epoch_1.pth"), (folder / "samples_rank0.txt").read_text()
+    return output
+
+
+@pytest.fixture(scope="module")
+def straight(straight_output):
+    """Digest of its last checkpoint, and its samples."""
+    return outcome(straight_output)
 
 
 def outcome(output):
@@ -182,53 +189,104 @@ def without_best(state):
     state["max_accuracy"] = 100.0
 
 
+def without_best_weights(state):
+    state["progress"]["best_weights"] = ""
+
+
 def without_position(state):
     state["progress"]["next_update"] -= 1
 
 
 LEAVE_OUT = [
     *(without_weights, without_statistics, without_moments, without_ema),
-    *(without_losses, without_best, without_position),
+    *(without_losses, without_best, without_best_weights, without_position),
 ]
 
 
-@pytest.mark.parametrize("leave_out", LEAVE_OUT, ids=lambda f: f.__name__)
-def test_every_item_of_the_state_is_needed(data, tmp_path, monkeypatch, straight, leave_out):
-    """The negative control: a continuation that leaves an item out does not end with the same bits."""
-    args = runs.arguments(data, tmp_path, "SAVE_EVERY_UPDATES", "7")  # behind the last stop, within its epoch
-    assert runs.train_here(monkeypatch, args, stop_at=6) == 75
-    load, kept = resume.load_file, {}
+@contextmanager
+def leaving_out(monkeypatch, leave_out):
+    """Continue without an item of the state."""
+    load = resume.load_file
 
     def incomplete(path):
         state = load(path)
         leave_out(state)
         return state
 
-    def keep(state, path):
-        kept[path.name] = (state["progress"]["loss_sum"], state["max_accuracy"])
-
     with monkeypatch.context() as patch:
         patch.setattr(resume, "load_file", incomplete)
-        save = resume.save_checkpoint
-        patch.setattr(resume, "save_checkpoint", lambda state, path: (keep(state, path), save(state, path)))
+        yield
+
+
+@pytest.mark.parametrize("leave_out", LEAVE_OUT, ids=lambda f: f.__name__)
+def test_every_item_of_the_state_is_needed(data, tmp_path, monkeypatch, straight, straight_output, leave_out):
+    """The negative control: a continuation that leaves an item out does not end with the same bits."""
+    args = runs.arguments(data, tmp_path)
+    assert runs.train_here(monkeypatch, args, stop_at=6) == 75
+    with leaving_out(monkeypatch, leave_out):
         assert runs.train_here(monkeypatch, args) == 0
     if leave_out is without_losses:  # they are part of the epoch's mean loss, and gone behind its end
-        folder = runs.run_folder(tmp_path)
-        means = re.findall(r"EPOCH 1 .* mean loss (.*)", (folder / "log_rank0.txt").read_text())
-        assert kept["ckpt_epoch_1_update_3.pth"][0] < 3.0 and len(means) == 1
+        assert mean_losses(tmp_path) != mean_losses(straight_output)
     else:
         assert outcome(tmp_path) != straight
 
 
-def test_float16_scaler_survives(data, tmp_path, monkeypatch):
+def mean_losses(output):
+    means = re.findall(r"EPOCH \d .* mean loss (.*)", (runs.run_folder(output) / "log_rank0.txt").read_text())
+    assert len(means) == EPOCHS
+    return means
+
+
+def test_the_count_of_updates_is_needed(data, tmp_path, monkeypatch, straight):
+    """It is a function of the position, so that no file can lack it: here it is one too few after the start."""
+    args = runs.arguments(data, tmp_path)
+    assert runs.train_here(monkeypatch, args, stop_at=6) == 75
+    restore = train.restore
+
+    def miscounted(session, config, path, state, trainer, *rest):
+        progress = restore(session, config, path, state, trainer, *rest)
+        trainer.num_updates -= 1
+        return progress
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "restore", miscounted)
+        assert runs.train_here(monkeypatch, args) == 0
+    assert outcome(tmp_path) != straight
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_skipped_updates_are_counted_over_a_stop(data, tmp_path, monkeypatch, left_out):
+    """Two in a row end this run, one before the stop and one after it; the count is needed for that."""
+    args = runs.arguments(data, tmp_path, "TRAIN.MAX_NONFINITE_UPDATES", "1")
+    forward_backward = engine._accumulate_gradients
+
+    def not_finite(session, trainer, *rest):
+        loss = forward_backward(session, trainer, *rest)
+        return loss * math.nan if trainer.num_updates in (5, 6) else loss
+
+    monkeypatch.setattr(engine, "_accumulate_gradients", not_finite)
+    assert runs.train_here(monkeypatch, args, stop_at=6) == 75
+    if left_out:
+        with leaving_out(monkeypatch, lambda state: state["progress"].update(nonfinite_in_a_row=0)):
+            assert runs.train_here(monkeypatch, args) == 0
+    else:
+        with pytest.raises(FloatingPointError, match="2 in a row"):
+            runs.train_here(monkeypatch, args)
+
+
+def test_float16_scaler_survives_and_is_needed(data, tmp_path, monkeypatch):
     opts = ("AMP_OPT_LEVEL", "O1", "AMP_DTYPE", "float16")
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
     assert runs.train_here(monkeypatch, runs.arguments(data, one, *opts)) == 0
-    assert runs.train_here(monkeypatch, runs.arguments(data, two, *opts), stop_at=3) == 75
+    for output in (two, three):
+        assert runs.train_here(monkeypatch, runs.arguments(data, output, *opts), stop_at=3) == 75
     stopped = load_file(runs.run_folder(two) / "ckpt_epoch_0_update_3.pth")
     assert stopped["scaler"]["scale"] > 0
     assert runs.train_here(monkeypatch, runs.arguments(data, two, *opts)) == 0
     assert outcome(one) == outcome(two)
+    with leaving_out(monkeypatch, lambda state: state.pop("scaler")):
+        assert runs.train_here(monkeypatch, runs.arguments(data, three, *opts)) == 0
+    assert outcome(one) != outcome(three)
 
 
 def test_damaged_checkpoints_are_passed_over(data, tmp_path, monkeypatch, straight):

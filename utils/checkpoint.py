@@ -248,15 +248,19 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
 
     Args:
         checkpoint: a training checkpoint, {'model': ...}, {'state_dict': ...} or a bare state dict.
-        which: 'raw'; 'ema'; or 'best', those that the checkpoint was kept for (raw where it does not say).
+        which: 'raw'; 'ema'; or 'best', those that the checkpoint was kept for (where it does not say, raw, or the only
+            ones that it holds).
         origin: the file's name, for messages.
     """
+    ema_only = "model_ema" in checkpoint and not {"model", "state_dict"} & set(checkpoint)
     if which == "best":
-        which = checkpoint.get("best_weights") or "raw"
+        which = checkpoint.get("best_weights") or ("ema" if ema_only else "raw")
     if which == "ema":
         if not isinstance(checkpoint.get("model_ema"), dict):
             raise UserError(f"{origin}: holds no EMA weights (model_ema); use --weights raw")
         state = checkpoint["model_ema"]
+    elif ema_only:
+        raise UserError(f"{origin}: holds no raw weights, only EMA ones (model_ema); use --weights ema")
     else:
         state = next(
             (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
