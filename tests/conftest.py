@@ -11,6 +11,10 @@ sys.path.insert(0, str(ROOT))  # for a bare `pytest`, which does not put the fol
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a launcher's, where the tests run under one
     os.environ.pop(name, None)
 
+# What the tests compare is computed on the CPU, on machines with GPUs too; test_gpu.py shows them to what it starts.
+SHOWN_GPUS = {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES",) if k in os.environ}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(
         signal.SIGINT, signal.default_int_handler
