@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -22,11 +23,39 @@ SPLIT_NAMES = {
 MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
 
 
+class SampleList(Sequence):
+    """A list of (path, class index) in three blocks of memory.
+
+    A loader worker that reads a Python object writes to it, its count of references, and so gets a copy of its own of
+    what it shares with its process: of 1.28 million tuples, hundreds of MB a worker.
+    """
+
+    def __init__(self, samples: Iterable[tuple[str, int]]) -> None:
+        samples = list(samples)
+        paths = [os.fsencode(path) for path, _ in samples]
+        self._paths = b"".join(paths)
+        self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
+        self._labels = np.array([label for _, label in samples], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        label = int(self._labels[index])  # raises IndexError as a list does
+        index %= len(self)
+        return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), label
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+
 class Source(Protocol):
     """What a dataset reads from."""
 
     classes: list[str]  # name of every class, by class index
-    samples: list[tuple[str, int]]  # (path, class index) of every image
+    samples: Sequence[tuple[str, int]]  # (path, class index) of every image
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
@@ -46,8 +75,9 @@ class FolderSource:
         if not self.classes:
             raise UserError(f"{self.root}: holds no class folders; expected {self.root}/<class>/<image>")
         class_to_index = {name: i for i, name in enumerate(self.classes)}
-        self.samples = make_dataset(str(self.root), class_to_index, IMG_EXTENSIONS, allow_empty=True)
-        empty = sorted(set(self.classes) - {self.classes[label] for _, label in self.samples})
+        samples = make_dataset(str(self.root), class_to_index, IMG_EXTENSIONS, allow_empty=True)
+        self.samples = SampleList(samples)
+        empty = sorted(set(self.classes) - {self.classes[label] for _, label in samples})
         if empty:
             raise UserError(f"{self.root}: no images ({', '.join(IMG_EXTENSIONS)}) in class {_list(empty)}")
 
@@ -74,15 +104,18 @@ class ZipSource:
         self, root: str | Path, split: str, cache_mode: str = "no", rank: int = 0, world_size: int = 1
     ) -> None:
         self.path = Path(root) / f"{split}.zip"
-        self._archive: zipfile.ZipFile | None = None
-        self._archive_pid = -1
+        self._file: BinaryIO | None = None
         map_path = Path(root) / f"{split}_map.txt"
         for path in (self.path, map_path):
             if not path.is_file():
                 raise UserError(f"{path}: no such file; --zip reads {self.path.name} and {map_path.name}")
         members = self._members()
-        self.samples = self._read_map(map_path, members)
-        labels = {label for _, label in self.samples}
+        samples = self._read_map(map_path, members)
+        self.samples = SampleList(samples)
+        # What the archive says of every sample, so that no worker has to list it again: that took 0.5 GB in each.
+        self._records = np.array([_record(members[name]) for name, _ in samples], dtype=np.int64)
+        labels = {label for _, label in samples}
+        del members, samples  # before the images of the cache take their memory
         num_classes = max(labels) + 1
         if len(labels) < num_classes:
             first = next(index for index in range(num_classes) if index not in labels)
@@ -93,19 +126,18 @@ class ZipSource:
         self.classes = [str(label) for label in sorted(labels)]
 
         cached = {"no": range(0), "full": range(len(self.samples)), "part": range(rank, len(self.samples), world_size)}
-        self._cache_offsets: dict[int, tuple[int, int]] = {}
+        self._spans = np.full((len(self.samples), 2), -1, np.int64)  # begin and end in the cache
         self._cache = np.empty(0, np.uint8)
-        self._fill_cache(cached[cache_mode], members)
+        self._fill_cache(cached[cache_mode])
 
-    def _members(self) -> dict[str, int]:
-        """Uncompressed size of every member."""
+    def _members(self) -> dict[str, zipfile.ZipInfo]:
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+                return {info.filename: info for info in archive.infolist() if not info.is_dir()}
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path}: not a readable zip file: {error}") from None
 
-    def _read_map(self, map_path: Path, members: dict[str, int]) -> list[tuple[str, int]]:
+    def _read_map(self, map_path: Path, members: dict[str, zipfile.ZipInfo]) -> list[tuple[str, int]]:
         samples = []
         try:
             lines = map_path.read_text(encoding="utf-8-sig").split("\n")
@@ -120,15 +152,16 @@ class ZipSource:
             name = name.removeprefix("./").lstrip("/")
             if name not in members:
                 raise UserError(f"{map_path}:{number}: {name} is not in {self.path}")
-            if members[name] > MAX_MEMBER_BYTES:
-                raise UserError(f"{map_path}:{number}: {name}: {members[name]:,} bytes are too many for an image")
+            size = max(members[name].file_size, members[name].compress_size)
+            if size > MAX_MEMBER_BYTES:
+                raise UserError(f"{map_path}:{number}: {name}: {size:,} bytes are too many for an image")
             samples.append((name, int(label)))
         if not samples:
             raise UserError(f"{map_path}: names no images")
         return samples
 
-    def _fill_cache(self, indices: Sequence[int], members: dict[str, int]) -> None:
-        self._cache = np.empty(sum(members[self.samples[i][0]] for i in indices), np.uint8)
+    def _fill_cache(self, indices: Sequence[int]) -> None:
+        self._cache = np.empty(self._records[indices, _SIZE].sum(), np.uint8)
         position = 0
         for index in indices:
             try:
@@ -136,21 +169,47 @@ class ZipSource:
             except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
                 continue  # damaged: stays out of the cache, and reading the sample raises this again
             self._cache[position : position + len(encoded)] = np.frombuffer(encoded, np.uint8)
-            self._cache_offsets[index] = (position, position + len(encoded))
+            self._spans[index] = position, position + len(encoded)
             position += len(encoded)
 
     def _read_from_archive(self, index: int) -> bytes:
-        # A file handle that crosses a fork shares its position with the parent, so each process opens its own.
-        if self._archive is None or self._archive_pid != os.getpid():
-            self._archive, self._archive_pid = zipfile.ZipFile(self.path), os.getpid()
-        return self._archive.read(self.samples[index][0])
+        """As zipfile reads a member, from what was noted of it; raises what zipfile does where it is damaged."""
+        if self._file is None:
+            self._file = self.path.open("rb")
+        offset, packed_size, size, crc, method = map(int, self._records[index])
+        if method == _UNUSUAL:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(self.samples[index][0])
+        # pread leaves the position alone, which processes share where the file was open before a fork.
+        header = os.pread(self._file.fileno(), _LOCAL_HEADER.size, offset)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise zipfile.BadZipFile("no file header where the archive has one")
+        name_size, extra_size = _LOCAL_HEADER.unpack(header)[-2:]
+        content = os.pread(self._file.fileno(), packed_size, offset + len(header) + name_size + extra_size)
+        if method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, max(size, 1))
+        if len(content) != size or zlib.crc32(content) != crc:
+            raise zipfile.BadZipFile("bad CRC-32")
+        return content
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_archive": None}
+        return {**self.__dict__, "_file": None}
 
     def read(self, index: int) -> bytes:
-        span = self._cache_offsets.get(index)
-        return self._read_from_archive(index) if span is None else self._cache[slice(*span)].tobytes()
+        begin, end = self._spans[index]
+        return self._read_from_archive(index) if begin < 0 else self._cache[begin:end].tobytes()
+
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip member; the lengths of its name and extra field come last
+_SIZE = 2
+_UNUSUAL = -1
+
+
+def _record(info: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
+    """Where a member's header is, packed size, size, CRC-32, and how it is packed: _UNUSUAL is zipfile's to read."""
+    usual = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1  # encrypted
+    method = info.compress_type if usual else _UNUSUAL
+    return info.header_offset, info.compress_size, info.file_size, info.CRC, method
 
 
 def class_folders(root: Path) -> list[str]:

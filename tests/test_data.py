@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from configs import UserError
 from data import digits, randomness
 from data.datasets import AugmentedDataset, ImageDataset, decode_image
 from data.samplers import SampleKey, TrainingOrder
-from data.sources import FolderSource, ZipSource, check_same_classes, fingerprint
+from data.sources import FolderSource, SampleList, ZipSource, check_same_classes, fingerprint
 from data.transforms import build_mixup, eval_transform, train_transform
 
 
@@ -171,7 +172,7 @@ def test_many_differing_classes_are_cut_short():
 
 # ----------------------------------------------------------------------------------------------------------- zip files
 @pytest.mark.parametrize("mode", ["no", "full", "part"])
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_zip_gives_the_pixels_of_the_folder(image_folder, tmp_path, mode, compression):
     folder = FolderSource(image_folder / "train")
     names = [os.path.relpath(path, image_folder / "train") for path, _ in folder.samples]
@@ -222,6 +223,53 @@ def test_zip_across_forked_workers(image_folder, tmp_path, mode):
     loader = DataLoader(dataset, batch_size=3, num_workers=2, persistent_workers=True)
     for _ in range(2):
         assert torch.equal(torch.cat([images for images, _ in loader]), expected)
+
+
+def test_a_zip_file_behind_other_bytes_is_read(image_folder, tmp_path):
+    """Positions in it then count from where it begins."""
+    zip_image_folder(image_folder, tmp_path / "z")
+    expected = pixels(ZipSource(tmp_path / "z", "train"))
+    path = tmp_path / "z" / "train.zip"
+    path.write_bytes(b"a program that unpacks what follows" + path.read_bytes())
+    assert pixels(ZipSource(tmp_path / "z", "train")) == expected
+
+
+def test_samples_are_a_list(tmp_path):
+    plain = [("a/é.png", 0), ("b", 3), (os.fsdecode(b"not utf-8 \xff"), 1)]
+    samples = SampleList(iter(plain))
+    assert samples == plain and plain == list(samples) and samples != plain[:2] and len(samples) == 3
+    assert samples[-1] == plain[-1] and samples[1:] == plain[1:] and samples[::2] == plain[::2]
+    assert samples[np.int64(1)] == plain[1] and all(type(label) is int for _, label in samples)
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            samples[index]
+    assert list(SampleList([])) == [] and pickle.loads(pickle.dumps(samples)) == plain
+
+
+def private_mib():
+    """Memory that this process shares with no other."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"Private_(?:Dirty|Clean): +(\d+) kB", text))) / 1024
+
+
+def test_reading_samples_copies_nothing_into_a_worker():
+    """A worker is a fork: what it writes to, and be it a count of references, it gets a copy of."""
+    samples = SampleList((f"n{i:08d}/n{i:08d}_{i}.JPEG", i % 1000) for i in range(200_000))
+    pid = os.fork()
+    if pid == 0:
+        before = private_mib()
+        for _ in samples:
+            pass
+        os._exit(private_mib() - before > 4)
+    assert os.waitpid(pid, 0)[1] == 0, "it grows by more than 4 MiB: a plain list lets it grow by 30"
+
+
+def test_a_worker_does_not_list_a_zip_file_again(image_folder, tmp_path, monkeypatch):
+    """The list takes half a gigabyte for ImageNet, and every worker would have its own."""
+    zip_image_folder(image_folder, tmp_path / "z")
+    source = ZipSource(tmp_path / "z", "train")
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    assert len(pixels(pickle.loads(pickle.dumps(source)))) == 18
 
 
 @pytest.mark.parametrize(
