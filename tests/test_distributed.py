@@ -325,6 +325,20 @@ def test_a_process_with_other_images_or_another_recipe_is_named(data, tmp_path, 
     assert not runs.run_folder(tmp_path / "out").exists()
 
 
+def test_a_mistake_of_one_process_is_named_by_the_others_too(data, tmp_path):
+    """Its node lacks the data: the others, which wait for it to begin, have no traceback to show."""
+    args = runs.arguments(data, tmp_path / "out", "DATA.BATCH_SIZE", "2")
+    env = {"FAULT": f"differ:1:{data}:{tmp_path}"}
+    result = runs.launch(FAULT_TRAIN, args, processes=2, env=env)
+    assert result.returncode != 0
+    cause = f"--data-path {tmp_path}: has no folder train/"
+    lines = sorted(line for line in result.stderr.splitlines() if line.startswith("fault_train.py: error"))
+    assert len(lines) == 2 and 'fault_train.py", line' not in result.stderr, result.stderr
+    who = f"process 1 on {socket.gethostname()} has failed: "
+    assert lines[0].startswith(f"fault_train.py: error on process 0 of 2: {who}{cause}"), lines
+    assert lines[1].startswith(f"fault_train.py: error on process 1 of 2: {cause}"), lines
+
+
 @pytest.mark.parametrize(
     ("what", "message", "code"),
     [

@@ -236,9 +236,9 @@ def meeting(timeout_seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except UserError:
-        raise
     except RuntimeError as error:
+        if not _is_communication_failure(error):
+            raise
         raise Fault(line(error)) from None
     finally:
         timer.cancel()
@@ -262,6 +262,23 @@ def tell_others(message: str) -> None:
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         thread.join(STORE_SECONDS)
+
+
+def failure_of_another(error: Exception) -> str:
+    """Where an error is that another process has gone, the cause that it has left, if it has; else ''."""
+    answer: list[str] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            if store.check(["cause"]):
+                answer.append(store.get("cause").decode())
+
+    if isinstance(error, RuntimeError) and _is_communication_failure(error) and dist.is_initialized():
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(STORE_SECONDS)
+    return answer[0] if answer else ""
 
 
 def report_failure(message: str) -> None:

@@ -28,6 +28,7 @@ from .faults import (
     Watch,
     die_with_launcher,
     end_loader_workers,
+    failure_of_another,
     leave_exit_code,
     lost_loader_worker,
     meeting,
@@ -100,6 +101,7 @@ def run_script(main: Callable[[], None]) -> None:
         elif isinstance(error, torch.OutOfMemoryError):
             message = f"{_first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
             message += "--use-checkpoint"
+        message = message or failure_of_another(error)
         status = EXIT_MISTAKE if message else 1
         if not message:
             traceback.print_exc()
