@@ -11,7 +11,7 @@ case ${1:-} in -h | --help) show_help && exit 0 ;; esac
 selection=()
 if [[ ${1:-} == --long ]]; then
     shift
-    # pyproject.toml deselects the long tests with -m "not long"; the later -m wins.
+    # pyproject.toml deselects the long tests, and those of GPUs, which skip without them; the later -m wins.
     selection=(-m "")
 fi
 
