@@ -168,7 +168,9 @@ def _leave_no_empty_folder() -> None:
     """Remove the run folder if this process made it and it holds nothing yet but logs, which name no result."""
     with contextlib.suppress(OSError, UserError):
         if _run_folder in _made_folders:
-            lock = lock_run_folder(_run_folder, str, wait_seconds=0)  # nobody else has begun to write there
+            lock = lock_run_folder(
+                _run_folder, lambda line: None, wait_seconds=0
+            )  # nobody else has begun to write there
             contents = list(_run_folder.iterdir())
             if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
                 for path in contents:
