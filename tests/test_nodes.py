@@ -192,7 +192,7 @@ def test_a_killed_node_is_replaced_and_the_run_continues(nodes, data, tmp_path, 
         with Started(nodes, killed, data, outputs[killed], *SIX_EPOCHS, flags=RETRY) as first:
             (survivor if kept == 0 else first).until(r"Train: \[2/6\]\[1/4\]")
             nodes.kill_all(killed)
-        survivor.until(r"torchrun ended with code \d+; starting it again in 1 s, retries left: 3")
+        survivor.until(r"torchrun ended with code \d+: train\.py: .*; starting it again in 1 s, retries left: 3")
         replacement_output = outputs[0] if killed == 0 else tmp_path / "replacement"
         with Started(nodes, killed, data, replacement_output, *SIX_EPOCHS, flags=RETRY) as replacement:
             assert (survivor.finish(), replacement.finish()) == (0, 0), survivor.text + replacement.text
