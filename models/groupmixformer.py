@@ -323,17 +323,13 @@ def _check_sizes(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: S
         raise ValueError(
             f"num_heads={num_heads} cannot be cut 2:3:3 between the 3x3, 5x5 and 7x7 windows: use a multiple of 8"
         )
-    for stage, dim in enumerate(embed_dims, start=1):
-        if dim <= 0 or dim % NUM_SEGMENTS or (4 * dim // NUM_SEGMENTS) % num_heads or dim % 2:
+    divisor = 10 * num_heads // 8  # five segments, of which the first four give equal heads; 10 for 8 heads
+    for stage, dim in enumerate(embed_dims):
+        if dim <= 0 or dim % divisor:
             raise ValueError(
-                f"embed_dims[{stage - 1}]={dim} cannot be cut into {NUM_SEGMENTS} segments whose first four give "
-                f"{num_heads} equal heads: it must be a positive multiple of {_dim_divisor(num_heads)}"
+                f"embed_dims[{stage}]={dim} cannot be cut into {NUM_SEGMENTS} segments whose first four give "
+                f"{num_heads} equal heads: it must be a positive multiple of {divisor}"
             )
-
-
-def _dim_divisor(num_heads: int) -> int:
-    """The number that every embedding width must be a multiple of; 10 for 8 heads."""
-    return next(dim for dim in range(10, 10 * num_heads + 1, 10) if (4 * dim // NUM_SEGMENTS) % num_heads == 0)
 
 
 class GroupMixFormer(nn.Module):

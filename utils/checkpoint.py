@@ -29,7 +29,6 @@ import re
 import shutil
 import socket
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -178,9 +177,6 @@ def load_file(path: str | Path) -> dict[str, Any]:
                     damaged = next(folders, None) or archive.testzip()
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
-        # A configuration pickled as yacs CfgNode, a dict by nature, becomes a plain ordered mapping. For good, as
-        # models/ needs it for timm too: the end of a `safe_globals` block would take that away.
-        torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from configs.arguments import OneLineParser
-from configs.commands import command
+from configs.commands import CommandParser, command
 from models import VARIANTS, GroupMixFormer
 
 from .checkpoint import load_file, select_weights, write_file
@@ -224,12 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="utils.convert",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("utils.convert", __doc__)
     parser.add_argument("file", metavar="FILE", help="weights to read")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format to write")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="where to write; default: the present folder")

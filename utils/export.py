@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError, get_config, with_num_classes
-from configs.arguments import OneLineParser
-from configs.commands import command
+from configs.commands import CommandParser, command
 from models import build_model
 
 from .checkpoint import load_exactly
@@ -239,12 +238,7 @@ def _require_onnx() -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="utils.export",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("utils.export", __doc__)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any key")
     parser.add_argument("--pretrained", metavar="FILE", help="weights to export")
