@@ -19,6 +19,7 @@ SPLIT_NAMES = {
     "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
 }
 
+UNLABELLED = -1  # the class index of an image whose class is not known
 MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
 
 
@@ -151,6 +152,18 @@ class ZipSource:
     def read(self, index: int) -> bytes:
         span = self._cache_offsets.get(index)
         return self._read_from_archive(index) if span is None else self._cache[slice(*span)].tobytes()
+
+
+class PictureSource:
+    """Unlabelled files as a source."""
+
+    classes: list[str] = []  # noqa: RUF012 - never changed
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.samples = [(str(path), UNLABELLED) for path in paths]
+
+    def read(self, index: int) -> bytes:
+        return Path(self.samples[index][0]).read_bytes()
 
 
 def class_folders(root: Path) -> list[str]:

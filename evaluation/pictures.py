@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -13,8 +12,9 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from configs import UserError, with_num_classes
-from data import ImageDataset, class_folders, usable_workers, views_transform
-from data.sources import SPLIT_NAMES
+from data import ImageDataset, usable_workers, views_transform
+from data.class_names import class_names
+from data.sources import UNLABELLED, PictureSource
 from models import build_model
 from utils.checkpoint import load_exactly, load_file, select_weights
 from utils.compilation import inference_network
@@ -23,21 +23,9 @@ from utils.files import write_json
 from utils.logging import printable
 from utils.session import Session
 
-from .predictions import UNLABELLED, predict_batch, summarize_batch
+from .predictions import predict_batch, summarize_batch
 
 SUFFIX = ".top5.json"  # behind the whole name of the picture: a.jpg and a.png do not share a file
-
-
-class PictureSource:
-    """Unlabelled files as a source."""
-
-    classes: list[str] = []  # noqa: RUF012 - never changed
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.samples = [(str(path), UNLABELLED) for path in paths]
-
-    def read(self, index: int) -> bytes:
-        return Path(self.samples[index][0]).read_bytes()
 
 
 class _Pictures(Dataset):
@@ -135,40 +123,6 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
         else:
             raise UserError(f"--images {argument}: no such file or folder")
     return list(pictures)
-
-
-def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
-    """Names of the classes, by index: the checkpoint's, else the folders of --data-path, else ImageNet's for 1000.
-
-    Folders named by WordNet ids get the words behind the id. Where nothing is known, a name is the index as text.
-    Raises UserError where the folders of --data-path are not as many as the classes.
-    """
-    count = config.MODEL.GMA.NUM_CLASSES
-    numbers = [str(i) for i in range(count)]
-    names = checkpoint.get("classes")
-    if not isinstance(names, list) or len(names) != count or names == numbers:
-        names = _folder_names(config, count)
-    if names is None:
-        names = ImageNetInfo().label_names() if count == 1000 else numbers
-    if all(name.startswith("n") and name[1:].isdigit() for name in names):
-        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
-            as_dict=True
-        )
-        return [f"{words[name]} ({name})" if name in words else name for name in names]
-    return names
-
-
-def _folder_names(config: CfgNode, count: int) -> list[str] | None:
-    if not config.DATA.DATA_PATH or config.DATA.ZIP_MODE:
-        return None
-    for split in ("val", "train"):
-        folder = Path(config.DATA.DATA_PATH) / SPLIT_NAMES[config.DATA.DATASET][split]
-        if folder.is_dir():
-            names = class_folders(folder)
-            if len(names) != count:
-                raise UserError(f"{folder}: has {len(names)} classes, the weights have {count}: leave --data-path out")
-            return names
-    return None
 
 
 def _batches(config: CfgNode, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:

@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from data import Source, build_prediction_loader, normalize
+from data.sources import UNLABELLED
 from utils.distributed import gather_on_main
 from utils.engine import Precision
 from utils.files import whole_file, write_rows
@@ -30,7 +31,6 @@ from utils.logging import ProgressLog, peak_memory_mib
 from utils.session import Session
 
 TOP = 5
-UNLABELLED = -1
 # Logits are kept up to this size, for a moment in three copies on the main process: 50,000 images of 1000 classes are
 # 0.2 GB. Beyond it, as for the 10,450 classes of ImageNet-21k, everything but the temperature is still exact.
 MAX_LOGITS_BYTES = 10**9

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from configs import UserError, with_num_classes, with_values
 from data import check_val_classes, open_split, usable_workers
 from models import build_model
-from utils.checkpoint import load_weights
+from utils.checkpoint import find_weights, load_weights
 from utils.compilation import inference_network
 from utils.distributed import decide_on_main
 from utils.engine import build_precision, measure_throughput
@@ -24,8 +24,6 @@ from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
 from .predictions import Predictions, check_suffix, predict
 
-PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
-
 
 def run_evaluation(session: Session) -> None:
     """Do what the command line asks for."""
@@ -38,22 +36,6 @@ def run_evaluation(session: Session) -> None:
         label_pictures(session, find_weights(session.config))
     else:
         evaluate_weights(session)
-
-
-def find_weights(config: CfgNode) -> str:
-    """The file to evaluate: --resume, else --pretrained (MODEL.PRETRAINED), else pretrained/<MODEL.NAME>.pth.
-
-    Raises UserError where there is none: a score of random weights would look like a result.
-    """
-    released = PRETRAINED_FOLDER / f"{config.MODEL.NAME}.pth"
-    for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
-        if path:
-            return path
-    if released.is_file():
-        return str(released)
-    raise UserError(
-        f"no weights to evaluate: give a file with --resume or --pretrained, or put released weights at {released}"
-    )
 
 
 def evaluate_weights(session: Session) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from configs import UserError
 from models import VARIANTS, GroupMixFormer
@@ -44,6 +45,7 @@ from models import VARIANTS, GroupMixFormer
 from .faults import unwritable
 
 BEST_NAME = "ckpt_best.pth"
+PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
 LOCK_NAME = "run.lock"
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
 IMAGENET_21K_CLASSES = 21841
@@ -199,6 +201,22 @@ def load_file(path: str | Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
+def find_weights(config: CfgNode) -> str:
+    """The file to evaluate: --resume, else --pretrained (MODEL.PRETRAINED), else pretrained/<MODEL.NAME>.pth.
+
+    Raises UserError where there is none: a score of random weights would look like a result.
+    """
+    released = PRETRAINED_FOLDER / f"{config.MODEL.NAME}.pth"
+    for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
+        if path:
+            return path
+    if released.is_file():
+        return str(released)
+    raise UserError(
+        f"no weights to evaluate: give a file with --resume or --pretrained, or put released weights at {released}"
+    )
+
+
 def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple[dict[str, Tensor], str]:
     """The state dict to use from a loaded file, and what it is, for the log.
 

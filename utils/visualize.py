@@ -23,11 +23,11 @@ from yacs.config import CfgNode
 from configs import UserError, get_config, parse_args, with_num_classes
 from configs.commands import CommandParser, command
 from data import ImageDataset, denormalize, views_transform
-from evaluation.pictures import PictureSource, class_names
-from evaluation.run import find_weights
+from data.class_names import class_names
+from data.sources import PictureSource
 from models import build_model
-from utils.checkpoint import load_exactly, load_file, select_weights
 
+from .checkpoint import find_weights, load_exactly, load_file, select_weights
 from .files import STDOUT, check_json_target, write_json
 
 BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
