@@ -18,6 +18,12 @@ from yacs.config import CfgNode
 from .arguments import flag_values
 from .errors import UserError
 
+# split -> its folder, or its zip and map file without suffix, of each DATA.DATASET. A new data set is a line here.
+SPLIT_NAMES = {
+    "imagenet": {"train": "train", "val": "val"},
+    "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
+}
+
 _C = CfgNode()
 
 _C.BASE = [""]  # YAML files that this one builds on; paths relative to it
@@ -26,7 +32,7 @@ _C.BASE = [""]  # YAML files that this one builds on; paths relative to it
 _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # images a process (GPU) and step
 _C.DATA.DATA_PATH = ""  # folder that holds train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)
-_C.DATA.DATASET = "imagenet"  # 'imagenet': train, val; 'imagenet_21k': imagenet21k_train, imagenet21k_val
+_C.DATA.DATASET = "imagenet"  # a name in SPLIT_NAMES: 'imagenet', 'imagenet_21k'
 _C.DATA.IMG_SIZE = 224  # input height and width, pixels
 _C.DATA.INTERPOLATION = "bicubic"  # resizing: 'bicubic', 'bilinear', 'lanczos', 'nearest'; 'random' in training only
 _C.DATA.ZIP_MODE = False  # read images from zip files
@@ -172,7 +178,7 @@ _FILE_NAME: Rule = (
 
 _RULES: dict[str, Rule] = {
     "DATA.BATCH_SIZE": _at_least(1),
-    "DATA.DATASET": _one_of("imagenet", "imagenet_21k"),
+    "DATA.DATASET": _one_of(*SPLIT_NAMES),
     "DATA.IMG_SIZE": _at_least(32),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),

@@ -25,12 +25,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 
 from .inspection import inspect_all
 from .listing import File, Problem, Split, list_folders, list_zips
-from .sources import SPLIT_NAMES
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVEL_TITLES = {

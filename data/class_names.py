@@ -6,9 +6,9 @@ from typing import Any
 from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 
-from .sources import SPLIT_NAMES, class_folders
+from .sources import class_folders
 
 
 def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 
-from .sources import SPLIT_NAMES, fingerprint, open_source
+from .sources import fingerprint, open_source
 
 
 class Problem(NamedTuple):

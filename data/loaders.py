@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 
 from .datasets import AugmentedDataset, ImageDataset
 from .fast import (
@@ -26,7 +26,7 @@ from .fast import (
     normalize,
 )
 from .samplers import TrainingOrder
-from .sources import SPLIT_NAMES, Source, check_same_classes, class_folders, open_source
+from .sources import Source, check_same_classes, class_folders, open_source
 from .transforms import eval_transform, train_transform, views_transform
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 
 from .datasets import ImageDataset, decode_image
-from .sources import SPLIT_NAMES, FolderSource, check_same_classes, open_source
+from .sources import FolderSource, check_same_classes, open_source
 
 
 def shrink(encoded: bytes, short_side: int | None, quality: int) -> bytes:

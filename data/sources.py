@@ -11,13 +11,7 @@ from typing import Protocol
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from configs import UserError
-
-# split -> name on disk, of each DATA.DATASET
-SPLIT_NAMES = {
-    "imagenet": {"train": "train", "val": "val"},
-    "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
-}
+from configs import SPLIT_NAMES, UserError
 
 UNLABELLED = -1  # the class index of an image whose class is not known
 MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to

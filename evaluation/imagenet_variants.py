@@ -21,8 +21,8 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from yacs.config import CfgNode
 
-from configs import UserError
-from data.sources import SPLIT_NAMES, Source, class_folders
+from configs import SPLIT_NAMES, UserError
+from data.sources import Source, class_folders
 
 NUM_CLASSES = 1000
 REAL_IMAGES = 50_000

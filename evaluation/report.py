@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
-from data.sources import SPLIT_NAMES
 from utils.files import STDOUT, check_json_target, whole_file, write_json
 
 from .metrics import class_results, confusion_matrix

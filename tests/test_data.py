@@ -19,7 +19,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 
 import data
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from data import digits, randomness
 from data.datasets import AugmentedDataset, ImageDataset, decode_image
 from data.samplers import SampleKey, TrainingOrder
@@ -140,6 +140,11 @@ def test_imagenet_21k_has_folders_of_its_own(make_config, image_folder):
     data.check_val_classes(config, None, val)
     shutil.rmtree(image_folder / "imagenet21k_train" / "cat")
     assert "cat" in message_of(data.check_val_classes, config, None, val)
+
+
+def test_every_data_set_with_names_for_its_splits_can_be_configured(make_config):
+    for name in SPLIT_NAMES:
+        make_config("--opts", "DATA.DATASET", name)  # UserError where it is not allowed
 
 
 def test_imagenet_21k_zipped(make_config, image_folder, tmp_path):
