@@ -625,17 +625,6 @@ def test_variants_do_not_share_a_run_folder():
     assert defaults._C.MODEL.NAME not in names
 
 
-def test_variants_have_the_numbers_of_the_network(make_config):
-    from models import VARIANTS
-
-    for name, numbers in VARIANTS.items():
-        gma = make_config("--cfg", str(ROOT / "configs" / f"{name}.yaml")).MODEL.GMA
-        assert tuple(gma.EMBEDDING_DIMS) == numbers["embed_dims"]
-        assert tuple(gma.SERIAL_DEPTHS) == numbers["depths"]
-        assert tuple(gma.MLP_RATIOS) == numbers["mlp_ratios"]
-        assert numbers["drop_path_rate"] == gma.DROP_PATH_RATE
-
-
 def test_config_json_round_trip(tmp_path, make_config):
     from utils.session import describe_run
 
