@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -879,6 +880,18 @@ def test_digits_written_by_two_processes_at_once(written_digits, tmp_path, monke
     assert not digits.write_digits(tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert contents(tmp_path / "set") == contents(written_digits)
+
+
+def test_digits_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert digits.main(["--output", str(tmp_path / "file" / "set")]) == 2
+    assert digits.main(["--output", str(tmp_path / "file")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing half-written stays"
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert digits.main(["--output", str(tmp_path / "set")]) == 2
+    folder, file, missing = capsys.readouterr().err.splitlines()
+    assert folder == f"data.digits: error: --output {tmp_path}/file/set: cannot be written: Not a directory"
+    assert "file: cannot be written" in file and "pip install scikit-learn" in missing
 
 
 def test_interrupted_digits_never_look_complete(tmp_path, monkeypatch):
