@@ -11,12 +11,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from configs import UserError, with_num_classes
+from configs import UserError
 from data import ImageDataset, usable_workers, views_transform
-from data.class_names import class_names
 from data.sources import UNLABELLED, PictureSource
-from models import build_model
-from utils.checkpoint import load_exactly, load_file, select_weights
+from utils.checkpoint import load_classifier
 from utils.compilation import inference_network
 from utils.engine import build_precision
 from utils.files import write_json
@@ -55,21 +53,14 @@ def label_pictures(session: Session, weights: str) -> None:
     if processes.distributed:
         raise UserError("--images works on one process: start test.py without torchrun")
     paths = find_pictures(session.args.images)
-    checkpoint = load_file(weights)
-    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, weights)
-    if "head.weight" not in state:
-        raise UserError(f"{weights}: has no head.weight, so it tells no classes")
-    config = with_num_classes(config, len(state["head.weight"]))
-    names = class_names(checkpoint, config)
-    network = build_model(config).to(processes.device).eval()
-    load_exactly(network, state, weights)
-    network = inference_network(config, network)
+    network, names, loaded = load_classifier(config, weights)
+    network = inference_network(config, network.to(processes.device))
     if config.DATA.FAST_LOADING == "all":
         logger.info("DATA.FAST_LOADING does not apply to --images: pictures are resized exactly")
     precision = build_precision(config, processes.device)
-    logger.info(f"{len(paths)} pictures, {kind} of {weights}, {len(names)} classes, {precision}")
+    logger.info(f"{len(paths)} pictures, {loaded}, {len(names)} classes, {precision}")
 
-    about = {"weights": f"{kind} of {weights}", "image_size": config.DATA.IMG_SIZE, "tta": config.TEST.TTA}
+    about = {"weights": loaded, "image_size": config.DATA.IMG_SIZE, "tta": config.TEST.TTA}
     results, faults = [], 0
     for path, views in tqdm(_batches(config, paths), total=len(paths), unit="picture", disable=None, leave=False):
         result: dict[str, Any] = {"picture": str(path)}

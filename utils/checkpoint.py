@@ -39,8 +39,9 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError
-from models import VARIANTS, GroupMixFormer
+from configs import UserError, with_num_classes
+from data.class_names import class_names
+from models import VARIANTS, GroupMixFormer, build_model
 
 from .faults import unwritable
 
@@ -341,6 +342,28 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
         hint = [f"they are of {known}: use --cfg configs/{known}.yaml"] if known else []
         raise UserError(f"{origin}: weights of another network than --cfg describes: {'; '.join(parts + hint)}")
     network.load_state_dict(state)
+
+
+def network_with(config: CfgNode, state: dict[str, Tensor], origin: str) -> nn.Module:
+    """The configuration's network for evaluation, with these weights and as many classes as they have."""
+    network = build_model(with_num_classes(config, _num_classes(state)))
+    network.set_grad_checkpointing(False)
+    load_exactly(network, state, origin)
+    return network.eval()
+
+
+def load_classifier(config: CfgNode, path: str) -> tuple[nn.Module, list[str], str]:
+    """The configuration's network for evaluation, with the weights of a file, whatever their number of classes.
+
+    Returns the network, the names of its classes, and what was loaded, for the log. Raises UserError where the weights
+    tell no classes.
+    """
+    checkpoint = load_file(path)
+    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, path)
+    if "head.weight" not in state:
+        raise UserError(f"{path}: has no head.weight, so it tells no classes")
+    names = class_names(checkpoint, with_num_classes(config, _num_classes(state)))
+    return network_with(config, state, path), names, f"{kind} of {path}"
 
 
 def _published_variant(state: dict[str, Tensor]) -> str:

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, with_num_classes
+from configs import UserError, get_config
 from configs.commands import CommandParser, command
-from models import build_model
 
-from .checkpoint import load_exactly
+from .checkpoint import network_with
 from .convert import read_weights
 from .files import STDOUT, check_json_target, write_json
 
@@ -66,11 +65,7 @@ class StageMaps(nn.Module):
 def load_network(config: CfgNode, path: str, which: str) -> tuple[nn.Module, str]:
     """The configuration's network for evaluation, with the classes of the weights, and which weights it has."""
     state, kind = read_weights(path, which)
-    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-    network = build_model(with_num_classes(config, classes))
-    network.set_grad_checkpointing(False)
-    load_exactly(network, state, path)
-    return network.eval(), f"{kind} of {path}"
+    return network_with(config, state, path), f"{kind} of {path}"
 
 
 def export(

@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, parse_args, with_num_classes
+from configs import UserError, get_config, parse_args
 from configs.commands import CommandParser, command
 from data import ImageDataset, denormalize, views_transform
-from data.class_names import class_names
 from data.sources import PictureSource
-from models import build_model
 
-from .checkpoint import find_weights, load_exactly, load_file, select_weights
+from .checkpoint import find_weights, load_classifier
 from .files import STDOUT, check_json_target, write_json
 
 BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
@@ -244,14 +242,7 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
     weights = find_weights(config)  # random weights would look like a result
     if not image.is_file():
         raise UserError(f"--image {image}: no such file")
-    checkpoint = load_file(weights)
-    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, weights)
-    if "head.weight" not in state:
-        raise UserError(f"{weights}: has no head.weight, so it tells no classes")
-    config = with_num_classes(config, len(state["head.weight"]))
-    names = class_names(checkpoint, config)
-    network = build_model(config).eval()
-    load_exactly(network, state, weights)
+    network, names, loaded = load_classifier(config, weights)
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
     result = explain(network, views[0])
     chosen = choose_block(result.branches, stage, block)
@@ -260,7 +251,7 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
     order = np.argsort(-result.probabilities, kind="stable")[:TOP].tolist()
     return {
         "picture": str(image),
-        "weights": f"{kind} of {weights}",
+        "weights": loaded,
         "top": [{"class": i, "name": names[i], "probability": float(result.probabilities[i])} for i in order],
         "grad_cam": result.cam.tolist(),
         "branches": list(BRANCHES),
