@@ -117,19 +117,6 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         raise unwritable(path, error, sum(tensor.nbytes for tensor in _tensors(state))) from None
 
 
-def write_file(content: bytes, path: Path) -> None:
-    """Write bytes to a new file whole or not at all, making its folder; UserError where that cannot be done."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path}: cannot be written: {_first_line(error)}") from None
-
-
 def keep_as_best(path: Path) -> None:
     """Let the run's best checkpoint be this file, without writing it twice where the file system can link."""
     best = path.with_name(BEST_NAME)

@@ -27,8 +27,8 @@ from configs import UserError
 from configs.commands import CommandParser, command
 from models import VARIANTS, GroupMixFormer
 
-from .checkpoint import load_file, select_weights, write_file
-from .files import STDOUT, check_json_target, write_json
+from .checkpoint import load_file, select_weights
+from .files import STDOUT, check_json_target, write_file, write_json
 
 SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "birder": ".pt"}
 

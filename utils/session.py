@@ -22,6 +22,7 @@ from configs.defaults import to_dict
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .distributed import Processes, close_processes, decide_on_main, init_processes
 from .faults import Watch, die_with_launcher, lost_loader_worker, tell_launcher, unwritable
+from .files import whole_file
 from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
@@ -160,13 +161,10 @@ def describe_run(config: CfgNode, folder: Path) -> None:
         ("config.json", json.dumps(to_dict(config), indent=2) + "\n"),
         (source.name, source.read_text()),
     ):
-        partial = folder / f".{name}.partial"
         try:
-            partial.write_text(text)
-            os.replace(partial, folder / name)  # an older one is not lost to a full disk
+            with whole_file(folder / name) as partial:  # an older one is not lost to a full disk
+                partial.write_text(text)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             raise unwritable(folder / name, error, len(text)) from None
 
 
