@@ -16,7 +16,7 @@ import yaml
 from yacs.config import CfgNode
 
 from .arguments import flag_values
-from .errors import UserError
+from .errors import UserError, one_line
 
 # split -> its folder, or its zip and map file without suffix, of each DATA.DATASET. A new data set is a line here.
 SPLIT_NAMES = {
@@ -351,7 +351,7 @@ def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold KEY: value pairs, holds a {type(content).__name__}")
@@ -363,7 +363,7 @@ def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen
         if base:
             _merge_file(config, path.parent / base, notify, (*seen, resolved))
     try:
-        values = list(_flatten(content))
+        values = list(flatten(content))
     except RecursionError:
         raise UserError(f"{path}: not a configuration: a group of keys holds itself") from None
     for key, value in values:
@@ -376,10 +376,11 @@ def _nearby_yaml(path: Path) -> str:
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
-def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what nested dictionaries hold as `config_keys` does: ('TRAIN.LR_SCHEDULER.NAME', 'cosine')."""
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from configs.errors import one_line
+
 from .datasets import decode_image
-from .listing import File, Listing, one_line, target
+from .listing import File, Listing, target
 
 MAX_FILE_BYTES = 512 * 2**20  # larger files are named, not read
 WORKER_MEMORY_BYTES = 4 * 2**30  # that a process may take for decoding; Pillow's own limit on pixels comes first

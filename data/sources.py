@@ -164,15 +164,16 @@ def class_folders(root: Path) -> list[str]:
     """Names of the class folders below `root`, sorted; UserError where it is no readable folder."""
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
+            return sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}") from None
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether the entry is a folder or a link to one; False for a link to itself, where `is_dir` raises."""
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:
         return False
 
 

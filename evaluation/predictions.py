@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
+from configs.errors import one_line
 from data import Source, build_prediction_loader, normalize
 from data.sources import UNLABELLED
 from utils.distributed import gather_on_main
@@ -174,7 +175,7 @@ def _read_parquet(path: Path) -> dict[str, Sequence[Any]]:
     try:
         return parquet.read_table(path).to_pydict()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- the pass

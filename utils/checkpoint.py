@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError, with_num_classes
+from configs.errors import first_line
 from data.class_names import class_names
 from models import VARIANTS, GroupMixFormer, build_model
 
@@ -81,7 +82,7 @@ def lock_run_folder(folder: Path) -> int:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
+            raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {first_line(error)}") from None
         holder = os.read(descriptor, 200).decode().strip() or "another process"
         os.close(descriptor)
         raise UserError(
@@ -182,7 +183,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded{what}"
         ) from None
     except Exception as error:  # damaged pickles and zip files raise almost anything
-        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -224,7 +225,7 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
             (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
         )
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise UserError(f"{origin}: holds no state dict of a network (keys: {_some(checkpoint)})")
+        raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)})")
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
 
 
@@ -300,7 +301,7 @@ def read_class_map(path: str | Path, num_classes: int, num_rows: int) -> list[in
     try:
         rows = [int(word) for word in Path(path).read_text().split()]
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL.CLASS_MAP = {path!r}: cannot be read: {_first_line(error)}") from None
+        raise UserError(f"MODEL.CLASS_MAP = {path!r}: cannot be read: {first_line(error)}") from None
     if len(rows) != num_classes or not all(0 <= row < num_rows for row in rows):
         raise UserError(
             f"MODEL.CLASS_MAP = {path!r}: needs {num_classes} row numbers from 0 to {num_rows - 1}, has {len(rows)} "
@@ -321,7 +322,7 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
     ]
     if missing or unexpected or reshaped:
         parts = [
-            f"{len(names)} {what} ({_some(names)})"
+            f"{len(names)} {what} ({some(names)})"
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
@@ -388,10 +389,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few of many names, for a message."""
     names = list(names)
     return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -27,7 +27,7 @@ from configs import UserError
 from configs.commands import CommandParser, command
 from models import VARIANTS, GroupMixFormer
 
-from .checkpoint import load_file, select_weights
+from .checkpoint import load_file, select_weights, some
 from .files import STDOUT, check_json_target, write_file, write_json
 
 SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "birder": ".pt"}
@@ -126,7 +126,7 @@ def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple
                 **sizes,
             )
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {_some(state)})") from None
+        raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {some(state)})") from None
     name = next((name for name, numbers in VARIANTS.items() if sizes.items() <= numbers.items()), "")
     return name or "GroupMixFormer " + ", ".join(f"{key} {value}" for key, value in sizes.items()), network
 
@@ -197,13 +197,8 @@ def _in_order(state: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     wrong = [name for name in (*own, *state) if name not in own or name not in state]
     wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
-        raise UserError(f"{origin}: not the weights of one whole GroupMixFormer: look at {_some(wrong)}")
+        raise UserError(f"{origin}: not the weights of one whole GroupMixFormer: look at {some(wrong)}")
     return {name: state[name] for name in own}
-
-
-def _some(names: Any, limit: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -24,6 +24,7 @@ from yacs.config import CfgNode
 
 from configs import UserError, get_config
 from configs.commands import CommandParser, command
+from configs.errors import first_line
 
 from .checkpoint import network_with
 from .convert import read_weights
@@ -104,8 +105,7 @@ def export(
         except UserError:
             raise
         except Exception as error:  # exporters raise whatever they like
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first})") from None
+            raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}
         for height, width in ((size, size), (size + 19, max(size - 13, MIN_SIZE))):
             for batch in BATCHES:
@@ -154,8 +154,8 @@ def _largest_difference(network: nn.Module, compute: Callable, images: Tensor, p
     try:
         got = compute(images)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{path}: not written: the export does not run on {tuple(images.shape)}: {first}") from None
+        shape = tuple(images.shape)
+        raise UserError(f"{path}: not written: the export does not run on {shape}: {first_line(error)}") from None
     largest = 0.0
     for ours, theirs in zip(expected, got, strict=True):
         if ours.shape != theirs.shape:

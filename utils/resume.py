@@ -12,7 +12,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from configs.defaults import config_keys, to_dict
+from configs.defaults import config_keys, flatten, to_dict
 from data import Source, TrainingData, fingerprint
 
 from .checkpoint import (
@@ -283,7 +283,7 @@ def recipe_changes(state: dict[str, Any], config: CfgNode, images: dict[str, Any
     ]
     stored = state.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
-        before = dict(_flatten(yaml.safe_load(stored)))
+        before = dict(flatten(yaml.safe_load(stored)))
         for key, now in config_keys(config):
             now = list(now) if isinstance(now, tuple) else now
             if key in before and key not in FREE_KEYS and before[key] != now:
@@ -297,11 +297,3 @@ def _restore_ema(session: Session, ema: ModelEmaV3, state: dict[str, Any], path:
         session.logger.info(f"{path} holds no EMA: it starts from the raw weights")
     network: nn.Module = ema.module
     load_exactly(network, select_weights(state, which, path)[0], path)
-
-
-def _flatten(content: dict[str, Any], prefix: str = ""):
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
