@@ -30,6 +30,7 @@ from configs.commands import CommandParser, command
 
 from .inspection import inspect_all
 from .listing import File, Problem, Split, list_folders, list_zips
+from .loaders import available_cores
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVEL_TITLES = {
@@ -114,7 +115,7 @@ def check_data_set(
     is_hashed, is_sound = np.zeros(len(files), bool), np.zeros(len(files), bool)
     modes: Counter[str] = Counter()
     with tqdm(total=len(files), desc="inspecting", unit="file", disable=None) as progress:
-        for index, (size, digest, mode, findings) in inspect_all(root, listing, workers or _cores()):
+        for index, (size, digest, mode, findings) in inspect_all(root, listing, workers or available_cores()):
             sizes[index] = size
             if digest:
                 digests[index] = np.frombuffer(digest, np.uint8)
@@ -169,10 +170,6 @@ def _repeated(files: list[File], digests: np.ndarray, candidates: np.ndarray) ->
             if file.path != first.path:  # a map may name a member twice
                 label = "" if file.label == first.label else f", but class {file.label} instead of {first.label}"
                 yield Problem(kind, file.path, f"same content as {first.path}{label}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

@@ -197,10 +197,14 @@ def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> Non
         check_same_classes(train.classes, val.classes, config.DATA.DATA_PATH)
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use: a scheduler or container may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_workers(config: CfgNode) -> int:
     """DATA.NUM_WORKERS, but no more than this process's share of the CPU cores. The result does not depend on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(config.DATA.NUM_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(config.DATA.NUM_WORKERS, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _loader(

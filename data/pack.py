@@ -24,6 +24,7 @@ from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 
 from .datasets import ImageDataset, decode_image
+from .loaders import available_cores
 from .sources import FolderSource, check_same_classes, open_source
 
 
@@ -96,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--short-side", type=int, default=320, metavar="PIXELS", help="longest short side of training images (320)"
     )
     parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the JPEGs that are made, 1 to 95 (95)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one a core)")
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (one a core)")
     args = parser.parse_args(argv)
     if args.short_side < 32:
         raise UserError(f"--short-side {args.short_side}: at least 32 pixels")
