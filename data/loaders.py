@@ -17,17 +17,16 @@ from yacs.config import CfgNode
 from configs import SPLIT_NAMES, UserError
 
 from .datasets import AugmentedDataset, ImageDataset
-from .fast import (
+from .fast_loading import (
     FastEvalTransform,
     FastTrainTransform,
     FastViewsTransform,
     build_erasing,
     decode_to_tensor,
-    normalize,
 )
 from .samplers import TrainingOrder
 from .sources import Source, check_same_classes, class_folders, open_source
-from .transforms import eval_transform, train_transform, views_transform
+from .transforms import eval_transform, normalize, train_transform, views_transform
 
 
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:

@@ -44,7 +44,7 @@ import models
 from configs import UserError, get_config, parse_args
 from configs.commands import CommandParser, command
 from data.datasets import decode_image
-from data.fast import FastEvalTransform, FastTrainTransform, decode_to_tensor
+from data.fast_loading import FastEvalTransform, FastTrainTransform, decode_to_tensor
 from data.pack import shrink
 from data.randomness import seed_everything
 from data.sources import FolderSource
