@@ -4,6 +4,8 @@ python train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 """
 
+import dataclasses
+
 import torch
 from timm.utils import ModelEmaV3
 
@@ -53,6 +55,7 @@ def main() -> None:
     train_source, val_source = open_split(config, "train", *share), open_split(config, "val", *share)
     check_val_classes(config, train_source, val_source)
     config = with_num_classes(config, len(train_source.classes))
+    session = dataclasses.replace(session, config=config)
     pin_memory = processes.device.type == "cuda"
     samples_log = folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
     data = TrainingData(
@@ -96,9 +99,9 @@ def main() -> None:
     # ----------------------------------------------------------------------------------------------------------- resume
     progress = Progress(next_epoch=config.TRAIN.START_EPOCH)
     if state is not None:
-        progress = restore(session, config, resume_path, state, trainer, data.updates_per_epoch, images)
+        progress = restore(session, resume_path, state, trainer, data.updates_per_epoch, images)
         del state  # as large as the network, its average and the optimizer together
-    saver = Saver(session, config, trainer, progress, images)
+    saver = Saver(session, trainer, progress, images)
     board = TensorBoard(folder, processes.is_main, trainer.num_updates)
     curves = RunCurves(folder, processes.is_main, logger)
     if processes.is_main:

@@ -219,10 +219,10 @@ def state_of(number, is_best=False, size=1000, parts=20):
 
 
 def saver_of(folder, keep=2):
-    session = SimpleNamespace(folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
     config = SimpleNamespace(SAVE_FREQ=1, SAVE_KEEP=keep, TRAIN=SimpleNamespace(EPOCHS=100))
+    session = SimpleNamespace(config=config, folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
     progress = SimpleNamespace(next_epoch=0, next_update=0)
-    return Saver(session, config, None, progress, "")
+    return Saver(session, None, progress, "")
 
 
 def save_epoch(folder, number, is_best=True):

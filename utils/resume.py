@@ -79,16 +79,13 @@ class Saver:
     """Takes the checkpoints of a run; the main process writes them.
 
     Args:
-        session: the run.
-        config: its configuration, with the number of classes of the data.
+        session: the run, whose configuration has the number of classes of the data.
         trainer, progress: the state to save.
         images: what decides which images an update sees (`identify_images`).
     """
 
-    def __init__(
-        self, session: Session, config: CfgNode, trainer: Trainer, progress: Progress, images: dict[str, Any]
-    ) -> None:
-        self.session, self.config = session, config
+    def __init__(self, session: Session, trainer: Trainer, progress: Progress, images: dict[str, Any]) -> None:
+        self.session, self.config = session, session.config
         self.trainer, self.progress = trainer, progress
         self.images = images
         self.last_save = time.monotonic()
@@ -215,7 +212,6 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
 
 def restore(
     session: Session,
-    config: CfgNode,
     path: str,
     state: dict[str, Any],
     trainer: Trainer,
@@ -227,7 +223,7 @@ def restore(
     A released one has no EMA, which then starts from its weights. Raises UserError where the checkpoint does not fit,
     and, without TRAIN.ALLOW_CHANGES, where recipe or data are not what they were.
     """
-    logger, world_size = session.logger, session.processes.world_size
+    config, logger, world_size = session.config, session.logger, session.processes.world_size
     if "optimizer" not in state or "epoch" not in state:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
     changes = recipe_changes(state, config, images)

@@ -40,7 +40,7 @@ class Session:
     """What a script has before it does anything of its own."""
 
     args: Namespace
-    config: CfgNode
+    config: CfgNode  # train.py puts the number of classes of its data into it
     processes: Processes
     folder: Path
     logger: Logger
