@@ -38,12 +38,12 @@ from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
 from utils.resume import Saver, identify_images, load_resume, restore
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
-from utils.session import describe_run, run_script, start_session
+from utils.session import RunFolder, describe_run, run_script, start_session
 
 
-def main() -> None:
+def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------ configuration, processes, run folder, log
-    session = start_session(__doc__, may_train=True)
+    session = start_session(__doc__, run_folder, may_train=True)
     config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     if not session.trains:
         run_evaluation(session)

@@ -30,9 +30,53 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE,
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
-# For the end of the script: its run folder, and of that path the folders that this process made, innermost first.
-_run_folder = Path()
-_made_folders: list[Path] = []
+class RunFolder:
+    """Where a script writes. `run_script` makes one, `start_session` opens it, and the script's end may remove it."""
+
+    def __init__(self) -> None:
+        self.path = Path()
+        self._made: list[Path] = []  # of that path the folders that this process made, innermost first
+
+    def open(self, path: Path, processes: Processes, lock: bool) -> None:
+        """Make the folder where it is not there, and lock it for writing; UserError where it cannot be.
+
+        The main process goes first, and locks: whoever finds the folder missing then is on another disk.
+        """
+        self.path = path
+
+        def make_and_lock() -> None:
+            self._make()
+            if lock:
+                lock_run_folder(path)
+
+        decide_on_main(make_and_lock, processes)
+        if not processes.is_main:
+            self._make()
+
+    def _make(self) -> None:
+        try:
+            for path in (*reversed(self.path.parents), self.path):
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    self._made.insert(0, path)
+            self.path.mkdir(exist_ok=True)  # a file of that name, or a broken link
+        except OSError as error:
+            raise UserError(f"--output: {self.path}: {error.strerror}") from None
+        if not os.access(self.path, os.W_OK):
+            raise UserError(f"--output: {self.path}: cannot be written to")
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if this process made it and it holds nothing yet but logs, which name no result."""
+        with contextlib.suppress(OSError, UserError):
+            if self.path in self._made:
+                lock = lock_run_folder(self.path)  # nobody else has begun to write there
+                contents = list(self.path.iterdir())
+                if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
+                    for path in contents:
+                        path.unlink()
+                os.close(lock)
+            for path in self._made:
+                path.rmdir()
 
 
 @dataclass(frozen=True)
@@ -48,15 +92,20 @@ class Session:
     trains: bool  # rather than evaluates or measures
 
 
-def start_session(description: str, may_train: bool = False) -> Session:
-    """Read and check the command line and configuration, join the other processes, open run folder and log."""
+def start_session(description: str, run_folder: RunFolder | None = None, may_train: bool = False) -> Session:
+    """Read and check the command line and configuration, join the other processes, open run folder and log.
+
+    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>.
+    """
     args = parse_args(description=description)
     notices: list[str] = []
     config = get_config(args, notices.append)
     die_with_launcher()
     processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
-    folder = _open_run_folder(config, processes, lock=trains)  # before anything is logged: it may be another run's
+    folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
+    # Before anything is logged: it may be another run's.
+    (run_folder or RunFolder()).open(folder, processes, lock=trains)
     logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
     log_provenance(logger, processes)
     for notice in notices:
@@ -67,12 +116,13 @@ def start_session(description: str, may_train: bool = False) -> Session:
     return Session(args, config, processes, folder, logger, watch, trains)
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[RunFolder], None]) -> None:
     """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback."""
+    run_folder = RunFolder()
     script = Path(sys.argv[0]).name
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
-        main()
+        main(run_folder)
     except Exception as error:
         # torch's handler of SIGCHLD raises in whatever runs when a loader worker dies, this block included.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -80,11 +130,11 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, FloatingPointError):
             message = str(error)
         elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            path = error.filename or _run_folder / "a file"
+            path = error.filename or run_folder.path / "a file"
             message = unwritable(path, error).one_line() if error.errno in FULL_DISK else f"{path}: {error.strerror}"
         if not message:
             raise
-        _leave_no_empty_folder()
+        run_folder.remove_if_empty()
         # Mistakes in the command line are found before processes meet, by every one of them: one says so.
         if torch.distributed.is_initialized() or rank == "0":
             who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
@@ -97,52 +147,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     close_processes()
-
-
-def _open_run_folder(config: CfgNode, processes: Processes, lock: bool) -> Path:
-    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there, and locked for writing; UserError where it cannot be.
-
-    The main process goes first, and locks: whoever finds the folder missing then is on another disk.
-    """
-    global _run_folder
-    folder = _run_folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
-    _made_folders.clear()
-
-    def make() -> None:
-        try:
-            for path in (*reversed(folder.parents), folder):
-                if not path.exists():
-                    path.mkdir(exist_ok=True)
-                    _made_folders.insert(0, path)
-            folder.mkdir(exist_ok=True)  # a file of that name, or a broken link
-        except OSError as error:
-            raise UserError(f"--output: {folder}: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--output: {folder}: cannot be written to")
-
-    def make_and_lock() -> None:
-        make()
-        if lock:
-            lock_run_folder(folder)
-
-    decide_on_main(make_and_lock, processes)
-    if not processes.is_main:
-        make()
-    return folder
-
-
-def _leave_no_empty_folder() -> None:
-    """Remove the run folder if this process made it and it holds nothing yet but logs, which name no result."""
-    with contextlib.suppress(OSError, UserError):
-        if _run_folder in _made_folders:
-            lock = lock_run_folder(_run_folder)  # nobody else has begun to write there
-            contents = list(_run_folder.iterdir())
-            if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
-                for path in contents:
-                    path.unlink()
-            os.close(lock)
-        for path in _made_folders:
-            path.rmdir()
 
 
 def _find_model_file(config: CfgNode) -> Path:
