@@ -48,9 +48,8 @@ class Predictions:
     top: np.ndarray  # (N, k) int64 class indices, the most probable first
     top_probabilities: np.ndarray  # (N, k) float32
     classes: list[str]  # K names, by class index
-    logits: np.ndarray | None = (
-        None  # (N, K) float32, natural-log scale; None where not kept (MAX_LOGITS_BYTES) or read from a file
-    )
+    # (N, K) float32, natural-log scale; None where not kept (MAX_LOGITS_BYTES) or read from a file
+    logits: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

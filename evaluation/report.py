@@ -81,11 +81,8 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Evaluat
     folder = Path(folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        (
-            metrics["acc1_interval"],
-            metrics["acc5_interval"],
-            metrics["calibration"]["counts"],
-        )  # KeyError where one is missing
+        # KeyError where one is missing
+        _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]
     except OSError:
         raise UserError(f"{folder}: not an evaluation of test.py: it holds no metrics.json") from None
     except (ValueError, KeyError, TypeError):
