@@ -53,8 +53,8 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "--sizes": ("TEST.SIZES", dict(type=int, nargs="+", help="evaluate at each of these input sizes")),
-    "--variant": (
-        "TEST.VARIANT",
+    "--val-set": (
+        "TEST.VAL_SET",
         dict(choices=("real", "v2", "a", "r"), help="--data-path is ImageNet with ReaL labels, ImageNet-V2, -A or -R"),
     ),
 }

@@ -122,7 +122,7 @@ _C.TEST.FUSE = False  # evaluate a network fused for inference: faster, equal up
 _C.TEST.WEIGHTS = "best"  # of a checkpoint: 'raw', 'ema', or 'best': those that it was kept for, else raw
 _C.TEST.SIZES = []  # evaluate at each of these input sizes, pixels; []: at DATA.IMG_SIZE
 _C.TEST.TTA = "none"  # views of an image whose softmax is averaged: 'none', 'flip', 'five-crop', 'ten-crop' (+ flip)
-_C.TEST.VARIANT = ""  # ImageNet's other validation sets: 'real', 'v2', 'a', 'r'; '': the data set's own
+_C.TEST.VAL_SET = ""  # ImageNet's other validation sets: 'real', 'v2', 'a', 'r'; '': the data set's own
 _C.TEST.REAL_JSON = ""  # real.json with the labels of 'real'; '': timm's copy
 _C.TEST.PREDICTIONS = "csv"  # form of the predictions file: 'csv', 'parquet' (needs pyarrow)
 
@@ -237,7 +237,7 @@ _RULES: dict[str, Rule] = {
     "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
     "TEST.WEIGHTS": _one_of("best", "raw", "ema"),
     "TEST.SIZES": ((lambda v: all(x >= 32 for x in v)), "must be sizes of at least 32"),
-    "TEST.VARIANT": _one_of("", "real", "v2", "a", "r"),
+    "TEST.VAL_SET": _one_of("", "real", "v2", "a", "r"),
     "TEST.PREDICTIONS": _one_of("csv", "parquet"),
     "TEST.TTA": _one_of("none", "flip", "five-crop", "ten-crop"),
     "AMP_OPT_LEVEL": _one_of("", "O0", "O1", "O2"),

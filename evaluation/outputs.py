@@ -10,8 +10,8 @@ import numpy as np
 from utils.files import write_json, write_rows
 
 from . import metrics
-from .imagenet_variants import real_accuracy
 from .predictions import Predictions
+from .validation_sets import real_accuracy
 
 
 def summarize(predictions: Predictions, label_sets: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:

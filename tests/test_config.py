@@ -97,7 +97,7 @@ FLAGS = {
     "-h", "--help", "--cfg", "--opts", "--batch-size", "--data-path", "--zip", "--cache-mode", "--pretrained",
     "--resume", "--accumulation-steps", "--use-checkpoint", "--amp-opt-level", "--output", "--tag", "--eval",
     "--throughput", "--local_rank", "--local-rank", "--model-type", "--model-file",
-    "--weights", "--flops", "--allow-changes", "--tta", "--sizes", "--variant", "--images", "--json",  # ours
+    "--weights", "--flops", "--allow-changes", "--tta", "--sizes", "--val-set", "--images", "--json",  # ours
     "--compile", "--fuse",
 }  # fmt: skip
 
@@ -503,7 +503,7 @@ IMPOSSIBLE = [
     ("TEST.WEIGHTS", "swa"),
     ("TEST.TTA", "hflip"),
     ("TEST.SIZES", "[224, 16]"),
-    ("TEST.VARIANT", "sketch"),
+    ("TEST.VAL_SET", "sketch"),
     ("TEST.PREDICTIONS", "xlsx"),
     ("AMP_OPT_LEVEL", "O3"),
     ("AMP_DTYPE", "float8"),
@@ -673,7 +673,7 @@ def test_with_num_classes_leaves_the_configuration_alone(make_config):
         (["--fuse"], "TEST.FUSE", True),
         (["--tta", "flip"], "TEST.TTA", "flip"),
         (["--sizes", "224", "256"], "TEST.SIZES", [224, 256]),
-        (["--variant", "v2"], "TEST.VARIANT", "v2"),
+        (["--val-set", "v2"], "TEST.VAL_SET", "v2"),
     ],
 )
 def test_flag_sets_its_key_and_no_other(make_config, words, key, value):
