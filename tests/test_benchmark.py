@@ -28,7 +28,7 @@ def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.M
 
         return run
 
-    row = benchmark.compare("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
+    row = benchmark.time_in_turns("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
     assert order[4:] == ["reference", "ours"] * 3, "behind the first turn, which warms up"
     ours = row["ways"]["ours"]
     assert (ours["ratio"], ours["quartiles"], ours["seconds"]) == (2.0, [2.0, 2.0], 2.0)
