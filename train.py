@@ -66,7 +66,7 @@ def main(run_folder: RunFolder | None = None) -> None:
     mixup = build_mixup(config)
     logger.info(
         f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
-        f"{len(train_source.classes)} classes, {usable_workers(config)} loader workers a process"
+        f"{len(train_source.classes)} classes, {usable_workers(config)} loader workers per process"
     )
 
     # ------------------------------------------------------------------------------------------------------------ model
@@ -93,7 +93,7 @@ def main(run_folder: RunFolder | None = None) -> None:
         num_updates=config.TRAIN.START_EPOCH * data.updates_per_epoch,
     )
 
-    if config.COMPILE:  # behind the average, which is a copy
+    if config.COMPILE:  # after the average, which is a copy
         compile_blocks(network)
 
     # ----------------------------------------------------------------------------------------------------------- resume
@@ -110,7 +110,7 @@ def main(run_folder: RunFolder | None = None) -> None:
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
         f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
         f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
-        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {data.updates_per_epoch} updates an epoch"
+        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {data.updates_per_epoch} updates per epoch"
     )
 
     # ------------------------------------------------------------------------------------------------------------- loop

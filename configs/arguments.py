@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 # flag -> (configuration key, argparse options). A flag that is given wins over --opts, and --opts over the YAML file.
 CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--batch-size": ("DATA.BATCH_SIZE", dict(type=int, help="images a process (GPU) and step")),
+    "--batch-size": ("DATA.BATCH_SIZE", dict(type=int, help="images per process (GPU) and step")),
     "--data-path": ("DATA.DATA_PATH", dict(help="folder with train/ and val/, or train.zip and val.zip")),
     "--zip": ("DATA.ZIP_MODE", dict(action="store_true", help="read train.zip and val.zip instead of folders")),
     "--cache-mode": (

@@ -30,7 +30,7 @@ _C.BASE = [""]  # YAML files that this one builds on; paths relative to it
 
 # ---------------------------------------------------------------------------------------------------------------- data
 _C.DATA = CfgNode()
-_C.DATA.BATCH_SIZE = 128  # images a process (GPU) and step
+_C.DATA.BATCH_SIZE = 128  # images per process (GPU) and step
 _C.DATA.DATA_PATH = ""  # folder that holds train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)
 _C.DATA.DATASET = "imagenet"  # a name in SPLIT_NAMES: 'imagenet', 'imagenet_21k'
 _C.DATA.IMG_SIZE = 224  # input height and width, pixels
@@ -40,7 +40,7 @@ _C.DATA.CACHE_MODE = "part"  # zip files in memory: 'no', 'full' (all, in each p
 _C.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU; without a GPU it does nothing
 _C.DATA.MAX_UNREADABLE = 10  # unreadable training images a process passes over in a run, each named; one more ends it
 _C.DATA.FAST_LOADING = "no"  # 'train', 'all': decode, crop and resize uint8 tensors, erase batches; other bits
-_C.DATA.NUM_WORKERS = 32  # loader processes a process, at most its share of the CPU cores
+_C.DATA.NUM_WORKERS = 32  # loader processes per process, at most its share of the CPU cores
 
 # --------------------------------------------------------------------------------------------------------------- model
 _C.MODEL = CfgNode()
@@ -61,7 +61,7 @@ _C.MODEL.GMA.NUM_HEADS = 8  # attention heads in every block
 _C.MODEL.GMA.MLP_RATIOS = [4, 4, 4, 4]  # hidden width of the MLP / channels, of each stage
 _C.MODEL.GMA.QKV_BIAS = True  # bias of the projection to q, k and v
 _C.MODEL.GMA.QKV_SCALE = None  # factor on the attended values; None: (channels / heads) ** -0.5
-_C.MODEL.GMA.DROP_RATE = 0.0  # dropout behind the attention's projection and in the MLP
+_C.MODEL.GMA.DROP_RATE = 0.0  # dropout after the attention's projection and in the MLP
 _C.MODEL.GMA.ATTN_DROP_RATE = 0.0  # dropout on the softmax of k
 _C.MODEL.GMA.DROP_PATH_RATE = 0.2  # stochastic depth of the last block, rising linearly from 0 in the first
 
@@ -106,7 +106,7 @@ _C.AUG.COLOR_JITTER = 0.4  # strength of colour jitter; timm applies it only whe
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's policy string; 'none': off
 _C.AUG.HFLIP = 0.5  # probability of a horizontal flip
 _C.AUG.REPROB = 0.25  # probability of random erasing
-_C.AUG.REMODE = "pixel"  # what erased areas hold: 'pixel' (noise a pixel), 'rand' (one colour), 'const' (zeros)
+_C.AUG.REMODE = "pixel"  # what erased areas hold: 'pixel' (noise per pixel), 'rand' (one colour), 'const' (zeros)
 _C.AUG.RECOUNT = 1  # areas erased
 _C.AUG.MIXUP = 0.8  # alpha of mixup; 0: off
 _C.AUG.CUTMIX = 1.0  # alpha of cutmix; 0: off
@@ -127,7 +127,7 @@ _C.TEST.REAL_JSON = ""  # real.json with the labels of 'real'; '': timm's copy
 _C.TEST.PREDICTIONS = "csv"  # form of the predictions file: 'csv', 'parquet' (needs pyarrow)
 
 # ----------------------------------------------------------------------------------------------------------------- run
-_C.COMPILE = False  # torch.compile, one block a stage: a minute at the start, faster steps; equal up to rounding
+_C.COMPILE = False  # torch.compile, one block per stage: a minute at the start, faster steps; equal up to rounding
 _C.AMP_OPT_LEVEL = ""  # 'O0': float32; 'O1', 'O2': autocast to AMP_DTYPE; '': O1 on a GPU, O0 on a CPU
 _C.AMP_DTYPE = "bfloat16"  # 'bfloat16', or 'float16' with loss scaling
 _C.OUTPUT = ""  # root of the run folders; '': output
@@ -316,7 +316,7 @@ def validate(config: CfgNode) -> None:
     for name in ("EMBEDDING_DIMS", "SERIAL_DEPTHS", "MLP_RATIOS"):
         if len(gma[name]) != gma.NUM_STAGES:
             raise UserError(
-                f"MODEL.GMA.{name} = {gma[name]}: needs one value a stage, MODEL.GMA.NUM_STAGES = {gma.NUM_STAGES}"
+                f"MODEL.GMA.{name} = {gma[name]}: needs one value per stage, MODEL.GMA.NUM_STAGES = {gma.NUM_STAGES}"
             )
     if config.TEST.TTA in ("five-crop", "ten-crop") and not config.TEST.CROP:
         raise UserError(f"TEST.TTA = {config.TEST.TTA!r}: needs TEST.CROP True: nothing is cropped without it")

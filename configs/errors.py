@@ -6,8 +6,8 @@ import re
 class UserError(ValueError):
     """Something that the user can mend: a wrong key, a missing folder, an unreadable file.
 
-    The message is one line that names what is wrong and what would be right. `train.py` and `test.py` print it without
-    a traceback and exit with status 2.
+    The message is one line that names what is wrong and what would be right. `train.py`, `test.py` and the commands
+    print it without a traceback and exit with status 2.
     """
 
     def one_line(self) -> str:

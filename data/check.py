@@ -5,9 +5,9 @@
 
 Exit status: 0 nothing that would harm training or evaluation, 1 something would (with --strict: anything found at all),
 2 wrong use. The report lists errors first, then warnings, then what is merely unusual; `--report` and `--json` hold
-every line of it (`--json -`: to standard output, and the report to standard error). The manifest has one line an image,
-sorted by path: path, size in bytes, SHA-256, class index, with tabs between. The fingerprint printed at the end is a
-hash of the manifest: same fingerprint, same data.
+every line of it (`--json -`: to standard output, and the report to standard error). The manifest has one line per
+image, sorted by path: path, size in bytes, SHA-256, class index, with tabs between. The fingerprint printed at the end
+is a hash of the manifest: same fingerprint, same data.
 """
 
 import argparse
@@ -66,7 +66,7 @@ KINDS = {
     "unlisted": (WARNING, "file in the zip that the map does not name"),
     "large": (WARNING, "image of very many pixels"),
     "cmyk": (NOTE, "CMYK"),
-    "deep": (NOTE, "more than 8 bits a channel"),
+    "deep": (NOTE, "more than 8 bits per channel"),
     "palette": (NOTE, "palette"),
     "alpha": (NOTE, "alpha channel or transparent colour, which training drops"),
     "exif-orientation": (NOTE, "EXIF orientation, which training ignores"),
@@ -260,7 +260,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings and unusual images too")
     parser.add_argument("--report", metavar="FILE", help="write the report here too, with every line")
     parser.add_argument("--manifest", metavar="FILE", help="write path, size, SHA-256 and class index of every image")

@@ -14,7 +14,8 @@ from .sources import class_folders
 def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
     """Names of the classes, by index: the checkpoint's, else the folders of --data-path, else ImageNet's for 1000.
 
-    Folders named by WordNet ids get the words behind the id. Where nothing is known, a name is the index as text.
+    Folders named by WordNet ids get the words that belong to them. Where nothing is known, a name is the index as
+    text.
     Raises UserError where the folders of --data-path are not as many as the classes.
     """
     count = config.MODEL.GMA.NUM_CLASSES

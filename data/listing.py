@@ -150,7 +150,7 @@ def list_zips(root: Path, dataset: str) -> Listing:
         try:
             lines = (root / f"{name}_map.txt").read_text("utf-8-sig", errors="surrogateescape").split("\n")
         except OSError as error:
-            reason = f"{one_line(error)}; one line an image: path inside the zip, tab, class index"
+            reason = f"{one_line(error)}; one line per image: path inside the zip, tab, class index"
             listing.problems.append(Problem("split", f"{name}_map.txt", reason))
             continue
         _read_map(lines, split, name, archive, listing)

@@ -31,7 +31,7 @@ class Source(Protocol):
 class FolderSource:
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
-    Hidden folders are no classes: an editor's leftover must not shift every label behind it.
+    Hidden folders are no classes: an editor's leftover must not shift every label after it.
     Raises UserError where the folder is missing or empty, or a class has no image.
     """
 

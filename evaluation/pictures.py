@@ -23,7 +23,7 @@ from utils.session import Session
 
 from .predictions import predict_batch, summarize_batch
 
-SUFFIX = ".top5.json"  # behind the whole name of the picture: a.jpg and a.png do not share a file
+SUFFIX = ".top5.json"  # after the whole name of the picture: a.jpg and a.png do not share a file
 
 
 class _Pictures(Dataset):

@@ -143,7 +143,7 @@ class Predictions:
 
 
 def column_names(k: int) -> list[str]:
-    """The columns of a predictions file with k predictions an image."""
+    """The columns of a predictions file with k predictions per image."""
     names = ["path", "label", "label_name", "probability", "nll", "top1", "top1_name", "p1"]
     return names + [name for i in range(2, k + 1) for name in (f"top{i}", f"p{i}")]
 

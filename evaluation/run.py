@@ -39,9 +39,9 @@ def run_evaluation(session: Session) -> None:
 
 
 def evaluate_weights(session: Session) -> list[dict[str, Any]]:
-    """Evaluate given weights on the validation images, at one size or several; logs, writes and returns the numbers.
+    """Evaluate given weights on the validation images, at one size or several; logs and writes the numbers.
 
-    `evaluation.outputs.summarize` says which; a dictionary a size, the same on every process. The last line logged is
+    Returns one dictionary per size; keys as in `summarize`; the same on every process. The last line logged is
     ` * Acc@1 ... Acc@5 ...`, of the last size.
     """
     config, processes, logger = session.config, session.processes, session.logger

@@ -622,7 +622,7 @@ def test_sharded_order_stays_in_its_share(world_size):
 
 
 def test_what_is_left_behind_differs_between_epochs():
-    """Images behind the last whole update must not be the same ones in every epoch."""
+    """Images after the last whole update must not be the same ones in every epoch."""
     order = TrainingOrder(15, 8, 0, 1, seed=0)
     left = set()
     for epoch in range(10):

@@ -353,7 +353,7 @@ def test_killed_at_every_step_of_a_save(tmp_path, save):
         assert open_folder(folder) == new, f"{name}: the same save does not succeed afterwards"
         assert number_in(folder / BEST_NAME) == best_of_new
         shutil.rmtree(folder)
-    assert len(seen) == len({tuple(old[-1:]), tuple(new[-1:])}), "no kill before the rename, or none behind it"
+    assert len(seen) == len({tuple(old[-1:]), tuple(new[-1:])}), "no kill before the rename, or none after it"
 
 
 @pytest.mark.parametrize("percent", [0, 25, 50, 75, 100])

@@ -26,7 +26,7 @@ COMMANDS = [
 
 
 def script_arguments(command):
-    """What train.py or test.py gets: everything behind its name, placeholders replaced."""
+    """What train.py or test.py gets: everything after its name, placeholders replaced."""
     script = next(word for word in command if word in ("train.py", "test.py"))
     return script, command[command.index(script) + 1 :]
 

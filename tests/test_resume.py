@@ -170,7 +170,7 @@ LEAVE_OUT = [
 @pytest.mark.parametrize("leave_out", LEAVE_OUT, ids=lambda f: f.__name__)
 def test_every_item_of_the_state_is_needed(data, tmp_path, monkeypatch, straight, leave_out):
     """The negative control: a continuation that leaves an item out does not end with the same bits."""
-    args = runs.arguments(data, tmp_path, "SAVE_EVERY_UPDATES", "7")  # behind the last stop, within its epoch
+    args = runs.arguments(data, tmp_path, "SAVE_EVERY_UPDATES", "7")  # after the last stop, within its epoch
     assert runs.train_here(monkeypatch, args, stop_at=6) == 75
     load, kept = resume.load_file, {}
 
@@ -187,7 +187,7 @@ def test_every_item_of_the_state_is_needed(data, tmp_path, monkeypatch, straight
         save = resume.save_checkpoint
         patch.setattr(resume, "save_checkpoint", lambda state, path: (keep(state, path), save(state, path)))
         assert runs.train_here(monkeypatch, args) == 0
-    if leave_out is without_losses:  # they are part of the epoch's mean loss, and gone behind its end
+    if leave_out is without_losses:  # they are part of the epoch's mean loss, and gone after its end
         folder = runs.run_folder(tmp_path)
         means = re.findall(r"EPOCH 1 .* mean loss (.*)", (folder / "log_rank0.txt").read_text())
         assert kept["ckpt_epoch_1_update_3.pth"][0] < 3.0 and len(means) == 1
@@ -278,7 +278,7 @@ def test_weights_alone_cannot_be_resumed(data, tmp_path, monkeypatch):
 
 
 def test_a_released_training_checkpoint_continues(data, tmp_path, monkeypatch):
-    """As the released code saved it behind epoch 0: its keys only, the configuration a pickled CfgNode."""
+    """As the released code saved it after epoch 0: its keys only, the configuration a pickled CfgNode."""
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path / "own")) == 0
     state = load_file(runs.run_folder(tmp_path / "own") / "ckpt_epoch_0.pth")
     released = {key: state[key] for key in ("model", "optimizer", "lr_scheduler", "max_accuracy", "epoch")}

@@ -57,7 +57,7 @@ HEAD_KEYS = ("head.weight", "head.bias")
 
 # ------------------------------------------------------------------------------------------------------ files and names
 def checkpoint_path(folder: Path, epoch: int, update: int | None = None) -> Path:
-    """ckpt_epoch_<n>.pth behind a whole epoch, ckpt_epoch_<n>_update_<u>.pth behind the first u updates of one."""
+    """ckpt_epoch_<n>.pth after a whole epoch, ckpt_epoch_<n>_update_<u>.pth after the first u updates of one."""
     return folder / (f"ckpt_epoch_{epoch}.pth" if update is None else f"ckpt_epoch_{epoch}_update_{update}.pth")
 
 
@@ -287,7 +287,7 @@ def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -
         elif loaded == IMAGENET_21K_CLASSES and own == 1000:
             raise UserError(
                 f"{path}: its head has the {loaded} classes of ImageNet-21k; give the file that maps them to the 1000 "
-                "of ImageNet-1k (one row number a line) with --opts MODEL.CLASS_MAP FILE"
+                "of ImageNet-1k (one row number per line) with --opts MODEL.CLASS_MAP FILE"
             )
         else:
             state.update({key: network.state_dict()[key] for key in HEAD_KEYS})
@@ -297,7 +297,7 @@ def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -
 
 
 def read_class_map(path: str | Path, num_classes: int, num_rows: int) -> list[int]:
-    """The row numbers of a class map, one a line; UserError where they do not fit."""
+    """The row numbers of a class map, one per line; UserError where they do not fit."""
     try:
         rows = [int(word) for word in Path(path).read_text().split()]
     except (OSError, ValueError) as error:

@@ -147,7 +147,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         name: of the new file, before its hash; '' takes the variant's, or else the source's.
         which: of a training checkpoint, 'raw', 'ema', or 'best': those that it was kept for, else raw.
 
-    Raises UserError where the source is not fit, or the new file is there already.
+    Raises UserError where the source is not fit, or the new file already exists.
     """
     state, kind = read_weights(source, which)
     label, network = describe_network(state, str(source))
@@ -156,7 +156,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     name = name or (label if label in VARIANTS else Path(source).stem)
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
     if path.exists():
-        raise UserError(f"{path}: is there already, and is not overwritten; give another --name or --output")
+        raise UserError(f"{path}: already exists and is not overwritten; give another --name or --output")
     write_file(content, path)
     try:
         again, _ = read_weights(path, "raw")

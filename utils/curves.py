@@ -81,7 +81,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _without_overwritten(updates: Sequence[int], values: Sequence[float]) -> Series:
-    """Points in the order written; one that steps back removes those at and behind its own update."""
+    """Points in the order written; one that steps back removes those at and after its own update."""
     kept: list[tuple[int, float]] = []
     for update, value in zip(updates, values):
         while kept and kept[-1][0] >= update:

@@ -83,10 +83,10 @@ def export(
         report: is called with one line for every step.
 
     Returns the largest difference for every shape tried. Raises UserError where the export fails, its values differ, or
-    the file is there already; then nothing is written.
+    the file already exists; then nothing is written.
     """
     if path.exists():
-        raise UserError(f"{path}: is there already, and is not overwritten; give another --output")
+        raise UserError(f"{path}: already exists and is not overwritten; give another --output")
     channels = next(p for p in network.parameters() if p.ndim == 4).shape[1]
     images = _images((2, channels, size, size))
     try:

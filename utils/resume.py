@@ -99,7 +99,7 @@ class Saver:
             self._save_position()
 
     def after_epoch(self, epoch: int, is_best: bool) -> None:
-        """Save behind an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far.
+        """Save after an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far.
 
         All processes call this and wait for the main one, as at `stop`.
         """

@@ -39,7 +39,7 @@ class Branches:
 
     stage: int  # from 1
     block: int  # of the stage, from 1
-    proxies: np.ndarray  # (5, H, W) L2 norm over channels, behind the aggregators; of q, k and v the v part
+    proxies: np.ndarray  # (5, H, W) L2 norm over channels, after the aggregators; of q, k and v the v part
     responses: np.ndarray  # (5, H, W) L2 norm over channels of what the branch adds to the attention's output
 
     @property
@@ -65,7 +65,7 @@ class Explanation:
 def explain(network: nn.Module, image: Tensor) -> Explanation:
     """Run one image (3, H, W), normalised, and record all that is drawn. The network must be in evaluation mode.
 
-    A branch's contribution to a token is ||W_proj[:, segment] y[segment]||: the projection behind the attention is
+    A branch's contribution to a token is ||W_proj[:, segment] y[segment]||: the projection after the attention is
     linear, so its output is the sum of five such vectors and the bias. The segments stay apart until there, because
     each of the first four fills whole heads. The vectors may partly cancel, so the shares say how large, not how
     useful, a branch is.
@@ -185,7 +185,7 @@ def _draw_maps(band: Any, chosen: Branches) -> None:
         fontweight="bold",
     )
     rows = band.subplots(2, len(BRANCHES))
-    labels = ("group proxies\n(norm of v before attention)", "contribution\n(norm behind the projection)")
+    labels = ("group proxies\n(norm of v before attention)", "contribution\n(norm after the projection)")
     for axes, maps, label in zip(rows, (chosen.proxies, chosen.responses), labels):
         for axis, values, name, share in zip(axes, maps, BRANCHES, chosen.shares):
             shown = axis.imshow(values, cmap="viridis")
