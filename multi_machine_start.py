@@ -45,7 +45,7 @@ NODE_RANK_VARIABLES = ("SLURM_NODEID", "NODE_RANK", "PET_NODE_RANK", "GROUP_RANK
 # variable also tells its descendants from all other processes.
 EXIT_FILE_VARIABLE = "LAUNCHER_EXIT_FILE"
 # The worker that fails first leaves its line in the file that this one names: torchrun's own report, of fifty lines,
-# comes behind the line in the terminal, and does not hold it.
+# comes after the line in the terminal, and does not hold it.
 CAUSE_FILE_VARIABLE = "LAUNCHER_CAUSE_FILE"
 
 # What torchrun needs in its environment. Its own variables, so that a torchrun which does not know one ignores it.
@@ -121,7 +121,7 @@ def build_parser() -> OneLineParser:
     parser.add("--machine_num", type=whole_number(1), default=1, help="number of nodes (default: 1)")
     parser.add("--node_rank", type=whole_number(0), help="which of them this is, from 0 (default: see above)")
     parser.add(
-        "--np", type=whole_number(1), help="processes on this node, one a GPU (default: as many as there are GPUs)"
+        "--np", type=whole_number(1), help="processes on this node, one per GPU (default: as many as there are GPUs)"
     )
     parser.add("--ip", type=address, help="address of node 0; needed with several nodes")
     parser.add(
@@ -139,7 +139,7 @@ def build_parser() -> OneLineParser:
     parser.add("--data_path", default="./datasets/imagenet", help="folder with train/ and val/ (default: %(default)s)")
     parser.add("--output", default="./output", help="folder for runs, shared by all nodes (default: %(default)s)")
     parser.add("--tag", help="name of the run (default: the config's)")
-    parser.add("--batchsize", type=whole_number(1), help="images a GPU (default: the config's)")
+    parser.add("--batchsize", type=whole_number(1), help="images per GPU (default: the config's)")
     parser.add("--retries", type=whole_number(0), default=0, help="times to start again after a fault (default: 0)")
     parser.add(
         "--retry_wait",

@@ -7,11 +7,11 @@ python test.py --cfg configs/groupmixformer_small.yaml --resume FILE --images a.
 """
 
 from evaluation.run import run_evaluation
-from utils.session import run_script, start_session
+from utils.session import RunFolder, run_script, start_session
 
 
-def main() -> None:
-    run_evaluation(start_session(__doc__))
+def main(run_folder: RunFolder | None = None) -> None:
+    run_evaluation(start_session(__doc__, run_folder))
 
 
 if __name__ == "__main__":

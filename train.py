@@ -4,6 +4,8 @@ python train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 """
 
+import dataclasses
+
 import torch
 from timm.utils import ModelEmaV3
 
@@ -36,12 +38,12 @@ from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
 from utils.resume import Saver, check_same_everywhere, identify_images, load_resume, restore, set_rest_aside
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
-from utils.session import describe_run, run_script, start_session
+from utils.session import RunFolder, describe_run, run_script, start_session
 
 
-def main() -> None:
+def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------ configuration, processes, run folder, log
-    session = start_session(__doc__, may_train=True)
+    session = start_session(__doc__, run_folder, may_train=True)
     config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     if not session.trains:
         run_evaluation(session)
@@ -53,6 +55,7 @@ def main() -> None:
     train_source, val_source = open_split(config, "train", *share), open_split(config, "val", *share)
     check_val_classes(config, train_source, val_source)
     config = with_num_classes(config, len(train_source.classes))
+    session = dataclasses.replace(session, config=config)
     pin_memory = processes.device.type == "cuda"
     samples_log = folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
     data = TrainingData(
@@ -60,11 +63,11 @@ def main() -> None:
     )
     val_loader = build_eval_loader(config, val_source, *share, pin_memory, quiet_loader_worker)
     images = identify_images(config, data, val_source, processes.world_size)
-    check_same_everywhere(session, config, images)
+    check_same_everywhere(session, images)
     mixup = build_mixup(config)
     logger.info(
         f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
-        f"{len(train_source.classes)} classes, {usable_workers(config)} loader workers a process"
+        f"{len(train_source.classes)} classes, {usable_workers(config)} loader workers per process"
     )
 
     # ------------------------------------------------------------------------------------------------------------ model
@@ -91,17 +94,17 @@ def main() -> None:
         num_updates=config.TRAIN.START_EPOCH * data.updates_per_epoch,
     )
 
-    if config.COMPILE:  # behind the average, which is a copy
+    if config.COMPILE:  # after the average, which is a copy
         compile_blocks(network)
 
     # ----------------------------------------------------------------------------------------------------------- resume
     progress = Progress(next_epoch=config.TRAIN.START_EPOCH)
     if state is not None:
-        progress = restore(session, config, resume_path, state, trainer, data.updates_per_epoch, images)
+        progress = restore(session, resume_path, state, trainer, data.updates_per_epoch, images)
         del state  # as large as the network, its average and the optimizer together
     if processes.is_main:
         set_rest_aside(session, resume_path)
-    saver = Saver(session, config, trainer, progress, images)
+    saver = Saver(session, trainer, progress, images)
     board = TensorBoard(folder, processes.is_main, trainer.num_updates)
     curves = RunCurves(folder, processes.is_main, logger)
     if processes.is_main:
@@ -110,7 +113,7 @@ def main() -> None:
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
         f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
         f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
-        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {data.updates_per_epoch} updates an epoch"
+        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {data.updates_per_epoch} updates per epoch"
     )
 
     # ------------------------------------------------------------------------------------------------------------- loop

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 # flag -> (configuration key, argparse options). A flag that is given wins over --opts, and --opts over the YAML file.
 CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--batch-size": ("DATA.BATCH_SIZE", dict(type=int, help="images a process (GPU) and step")),
+    "--batch-size": ("DATA.BATCH_SIZE", dict(type=int, help="images per process (GPU) and step")),
     "--data-path": ("DATA.DATA_PATH", dict(help="folder with train/ and val/, or train.zip and val.zip")),
     "--zip": ("DATA.ZIP_MODE", dict(action="store_true", help="read train.zip and val.zip instead of folders")),
     "--cache-mode": (
@@ -53,8 +53,8 @@ CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "--sizes": ("TEST.SIZES", dict(type=int, nargs="+", help="evaluate at each of these input sizes")),
-    "--variant": (
-        "TEST.VARIANT",
+    "--val-set": (
+        "TEST.VAL_SET",
         dict(choices=("real", "v2", "a", "r"), help="--data-path is ImageNet with ReaL labels, ImageNet-V2, -A or -R"),
     ),
 }

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from .arguments import OneLineParser
 from .errors import UserError
 
 Main = Callable[[Sequence[str] | None], int | None]
 
 
-class CommandParser(argparse.ArgumentParser):
+class CommandParser(OneLineParser):
     """A parser that shows a module's docstring as it stands, and raises UserError, one line, for wrong use.
 
     Args:
@@ -28,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        raise UserError(message if "see --help" in message or "did you mean" in message else f"{message}; see --help")
 
 
 def command(name: str) -> Callable[[Main], Callable[..., int]]:

@@ -16,7 +16,13 @@ import yaml
 from yacs.config import CfgNode
 
 from .arguments import flag_values
-from .errors import UserError
+from .errors import UserError, one_line
+
+# split -> its folder, or its zip and map file without suffix, of each DATA.DATASET. A new data set is a line here.
+SPLIT_NAMES = {
+    "imagenet": {"train": "train", "val": "val"},
+    "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
+}
 
 _C = CfgNode()
 
@@ -24,9 +30,9 @@ _C.BASE = [""]  # YAML files that this one builds on; paths relative to it
 
 # ---------------------------------------------------------------------------------------------------------------- data
 _C.DATA = CfgNode()
-_C.DATA.BATCH_SIZE = 128  # images a process (GPU) and step
+_C.DATA.BATCH_SIZE = 128  # images per process (GPU) and step
 _C.DATA.DATA_PATH = ""  # folder that holds train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)
-_C.DATA.DATASET = "imagenet"  # 'imagenet': train, val; 'imagenet_21k': imagenet21k_train, imagenet21k_val
+_C.DATA.DATASET = "imagenet"  # a name in SPLIT_NAMES: 'imagenet', 'imagenet_21k'
 _C.DATA.IMG_SIZE = 224  # input height and width, pixels
 _C.DATA.INTERPOLATION = "bicubic"  # resizing: 'bicubic', 'bilinear', 'lanczos', 'nearest'; 'random' in training only
 _C.DATA.ZIP_MODE = False  # read images from zip files
@@ -34,7 +40,7 @@ _C.DATA.CACHE_MODE = "part"  # zip files in memory: 'no', 'full' (all, in each p
 _C.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU; without a GPU it does nothing
 _C.DATA.MAX_UNREADABLE = 10  # unreadable training images a process passes over in a run, each named; one more ends it
 _C.DATA.FAST_LOADING = "no"  # 'train', 'all': decode, crop and resize uint8 tensors, erase batches; other bits
-_C.DATA.NUM_WORKERS = 32  # loader processes a process, at most its share of the CPU cores
+_C.DATA.NUM_WORKERS = 32  # loader processes per process, at most its share of the CPU cores
 
 # --------------------------------------------------------------------------------------------------------------- model
 _C.MODEL = CfgNode()
@@ -55,7 +61,7 @@ _C.MODEL.GMA.NUM_HEADS = 8  # attention heads in every block
 _C.MODEL.GMA.MLP_RATIOS = [4, 4, 4, 4]  # hidden width of the MLP / channels, of each stage
 _C.MODEL.GMA.QKV_BIAS = True  # bias of the projection to q, k and v
 _C.MODEL.GMA.QKV_SCALE = None  # factor on the attended values; None: (channels / heads) ** -0.5
-_C.MODEL.GMA.DROP_RATE = 0.0  # dropout behind the attention's projection and in the MLP
+_C.MODEL.GMA.DROP_RATE = 0.0  # dropout after the attention's projection and in the MLP
 _C.MODEL.GMA.ATTN_DROP_RATE = 0.0  # dropout on the softmax of k
 _C.MODEL.GMA.DROP_PATH_RATE = 0.2  # stochastic depth of the last block, rising linearly from 0 in the first
 
@@ -100,7 +106,7 @@ _C.AUG.COLOR_JITTER = 0.4  # strength of colour jitter; timm applies it only whe
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's policy string; 'none': off
 _C.AUG.HFLIP = 0.5  # probability of a horizontal flip
 _C.AUG.REPROB = 0.25  # probability of random erasing
-_C.AUG.REMODE = "pixel"  # what erased areas hold: 'pixel' (noise a pixel), 'rand' (one colour), 'const' (zeros)
+_C.AUG.REMODE = "pixel"  # what erased areas hold: 'pixel' (noise per pixel), 'rand' (one colour), 'const' (zeros)
 _C.AUG.RECOUNT = 1  # areas erased
 _C.AUG.MIXUP = 0.8  # alpha of mixup; 0: off
 _C.AUG.CUTMIX = 1.0  # alpha of cutmix; 0: off
@@ -116,12 +122,12 @@ _C.TEST.FUSE = False  # evaluate a network fused for inference: faster, equal up
 _C.TEST.WEIGHTS = "best"  # of a checkpoint: 'raw', 'ema', or 'best': those that it was kept for, else raw
 _C.TEST.SIZES = []  # evaluate at each of these input sizes, pixels; []: at DATA.IMG_SIZE
 _C.TEST.TTA = "none"  # views of an image whose softmax is averaged: 'none', 'flip', 'five-crop', 'ten-crop' (+ flip)
-_C.TEST.VARIANT = ""  # ImageNet's other validation sets: 'real', 'v2', 'a', 'r'; '': the data set's own
+_C.TEST.VAL_SET = ""  # ImageNet's other validation sets: 'real', 'v2', 'a', 'r'; '': the data set's own
 _C.TEST.REAL_JSON = ""  # real.json with the labels of 'real'; '': timm's copy
 _C.TEST.PREDICTIONS = "csv"  # form of the predictions file: 'csv', 'parquet' (needs pyarrow)
 
 # ----------------------------------------------------------------------------------------------------------------- run
-_C.COMPILE = False  # torch.compile, one block a stage: a minute at the start, faster steps; equal up to rounding
+_C.COMPILE = False  # torch.compile, one block per stage: a minute at the start, faster steps; equal up to rounding
 _C.AMP_OPT_LEVEL = ""  # 'O0': float32; 'O1', 'O2': autocast to AMP_DTYPE; '': O1 on a GPU, O0 on a CPU
 _C.AMP_DTYPE = "bfloat16"  # 'bfloat16', or 'float16' with loss scaling
 _C.OUTPUT = ""  # root of the run folders; '': output
@@ -172,7 +178,7 @@ _FILE_NAME: Rule = (
 
 _RULES: dict[str, Rule] = {
     "DATA.BATCH_SIZE": _at_least(1),
-    "DATA.DATASET": _one_of("imagenet", "imagenet_21k"),
+    "DATA.DATASET": _one_of(*SPLIT_NAMES),
     "DATA.IMG_SIZE": _at_least(32),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "lanczos", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),
@@ -231,7 +237,7 @@ _RULES: dict[str, Rule] = {
     "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
     "TEST.WEIGHTS": _one_of("best", "raw", "ema"),
     "TEST.SIZES": ((lambda v: all(x >= 32 for x in v)), "must be sizes of at least 32"),
-    "TEST.VARIANT": _one_of("", "real", "v2", "a", "r"),
+    "TEST.VAL_SET": _one_of("", "real", "v2", "a", "r"),
     "TEST.PREDICTIONS": _one_of("csv", "parquet"),
     "TEST.TTA": _one_of("none", "flip", "five-crop", "ten-crop"),
     "AMP_OPT_LEVEL": _one_of("", "O0", "O1", "O2"),
@@ -310,7 +316,7 @@ def validate(config: CfgNode) -> None:
     for name in ("EMBEDDING_DIMS", "SERIAL_DEPTHS", "MLP_RATIOS"):
         if len(gma[name]) != gma.NUM_STAGES:
             raise UserError(
-                f"MODEL.GMA.{name} = {gma[name]}: needs one value a stage, MODEL.GMA.NUM_STAGES = {gma.NUM_STAGES}"
+                f"MODEL.GMA.{name} = {gma[name]}: needs one value per stage, MODEL.GMA.NUM_STAGES = {gma.NUM_STAGES}"
             )
     if config.TEST.TTA in ("five-crop", "ten-crop") and not config.TEST.CROP:
         raise UserError(f"TEST.TTA = {config.TEST.TTA!r}: needs TEST.CROP True: nothing is cropped without it")
@@ -345,7 +351,7 @@ def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold KEY: value pairs, holds a {type(content).__name__}")
@@ -357,7 +363,7 @@ def _merge_file(config: CfgNode, path: Path, notify: Callable[[str], None], seen
         if base:
             _merge_file(config, path.parent / base, notify, (*seen, resolved))
     try:
-        values = list(_flatten(content))
+        values = list(flatten(content))
     except RecursionError:
         raise UserError(f"{path}: not a configuration: a group of keys holds itself") from None
     for key, value in values:
@@ -370,10 +376,11 @@ def _nearby_yaml(path: Path) -> str:
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
-def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what nested dictionaries hold as `config_keys` does: ('TRAIN.LR_SCHEDULER.NAME', 'cosine')."""
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

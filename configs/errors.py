@@ -6,11 +6,25 @@ import re
 class UserError(ValueError):
     """Something that the user can mend: a wrong key, a missing folder, an unreadable file.
 
-    The message is one line that names what is wrong and what would be right. `train.py` and `test.py` print it without
-    a traceback and exit with status 2.
+    The message is one line that names what is wrong and what would be right. `train.py`, `test.py` and the commands
+    print it without a traceback and exit with status 2.
     """
 
     def one_line(self) -> str:
         """The message alone, also where a loader's worker has wrapped it into its traceback."""
         lines = [line for line in str(self).strip().splitlines() if line.strip()]
         return re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip()) if lines else "unknown error"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line: the system's words alone for an OSError, whose path the caller names."""
+    return " ".join(_message(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of it, at most 200 characters: torch, exporters and unpicklers go on for pages."""
+    return (_message(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _message(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

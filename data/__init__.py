@@ -1,7 +1,6 @@
 """Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
 
 from .datasets import ImageDataset
-from .fast import normalize
 from .loaders import (
     TrainingData,
     build_eval_loader,
@@ -12,7 +11,7 @@ from .loaders import (
 )
 from .randomness import TRAINING_STEP, seed_everything
 from .sources import Source, class_folders, fingerprint
-from .transforms import build_mixup, denormalize, views_transform
+from .transforms import build_mixup, denormalize, normalize, views_transform
 
 __all__ = [
     "TRAINING_STEP",

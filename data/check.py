@@ -5,9 +5,9 @@
 
 Exit status: 0 nothing that would harm training or evaluation, 1 something would (with --strict: anything found at all),
 2 wrong use. The report lists errors first, then warnings, then what is merely unusual; `--report` and `--json` hold
-every line of it (`--json -`: to standard output, and the report to standard error). The manifest has one line an image,
-sorted by path: path, size in bytes, SHA-256, class index, with tabs between. The fingerprint printed at the end is a
-hash of the manifest: same fingerprint, same data.
+every line of it (`--json -`: to standard output, and the report to standard error). The manifest has one line per
+image, sorted by path: path, size in bytes, SHA-256, class index, with tabs between. The fingerprint printed at the end
+is a hash of the manifest: same fingerprint, same data.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 
 from .inspection import inspect_all
 from .listing import File, Problem, Split, list_folders, list_zips
-from .sources import SPLIT_NAMES
+from .loaders import available_cores
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVEL_TITLES = {
@@ -66,7 +66,7 @@ KINDS = {
     "unlisted": (WARNING, "file in the zip that the map does not name"),
     "large": (WARNING, "image of very many pixels"),
     "cmyk": (NOTE, "CMYK"),
-    "deep": (NOTE, "more than 8 bits a channel"),
+    "deep": (NOTE, "more than 8 bits per channel"),
     "palette": (NOTE, "palette"),
     "alpha": (NOTE, "alpha channel or transparent colour, which training drops"),
     "exif-orientation": (NOTE, "EXIF orientation, which training ignores"),
@@ -115,7 +115,7 @@ def check_data_set(
     is_hashed, is_sound = np.zeros(len(files), bool), np.zeros(len(files), bool)
     modes: Counter[str] = Counter()
     with tqdm(total=len(files), desc="inspecting", unit="file", disable=None) as progress:
-        for index, (size, digest, mode, findings) in inspect_all(root, listing, workers or _cores()):
+        for index, (size, digest, mode, findings) in inspect_all(root, listing, workers or available_cores()):
             sizes[index] = size
             if digest:
                 digests[index] = np.frombuffer(digest, np.uint8)
@@ -170,10 +170,6 @@ def _repeated(files: list[File], digests: np.ndarray, candidates: np.ndarray) ->
             if file.path != first.path:  # a map may name a member twice
                 label = "" if file.label == first.label else f", but class {file.label} instead of {first.label}"
                 yield Problem(kind, file.path, f"same content as {first.path}{label}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -264,7 +260,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings and unusual images too")
     parser.add_argument("--report", metavar="FILE", help="write the report here too, with every line")
     parser.add_argument("--manifest", metavar="FILE", help="write path, size, SHA-256 and class index of every image")

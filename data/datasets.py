@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from configs import UserError
+from configs.errors import one_line
 
 from .randomness import AUGMENTATION, seed_everything
 from .samplers import SampleKey
@@ -76,8 +77,7 @@ class ImageDataset(Dataset):
             return self.decode(self.source.read(index))
         except _DECODING_ERRORS as error:
             path = self.source.samples[index][0]
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: cannot be read as an image: {reason}") from None
+            raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 
 
 class AugmentedDataset(Dataset):

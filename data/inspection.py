@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from configs.errors import one_line
+
 from .datasets import decode_image
-from .listing import File, Listing, one_line, target
+from .listing import File, Listing, target
 
 MAX_FILE_BYTES = 512 * 2**20  # larger files are named, not read
 WORKER_MEMORY_BYTES = 4 * 2**30  # that a process may take for decoding; Pillow's own limit on pixels comes first
@@ -173,7 +175,7 @@ def _why_undecodable(encoded: bytes, opened: bool, error: Exception) -> tuple[st
         if encoded.startswith(MAGIC_NUMBERS):
             return "header-only", f"{len(encoded):,} bytes, which begin as an image does"
         return "corrupt", f"not the content of an image: begins {encoded[:8].hex(' ')}"
-    start = encoded.rfind(b"\xff\xda")  # start of scan: behind its own header of 14 bytes come the pixels of a JPEG
+    start = encoded.rfind(b"\xff\xda")  # start of scan: after its own header of 14 bytes come the pixels of a JPEG
     without_jpeg_data = encoded.startswith(b"\xff\xd8") and (start < 0 or len(encoded) < start + 16)
     without_png_data = encoded.startswith(b"\x89PNG") and b"IDAT" not in encoded[:-4]
     if without_jpeg_data or without_png_data:

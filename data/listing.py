@@ -13,9 +13,10 @@ from typing import NamedTuple
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
+from configs.errors import one_line
 
-from .sources import SPLIT_NAMES, fingerprint, open_source
+from .sources import fingerprint, is_folder, open_source
 
 
 class Problem(NamedTuple):
@@ -57,7 +58,7 @@ def list_folders(root: Path, dataset: str) -> Listing:
     names = SPLIT_NAMES[dataset]
     entries = _scan(root, "", listing)
     _note_hidden(entries, "", "", listing)
-    folders = [entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")]
     _name_missing(listing, names, folders, lambda split: _why_missing(root, dataset, split))
     for split, name in names.items():
         if name in folders:
@@ -73,7 +74,7 @@ def _list_split(root: Path, split: str, name: str, listing: Listing) -> None:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if _is_folder(entry):
+        if is_folder(entry):
             classes.append(entry.name)
         else:
             listing.files.append(File(f"{name}/{entry.name}", split, None))
@@ -113,7 +114,7 @@ def _list_class(folder: Path, path: str, seen: set[tuple[int, int]], listing: Li
         _note_hidden(entries, f"{path}/", ", which training reads all the same if the suffix is an image's", listing)
         for entry in entries:
             below = f"{path}/{entry.name}"
-            if _is_folder(entry):
+            if is_folder(entry):
                 # Links last, so that of two ways to a folder it is the link that is reported.
                 pending.insert(0 if entry.is_symlink() else len(pending), (folder / entry.name, below))
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
@@ -149,7 +150,7 @@ def list_zips(root: Path, dataset: str) -> Listing:
         try:
             lines = (root / f"{name}_map.txt").read_text("utf-8-sig", errors="surrogateescape").split("\n")
         except OSError as error:
-            reason = f"{one_line(error)}; one line an image: path inside the zip, tab, class index"
+            reason = f"{one_line(error)}; one line per image: path inside the zip, tab, class index"
             listing.problems.append(Problem("split", f"{name}_map.txt", reason))
             continue
         _read_map(lines, split, name, archive, listing)
@@ -238,7 +239,7 @@ def _compare_classes(listing: Listing) -> None:
 def _note_hidden(entries: list[os.DirEntry], prefix: str, consequence: str, listing: Listing) -> None:
     for entry in entries:
         if entry.name.startswith("."):
-            what = "folder" if _is_folder(entry) else "file"
+            what = "folder" if is_folder(entry) else "file"
             listing.problems.append(Problem("hidden", prefix + entry.name, f"hidden {what}{consequence}"))
 
 
@@ -252,14 +253,6 @@ def _scan(folder: Path, path: str, listing: Listing) -> list[os.DirEntry]:
         return []
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether the entry is a folder or a link to one; False for a link to itself, where `is_dir` raises."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
@@ -267,8 +260,3 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def target(link: Path) -> str:
     return str(link.readlink() if link.is_symlink() else link)
-
-
-def one_line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__

@@ -14,20 +14,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 
 from .datasets import AugmentedDataset, ImageDataset
-from .fast import (
+from .fast_loading import (
     FastEvalTransform,
     FastTrainTransform,
     FastViewsTransform,
     build_erasing,
     decode_to_tensor,
-    normalize,
 )
 from .samplers import TrainingOrder
-from .sources import SPLIT_NAMES, Source, check_same_classes, class_folders, open_source
-from .transforms import eval_transform, train_transform, views_transform
+from .sources import Source, check_same_classes, class_folders, open_source
+from .transforms import eval_transform, normalize, train_transform, views_transform
 
 
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
@@ -197,10 +196,14 @@ def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> Non
         check_same_classes(train.classes, val.classes, config.DATA.DATA_PATH)
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use: a scheduler or container may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_workers(config: CfgNode) -> int:
     """DATA.NUM_WORKERS, but no more than this process's share of the CPU cores. The result does not depend on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(config.DATA.NUM_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(config.DATA.NUM_WORKERS, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _loader(

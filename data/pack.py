@@ -1,10 +1,10 @@
 """Pack a data set for fast reading: python -m data.pack --data-path DIR --out DIR
 
-Writes train.zip with train_map.txt and val.zip with val_map.txt, which `train.py --zip` reads: one file a split instead
-of a million. Training images whose short side is longer than --short-side are made smaller, so that they decode faster;
-they become JPEGs of --quality. Smaller training images, and all validation images, keep their bytes: an evaluation
-finds the very same pixels. Exit status: 0 done; 2 wrong use, or an image that cannot be read: then its split leaves
-nothing behind.
+Writes train.zip with train_map.txt and val.zip with val_map.txt, which `train.py --zip` reads: one file per split
+instead of a million. Training images whose short side is longer than --short-side are made smaller, so that they decode
+faster; they become JPEGs of --quality. Smaller training images, and all validation images, keep their bytes: an
+evaluation finds the very same pixels. Exit status: 0 done; 2 wrong use, or an image that cannot be read: then its split
+leaves nothing behind.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 
 from .datasets import ImageDataset, decode_image
-from .sources import SPLIT_NAMES, FolderSource, check_same_classes, open_source
+from .loaders import available_cores
+from .sources import FolderSource, check_same_classes, open_source
 
 
 def shrink(encoded: bytes, short_side: int | None, quality: int) -> bytes:
@@ -51,7 +52,7 @@ def pack_split(
         source: the images.
         out: an existing folder.
         name: of the split.
-        short_side: pixels of the longest short side; None keeps every byte.
+        short_side: largest allowed short side, in pixels; None keeps every byte.
         quality: of the JPEGs that are made, 1 to 95.
         workers: processes that read and shrink; 0: this one.
 
@@ -93,10 +94,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the zip files; made if it is not there")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument(
-        "--short-side", type=int, default=320, metavar="PIXELS", help="longest short side of training images (320)"
+        "--short-side",
+        type=int,
+        default=320,
+        metavar="PIXELS",
+        help="largest allowed short side of training images, in pixels (320)",
     )
     parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the JPEGs that are made, 1 to 95 (95)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one a core)")
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (one per core)")
     args = parser.parse_args(argv)
     if args.short_side < 32:
         raise UserError(f"--short-side {args.short_side}: at least 32 pixels")
@@ -109,7 +114,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @command("data.pack")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pack both splits"""
+    """Pack both splits of a command line's data set; exit status 2 for wrong use or an unreadable image."""
     args = _parse(argv)
     out = Path(args.out)
     names = SPLIT_NAMES[args.dataset]

@@ -23,7 +23,7 @@ class TrainingOrder(Sampler[SampleKey]):
 
     Update u of an epoch sees samples [u * global_batch, (u + 1) * global_batch) of the permutation, dealt out to the
     processes one by one. So the images of an update do not depend on the number of processes, and continuing at
-    update u needs no replay. What is left behind the last whole update is not seen in that epoch.
+    update u needs no replay. What is left after the last whole update is not seen in that epoch.
 
     Args:
         num_samples: images in the data set.

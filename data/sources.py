@@ -12,14 +12,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 
-# split -> name on disk, of each DATA.DATASET
-SPLIT_NAMES = {
-    "imagenet": {"train": "train", "val": "val"},
-    "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
-}
-
+UNLABELLED = -1  # the class index of an image whose class is not known
 MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
 
 
@@ -65,7 +60,7 @@ class Source(Protocol):
 class FolderSource:
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
-    Hidden folders are no classes: an editor's leftover must not shift every label behind it.
+    Hidden folders are no classes: an editor's leftover must not shift every label after it.
     Raises UserError where the folder is missing or empty, or a class has no image.
     """
 
@@ -212,19 +207,32 @@ def _record(info: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
     return info.header_offset, info.compress_size, info.file_size, info.CRC, method
 
 
+class PictureSource:
+    """Unlabelled files as a source."""
+
+    classes: list[str] = []  # noqa: RUF012 - never changed
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.samples = [(str(path), UNLABELLED) for path in paths]
+
+    def read(self, index: int) -> bytes:
+        return Path(self.samples[index][0]).read_bytes()
+
+
 def class_folders(root: Path) -> list[str]:
     """Names of the class folders below `root`, sorted; UserError where it is no readable folder."""
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
+            return sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}") from None
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether the entry is a folder or a link to one; False for a link to itself, where `is_dir` raises."""
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:
         return False
 
 

@@ -130,6 +130,20 @@ def build_mixup(config: CfgNode) -> Mixup | None:
     )
 
 
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 batch (B, 3, H, W) -> normalised float32, on its device; float batches are normalised already and pass.
+
+    The arithmetic is that of torchvision's ToTensor and Normalize, bit for bit.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    mean, std = (
+        torch.tensor(values, device=images.device).view(-1, 1, 1)
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
 def denormalize(images: torch.Tensor) -> torch.Tensor:
     """Normalised images (B, 3, H, W) -> values in [0, 1], to look at."""
     mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=images.device).view(3, 1, 1)

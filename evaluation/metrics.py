@@ -1,6 +1,6 @@
 """What follows from predictions: accuracy, calibration, confusion, how sure a number is. Pure functions on arrays.
 
-N images, K classes. Accuracies are percent; `correct` is (N,) bool, one entry an image. Intervals are for 95 %.
+N images, K classes. Accuracies are percent; `correct` is (N,) bool, one entry per image. Intervals are for 95 %.
 """
 
 from dataclasses import dataclass

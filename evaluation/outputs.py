@@ -10,8 +10,8 @@ import numpy as np
 from utils.files import write_json, write_rows
 
 from . import metrics
-from .imagenet_variants import real_accuracy
 from .predictions import Predictions
+from .validation_sets import real_accuracy
 
 
 def summarize(predictions: Predictions, label_sets: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _per_class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
 
 
 def _confusion_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
-    """The cells of the confusion matrix that are not 0, one a line: at most as many as images, for any class count."""
+    """The cells of the confusion matrix that are not 0, one per line: never more than images, for any class count."""
     known, names = predictions.labelled, predictions.classes
     cells = metrics.confusion_matrix(predictions.labels[known], predictions.top[known, 0], len(names)).tocoo()
     for label, predicted, images in zip(cells.row.tolist(), cells.col.tolist(), cells.data.tolist()):

@@ -5,39 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from configs import UserError, with_num_classes
-from data import ImageDataset, class_folders, usable_workers, views_transform
-from data.sources import SPLIT_NAMES
-from models import build_model
-from utils.checkpoint import load_exactly, load_file, select_weights
+from configs import UserError
+from data import ImageDataset, usable_workers, views_transform
+from data.sources import UNLABELLED, PictureSource
+from utils.checkpoint import load_classifier
 from utils.compilation import inference_network
 from utils.engine import build_precision
 from utils.files import write_json
 from utils.logging import printable
 from utils.session import Session
 
-from .predictions import UNLABELLED, predict_batch, summarize_batch
+from .predictions import predict_batch, summarize_batch
 
-SUFFIX = ".top5.json"  # behind the whole name of the picture: a.jpg and a.png do not share a file
-
-
-class PictureSource:
-    """Unlabelled files as a source."""
-
-    classes: list[str] = []  # noqa: RUF012 - never changed
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.samples = [(str(path), UNLABELLED) for path in paths]
-
-    def read(self, index: int) -> bytes:
-        return Path(self.samples[index][0]).read_bytes()
+SUFFIX = ".top5.json"  # after the whole name of the picture: a.jpg and a.png do not share a file
 
 
 class _Pictures(Dataset):
@@ -67,21 +53,14 @@ def label_pictures(session: Session, weights: str) -> None:
     if processes.distributed:
         raise UserError("--images works on one process: start test.py without torchrun")
     paths = find_pictures(session.args.images)
-    checkpoint = load_file(weights)
-    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, weights)
-    if "head.weight" not in state:
-        raise UserError(f"{weights}: has no head.weight, so it tells no classes")
-    config = with_num_classes(config, len(state["head.weight"]))
-    names = class_names(checkpoint, config)
-    network = build_model(config).to(processes.device).eval()
-    load_exactly(network, state, weights)
-    network = inference_network(config, network)
+    network, names, loaded = load_classifier(config, weights)
+    network = inference_network(config, network.to(processes.device))
     if config.DATA.FAST_LOADING == "all":
         logger.info("DATA.FAST_LOADING does not apply to --images: pictures are resized exactly")
     precision = build_precision(config, processes.device)
-    logger.info(f"{len(paths)} pictures, {kind} of {weights}, {len(names)} classes, {precision}")
+    logger.info(f"{len(paths)} pictures, {loaded}, {len(names)} classes, {precision}")
 
-    about = {"weights": f"{kind} of {weights}", "image_size": config.DATA.IMG_SIZE, "tta": config.TEST.TTA}
+    about = {"weights": loaded, "image_size": config.DATA.IMG_SIZE, "tta": config.TEST.TTA}
     results, faults = [], 0
     for path, views in tqdm(_batches(config, paths), total=len(paths), unit="picture", disable=None, leave=False):
         result: dict[str, Any] = {"picture": str(path)}
@@ -135,40 +114,6 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
         else:
             raise UserError(f"--images {argument}: no such file or folder")
     return list(pictures)
-
-
-def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
-    """Names of the classes, by index: the checkpoint's, else the folders of --data-path, else ImageNet's for 1000.
-
-    Folders named by WordNet ids get the words behind the id. Where nothing is known, a name is the index as text.
-    Raises UserError where the folders of --data-path are not as many as the classes.
-    """
-    count = config.MODEL.GMA.NUM_CLASSES
-    numbers = [str(i) for i in range(count)]
-    names = checkpoint.get("classes")
-    if not isinstance(names, list) or len(names) != count or names == numbers:
-        names = _folder_names(config, count)
-    if names is None:
-        names = ImageNetInfo().label_names() if count == 1000 else numbers
-    if all(name.startswith("n") and name[1:].isdigit() for name in names):
-        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
-            as_dict=True
-        )
-        return [f"{words[name]} ({name})" if name in words else name for name in names]
-    return names
-
-
-def _folder_names(config: CfgNode, count: int) -> list[str] | None:
-    if not config.DATA.DATA_PATH or config.DATA.ZIP_MODE:
-        return None
-    for split in ("val", "train"):
-        folder = Path(config.DATA.DATA_PATH) / SPLIT_NAMES[config.DATA.DATASET][split]
-        if folder.is_dir():
-            names = class_folders(folder)
-            if len(names) != count:
-                raise UserError(f"{folder}: has {len(names)} classes, the weights have {count}: leave --data-path out")
-            return names
-    return None
 
 
 def _batches(config: CfgNode, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:

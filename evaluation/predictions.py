@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
+from configs.errors import one_line
 from data import Source, build_prediction_loader, normalize
+from data.sources import UNLABELLED
 from utils.distributed import gather_on_main
 from utils.engine import Precision
 from utils.files import whole_file, write_rows
@@ -30,7 +32,6 @@ from utils.logging import ProgressLog, peak_memory_mib
 from utils.session import Session
 
 TOP = 5
-UNLABELLED = -1
 # Logits are kept up to this size, for a moment in three copies on the main process: 50,000 images of 1000 classes are
 # 0.2 GB. Beyond it, as for the 10,450 classes of ImageNet-21k, everything but the temperature is still exact.
 MAX_LOGITS_BYTES = 10**9
@@ -47,9 +48,8 @@ class Predictions:
     top: np.ndarray  # (N, k) int64 class indices, the most probable first
     top_probabilities: np.ndarray  # (N, k) float32
     classes: list[str]  # K names, by class index
-    logits: np.ndarray | None = (
-        None  # (N, K) float32, natural-log scale; None where not kept (MAX_LOGITS_BYTES) or read from a file
-    )
+    # (N, K) float32, natural-log scale; None where not kept (MAX_LOGITS_BYTES) or read from a file
+    logits: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -143,7 +143,7 @@ class Predictions:
 
 
 def column_names(k: int) -> list[str]:
-    """The columns of a predictions file with k predictions an image."""
+    """The columns of a predictions file with k predictions per image."""
     names = ["path", "label", "label_name", "probability", "nll", "top1", "top1_name", "p1"]
     return names + [name for i in range(2, k + 1) for name in (f"top{i}", f"p{i}")]
 
@@ -174,7 +174,7 @@ def _read_parquet(path: Path) -> dict[str, Sequence[Any]]:
     try:
         return parquet.read_table(path).to_pydict()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- the pass

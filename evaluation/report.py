@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
-from data.sources import SPLIT_NAMES
 from utils.files import STDOUT, check_json_target, whole_file, write_json
 
 from .metrics import class_results, confusion_matrix
@@ -68,7 +67,7 @@ svg .ideal { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 2; }
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class WrittenEvaluation:
     """What test.py wrote about one evaluation."""
 
     folder: Path
@@ -77,16 +76,13 @@ class Evaluation:
     images_root: Path | None  # the folder that the predictions' paths are relative to; None where it is not known
 
 
-def read_evaluation(folder: str | Path, data_path: str | None = None) -> Evaluation:
+def read_evaluation(folder: str | Path, data_path: str | None = None) -> WrittenEvaluation:
     """Read a folder of test.py. Raises UserError where something is missing or damaged, or no image has a label."""
     folder = Path(folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        (
-            metrics["acc1_interval"],
-            metrics["acc5_interval"],
-            metrics["calibration"]["counts"],
-        )  # KeyError where one is missing
+        # KeyError where one is missing
+        _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]
     except OSError:
         raise UserError(f"{folder}: not an evaluation of test.py: it holds no metrics.json") from None
     except (ValueError, KeyError, TypeError):
@@ -98,7 +94,7 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Evaluat
     predictions = Predictions.load(found[0])
     if not predictions.labelled.any():
         raise UserError(f"{found[0]}: no image has a label, so there is nothing to report")
-    return Evaluation(folder, metrics, predictions, _images_root(folder, data_path, predictions.paths))
+    return WrittenEvaluation(folder, metrics, predictions, _images_root(folder, data_path, predictions.paths))
 
 
 def _images_root(folder: Path, data_path: str | None, paths: Sequence[str]) -> Path | None:
@@ -121,7 +117,7 @@ def _images_root(folder: Path, data_path: str | None, paths: Sequence[str]) -> P
 
 
 # -------------------------------------------------------------------------------------------------------------- content
-def summarize(evaluation: Evaluation) -> dict[str, Any]:
+def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
     """What the page shows, without its pictures: worst classes, confused pairs, most confident mistakes."""
     predictions = evaluation.predictions
     known = np.flatnonzero(predictions.labelled)
@@ -197,7 +193,7 @@ def thumbnail(path: Path) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
-def render(evaluation: Evaluation, content: dict[str, Any]) -> str:
+def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
     """The page as HTML. Every text that comes from files is escaped."""
     title = f"Evaluation {evaluation.folder.resolve().name}"
     sections = [_numbers(content), _calibration(content["metrics"]), _mistakes(content, evaluation.images_root)]
@@ -358,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_json_target(args.json)
     evaluation = read_evaluation(args.folder, args.data_path)
-    content = summarize(evaluation)
+    content = page_content(evaluation)
     out = args.out or Path(args.folder) / "report.html"
     try:
         with whole_file(out) as partial:

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from configs import UserError, with_num_classes, with_values
 from data import check_val_classes, open_split, usable_workers
 from models import build_model
-from utils.checkpoint import load_weights
+from utils.checkpoint import find_weights, load_weights
 from utils.compilation import inference_network
 from utils.distributed import decide_on_main
 from utils.engine import build_precision, measure_throughput
@@ -19,12 +19,10 @@ from utils.flops import count_flops
 from utils.logging import peak_memory_mib
 from utils.session import Session
 
-from .imagenet_variants import NUM_CLASSES, Variant, open_variant
 from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
 from .predictions import Predictions, check_suffix, predict
-
-PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
+from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
 
 
 def run_evaluation(session: Session) -> None:
@@ -40,37 +38,21 @@ def run_evaluation(session: Session) -> None:
         evaluate_weights(session)
 
 
-def find_weights(config: CfgNode) -> str:
-    """The file to evaluate: --resume, else --pretrained (MODEL.PRETRAINED), else pretrained/<MODEL.NAME>.pth.
-
-    Raises UserError where there is none: a score of random weights would look like a result.
-    """
-    released = PRETRAINED_FOLDER / f"{config.MODEL.NAME}.pth"
-    for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
-        if path:
-            return path
-    if released.is_file():
-        return str(released)
-    raise UserError(
-        f"no weights to evaluate: give a file with --resume or --pretrained, or put released weights at {released}"
-    )
-
-
 def evaluate_weights(session: Session) -> list[dict[str, Any]]:
-    """Evaluate given weights on the validation images, at one size or several; logs, writes and returns the numbers.
+    """Evaluate given weights on the validation images, at one size or several; logs and writes the numbers.
 
-    `evaluation.outputs.summarize` says which; a dictionary a size, the same on every process. The last line logged is
+    Returns one dictionary per size; keys as in `summarize`; the same on every process. The last line logged is
     ` * Acc@1 ... Acc@5 ...`, of the last size.
     """
     config, processes, logger = session.config, session.processes, session.logger
     weights = find_weights(config)
     check_suffix(Path(f"predictions.{config.TEST.PREDICTIONS}"))
     images = _open_images(config)
-    num_outputs = NUM_CLASSES if config.TEST.VARIANT else len(images.source.classes)
+    num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
     config = with_num_classes(config, num_outputs)
 
     network = build_model(config).to(processes.device)
-    classes = [] if config.TEST.VARIANT else images.source.classes
+    classes = [] if config.TEST.VAL_SET else images.source.classes
     loaded = load_weights(network, weights, config.TEST.WEIGHTS, classes, logger.warning)
     logger.info(f"evaluating {loaded}")
     network = inference_network(config, network)
@@ -92,7 +74,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             "file": str(Path(weights).resolve()),
             "model": config.MODEL.NAME,
             "data": config.DATA.DATA_PATH,
-            "variant": config.TEST.VARIANT,
+            "val_set": config.TEST.VAL_SET,
             "image_size": size,
             "crop": config.TEST.CROP,
             "tta": config.TEST.TTA,
@@ -114,18 +96,18 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     return results
 
 
-def _open_images(config: CfgNode) -> Variant:
-    """The validation images of the data set, or of the ImageNet variant that TEST.VARIANT names."""
-    if config.TEST.VARIANT:
-        return open_variant(config)
+def _open_images(config: CfgNode) -> ValidationSet:
+    """The validation images of the data set, or those of ImageNet's other set that TEST.VAL_SET names."""
+    if config.TEST.VAL_SET:
+        return open_validation_set(config)
     # A single pass gains nothing from a cache.
     source = open_split(with_values(config, {"DATA.CACHE_MODE": "no"}), "val", rank=0, world_size=1)
     check_val_classes(config, None, source)
-    return Variant(source, None, None)
+    return ValidationSet(source, None, None)
 
 
 def _conclude(
-    session: Session, predictions: Predictions, images: Variant, about: dict[str, Any], folder: Path
+    session: Session, predictions: Predictions, images: ValidationSet, about: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Compute, log and write what follows from the predictions; on the main process."""
     if not np.isfinite(predictions.nll[predictions.labelled]).all():
@@ -143,7 +125,7 @@ def _conclude(
 
 def _name(config: CfgNode, weights: str) -> str:
     """The folder of an evaluation: what was evaluated, on what, and how."""
-    parts = [Path(weights).stem, config.TEST.VARIANT or "val", Path(config.DATA.DATA_PATH).resolve().name]
+    parts = [Path(weights).stem, config.TEST.VAL_SET or "val", Path(config.DATA.DATA_PATH).resolve().name]
     if config.TEST.WEIGHTS != "best":
         parts.insert(1, config.TEST.WEIGHTS)
     parts.append(str(config.DATA.IMG_SIZE))

@@ -14,8 +14,8 @@
 # CFG         a YAML file, instead of VARIANT
 # DATA_PATH   folder with train/ and val/; default ./datasets/imagenet
 # OUTPUT      folder for runs; default ./output
-# GPUS        processes, one a GPU; default: all GPUs of this machine
-# BATCH_SIZE  images a GPU; default: the config's
+# GPUS        processes, one per GPU; default: all GPUs of this machine
+# BATCH_SIZE  images per GPU; default: the config's
 # TAG         name of the run; default: the config's
 # PYTHON      the interpreter; default: the checkout's .venv, else python3
 set -euo pipefail

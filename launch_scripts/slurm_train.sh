@@ -21,7 +21,7 @@
 #
 # From the environment, relative paths being taken from the checkout:
 # VARIANT, CFG, DATA_PATH, OUTPUT, BATCH_SIZE, TAG, PYTHON   see run_train.sh; OUTPUT is a folder that all nodes share
-# GPUS        processes on each node, one a GPU; default: what SLURM gave, else 8
+# GPUS        processes on each node, one per GPU; default: what SLURM gave, else 8
 # RETRIES     times that a node starts torchrun again after a fault; default 3
 # CODE_PATH   the checkout; default: the folder that sbatch was called in
 set -euo pipefail
@@ -40,7 +40,7 @@ choose_python "$ROOT"
 choose_config "$ROOT"
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# One port a job, so that jobs that share a node do not meet; below the ports that the kernel hands out by itself.
+# One port per job, so that jobs that share a node do not meet; below the ports that the kernel hands out by itself.
 port=$((15000 + SLURM_JOB_ID % 15000))
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 

@@ -9,7 +9,7 @@ Shapes are written with these letters:
     s  channels of a segment, C / 5    h     attention heads
     d  channels of a head, (4C/5) / h
 
-Module names are an interface: released weights carry them. `norm4` is the batch norm behind the last stage, `att` the
+Module names are an interface: released weights carry them. `norm4` is the batch norm after the last stage, `att` the
 Group-Mix Attention, `agg1..3` its 3x3, 5x5 and 7x7 group aggregators, `agg0` its local branch, `cpe` and `crpe` the
 convolutional position encodings of tokens and of attention.
 """
@@ -232,7 +232,7 @@ class GroupMixAttention(nn.Module):
 
 
 class GMABlock(nn.Module):
-    """Position encoding, then attention and MLP, each behind a layer norm and on a residual path: (B, N, C) -> same."""
+    """Position encoding, then attention and MLP, each after a layer norm and on a residual path: (B, N, C) -> same."""
 
     def __init__(
         self,
@@ -316,24 +316,20 @@ def _check_sizes(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: S
     """Raise ValueError, naming the numbers, where widths and heads cannot be cut evenly."""
     if not len(embed_dims) == len(depths) == len(mlp_ratios) >= 1:
         raise ValueError(
-            f"embed_dims, depths and mlp_ratios need one value a stage, got {len(embed_dims)}, {len(depths)} and "
+            f"embed_dims, depths and mlp_ratios need one value per stage, got {len(embed_dims)}, {len(depths)} and "
             f"{len(mlp_ratios)} values"
         )
     if num_heads < 8 or num_heads % 8:
         raise ValueError(
             f"num_heads={num_heads} cannot be cut 2:3:3 between the 3x3, 5x5 and 7x7 windows: use a multiple of 8"
         )
-    for stage, dim in enumerate(embed_dims, start=1):
-        if dim <= 0 or dim % NUM_SEGMENTS or (4 * dim // NUM_SEGMENTS) % num_heads or dim % 2:
+    divisor = 10 * num_heads // 8  # five segments, of which the first four give equal heads; 10 for 8 heads
+    for stage, dim in enumerate(embed_dims):
+        if dim <= 0 or dim % divisor:
             raise ValueError(
-                f"embed_dims[{stage - 1}]={dim} cannot be cut into {NUM_SEGMENTS} segments whose first four give "
-                f"{num_heads} equal heads: it must be a positive multiple of {_dim_divisor(num_heads)}"
+                f"embed_dims[{stage}]={dim} cannot be cut into {NUM_SEGMENTS} segments whose first four give "
+                f"{num_heads} equal heads: it must be a positive multiple of {divisor}"
             )
-
-
-def _dim_divisor(num_heads: int) -> int:
-    """The number that every embedding width must be a multiple of; 10 for 8 heads."""
-    return next(dim for dim in range(10, 10 * num_heads + 1, 10) if (4 * dim // NUM_SEGMENTS) % num_heads == 0)
 
 
 class GroupMixFormer(nn.Module):
@@ -349,7 +345,7 @@ class GroupMixFormer(nn.Module):
         qkv_bias: give the projection to q, k and v a bias.
         qk_scale: factor on the attended values; None means (C / h) ** -0.5.
         drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout behind the attention's projection and in the MLP (the released DROP_RATE).
+        proj_drop_rate: dropout after the attention's projection and in the MLP (the released DROP_RATE).
         attn_drop_rate: dropout on the softmax of k.
         drop_path_rate: stochastic depth of the last block; rates rise linearly from 0 over all blocks.
         global_pool: 'avg' (the paper's), 'max', 'avgmax', 'catavgmax', or '' for maps without pooling.
@@ -487,7 +483,7 @@ class GroupMixFormer(nn.Module):
             x: images (B, in_chans, H, W).
             indices: stages to return, counted from 0; an int means the last so many; None means all.
             norm: pass the last stage's map through the final batch norm.
-            stop_early: do not compute stages behind the last one asked for.
+            stop_early: do not compute stages after the last one asked for.
             output_fmt: 'NCHW' is the only one.
             intermediates_only: return the list of maps alone, not (final features, maps).
         """

@@ -4,7 +4,7 @@
 `golden/<variant>_2x224x224.npz` holds float64 results for two images of 224 x 224, batch norms in one process, drop
 path 0: evaluation logits and stage maps (shape; mean and unbiased standard deviation over height and width); and, of
 one training step from the same weights, logits, cross-entropy loss, the gradient norm of every parameter and, as
-`bn:<name>`, the running statistics behind the step.
+`bn:<name>`, the running statistics after the step.
 
 Every weight and every image is drawn from a stream that its name seeds, so no weights need to be stored.
 """

@@ -24,8 +24,8 @@ from pathlib import Path
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", required=True)
 parser.add_argument("--pairs", type=int, default=60)
-parser.add_argument("--block", type=int, default=5, help="updates a block")
-parser.add_argument("--batch", type=int, default=64, help="images a process")
+parser.add_argument("--block", type=int, default=5, help="updates per block")
+parser.add_argument("--batch", type=int, default=64, help="images per process")
 parser.add_argument("--saves", type=int, default=20, help="saves of each kind")
 args = parser.parse_args()
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,7 +35,7 @@ PLAIN = (
 
 
 def arguments(data: Path, output: Path, *opts: str, flags: Sequence[str] = ()) -> list[str]:
-    """The command line of a tiny run; `opts` are KEY VALUE pairs behind those of TINY."""
+    """The command line of a tiny run; `opts` are KEY VALUE pairs after those of TINY."""
     cfg = ROOT / "configs" / "groupmixformer_digits.yaml"
     paths = ["--cfg", str(cfg), "--data-path", str(data), "--output", str(output), "--tag", "run"]
     return [*paths, *flags, "--opts", *TINY, *opts]
@@ -99,7 +99,7 @@ def command(script: str, args: Sequence[str], processes: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process: the thread count changes bits."""
+    """One thread per process: the thread count changes bits."""
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

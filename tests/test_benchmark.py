@@ -28,8 +28,8 @@ def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.M
 
         return run
 
-    row = benchmark.compare("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
-    assert order[4:] == ["reference", "ours"] * 3, "behind the first turn, which warms up"
+    row = benchmark.time_in_turns("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
+    assert order[4:] == ["reference", "ours"] * 3, "after the first turn, which warms up"
     ours = row["ways"]["ours"]
     assert (ours["ratio"], ours["quartiles"], ours["seconds"]) == (2.0, [2.0, 2.0], 2.0)
     assert (ours["first_seconds"], ours["images_per_second"]) == (5.0, 5.0)
@@ -41,7 +41,7 @@ def test_memory_is_the_largest_sum_of_live_tensors() -> None:
     images = torch.randn(512, 256)
     bytes_needed = benchmark._activation_bytes(network, images, CPU, "")
     hidden = 4 * 512 * 1024
-    assert 2 * hidden <= bytes_needed < 3 * hidden, "the hidden layer before and behind ReLU"
+    assert 2 * hidden <= bytes_needed < 3 * hidden, "the hidden layer before and after ReLU"
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ FLAGS = {
     "-h", "--help", "--cfg", "--opts", "--batch-size", "--data-path", "--zip", "--cache-mode", "--pretrained",
     "--resume", "--accumulation-steps", "--use-checkpoint", "--amp-opt-level", "--output", "--tag", "--eval",
     "--throughput", "--local_rank", "--local-rank", "--model-type", "--model-file",
-    "--weights", "--flops", "--allow-changes", "--tta", "--sizes", "--variant", "--images", "--json",  # ours
+    "--weights", "--flops", "--allow-changes", "--tta", "--sizes", "--val-set", "--images", "--json",  # ours
     "--compile", "--fuse",
 }  # fmt: skip
 
@@ -503,7 +503,7 @@ IMPOSSIBLE = [
     ("TEST.WEIGHTS", "swa"),
     ("TEST.TTA", "hflip"),
     ("TEST.SIZES", "[224, 16]"),
-    ("TEST.VARIANT", "sketch"),
+    ("TEST.VAL_SET", "sketch"),
     ("TEST.PREDICTIONS", "xlsx"),
     ("AMP_OPT_LEVEL", "O3"),
     ("AMP_DTYPE", "float8"),
@@ -625,17 +625,6 @@ def test_variants_do_not_share_a_run_folder():
     assert defaults._C.MODEL.NAME not in names
 
 
-def test_variants_have_the_numbers_of_the_network(make_config):
-    from models import VARIANTS
-
-    for name, numbers in VARIANTS.items():
-        gma = make_config("--cfg", str(ROOT / "configs" / f"{name}.yaml")).MODEL.GMA
-        assert tuple(gma.EMBEDDING_DIMS) == numbers["embed_dims"]
-        assert tuple(gma.SERIAL_DEPTHS) == numbers["depths"]
-        assert tuple(gma.MLP_RATIOS) == numbers["mlp_ratios"]
-        assert numbers["drop_path_rate"] == gma.DROP_PATH_RATE
-
-
 def test_config_json_round_trip(tmp_path, make_config):
     from utils.session import describe_run
 
@@ -684,7 +673,7 @@ def test_with_num_classes_leaves_the_configuration_alone(make_config):
         (["--fuse"], "TEST.FUSE", True),
         (["--tta", "flip"], "TEST.TTA", "flip"),
         (["--sizes", "224", "256"], "TEST.SIZES", [224, 256]),
-        (["--variant", "v2"], "TEST.VARIANT", "v2"),
+        (["--val-set", "v2"], "TEST.VAL_SET", "v2"),
     ],
 )
 def test_flag_sets_its_key_and_no_other(make_config, words, key, value):

@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 
 import data
-from configs import UserError
+from configs import SPLIT_NAMES, UserError
 from data import digits, randomness
 from data.datasets import AugmentedDataset, ImageDataset, decode_image
 from data.samplers import SampleKey, TrainingOrder
@@ -143,6 +144,11 @@ def test_imagenet_21k_has_folders_of_its_own(make_config, image_folder):
     assert "cat" in message_of(data.check_val_classes, config, None, val)
 
 
+def test_every_data_set_with_names_for_its_splits_can_be_configured(make_config):
+    for name in SPLIT_NAMES:
+        make_config("--opts", "DATA.DATASET", name)  # UserError where it is not allowed
+
+
 def test_imagenet_21k_zipped(make_config, image_folder, tmp_path):
     zip_image_folder(image_folder, tmp_path / "zipped")
     for path in list((tmp_path / "zipped").iterdir()):
@@ -225,7 +231,7 @@ def test_zip_across_forked_workers(image_folder, tmp_path, mode):
         assert torch.equal(torch.cat([images for images, _ in loader]), expected)
 
 
-def test_a_zip_file_behind_other_bytes_is_read(image_folder, tmp_path):
+def test_a_zip_file_after_other_bytes_is_read(image_folder, tmp_path):
     """Positions in it then count from where it begins."""
     zip_image_folder(image_folder, tmp_path / "z")
     expected = pixels(ZipSource(tmp_path / "z", "train"))
@@ -664,7 +670,7 @@ def test_sharded_order_stays_in_its_share(world_size):
 
 
 def test_what_is_left_behind_differs_between_epochs():
-    """Images behind the last whole update must not be the same ones in every epoch."""
+    """Images after the last whole update must not be the same ones in every epoch."""
     order = TrainingOrder(15, 8, 0, 1, seed=0)
     left = set()
     for epoch in range(10):
@@ -922,6 +928,18 @@ def test_digits_written_by_two_processes_at_once(written_digits, tmp_path, monke
     assert not digits.write_digits(tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert contents(tmp_path / "set") == contents(written_digits)
+
+
+def test_digits_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert digits.main(["--output", str(tmp_path / "file" / "set")]) == 2
+    assert digits.main(["--output", str(tmp_path / "file")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing half-written stays"
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert digits.main(["--output", str(tmp_path / "set")]) == 2
+    folder, file, missing = capsys.readouterr().err.splitlines()
+    assert folder == f"data.digits: error: --output {tmp_path}/file/set: cannot be written: Not a directory"
+    assert "file: cannot be written" in file and "pip install scikit-learn" in missing
 
 
 def test_interrupted_digits_never_look_complete(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def sixteen_bit_colour() -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of one bit a pixel that is small and decodes to much."""
+    """A PNG of one bit per pixel that is small and decodes to much."""
     return encoded(Image.new("1", (width, height)), "PNG")
 
 

@@ -23,6 +23,7 @@ from torchvision.transforms import functional
 
 from configs import UserError, get_config, parse_args, with_num_classes
 from data import open_split
+from data.digits import write_digits
 from data.transforms import eval_transform
 from evaluation import compare as compare_script
 from evaluation import metrics, outputs, predictions, run
@@ -432,6 +433,20 @@ def evaluate(data, tmp_path, monkeypatch):
 
     run_with.weights = weights
     return run_with
+
+
+def test_the_best_checkpoint_has_the_accuracy_that_its_run_told(tmp_path, monkeypatch, capsys):
+    """Validation in training and test.py are two loops."""
+    write_digits(tmp_path / "digits")
+    opts = (*runs.PLAIN, "DATA.BATCH_SIZE", "32", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    args = runs.arguments(tmp_path / "digits", tmp_path, *opts)
+    assert runs.train_here(monkeypatch, args) == 0
+    folder = runs.run_folder(tmp_path)
+    (told,) = re.findall(r"Max accuracy: (\S+)%", (folder / "log_rank0.txt").read_text())
+    assert 15 < float(told) < 100, "more than chance, so that it is a number to agree on"
+    monkeypatch.setattr("sys.argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
+    run.run_evaluation(start_session(""))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f" * Acc@1 {told} ")
 
 
 def test_what_an_evaluation_writes(evaluate, capsys):

@@ -17,9 +17,9 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from configs import UserError
-from data import fast, normalize
+from data import fast_loading, normalize
 from data.datasets import ImageDataset, decode_image
-from data.fast import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor
+from data.fast_loading import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor
 from data.sources import FolderSource
 from data.transforms import eval_transform, train_transform
 
@@ -67,7 +67,7 @@ def test_jpegs_decode_to_the_pixels_of_pillow(kind: str, size: tuple[int, int]) 
 def test_without_torchvisions_decoder_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded(photo())
     expected = decode_to_tensor(content)
-    monkeypatch.setattr(fast, "decode_jpeg", None)
+    monkeypatch.setattr(fast_loading, "decode_jpeg", None)
     assert torch.equal(decode_to_tensor(content), expected)
 
 

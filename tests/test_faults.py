@@ -219,10 +219,10 @@ def state_of(number, is_best=False, size=1000, parts=20):
 
 
 def saver_of(folder, keep=2):
-    session = SimpleNamespace(folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
     config = SimpleNamespace(SAVE_FREQ=1, SAVE_KEEP=keep, TRAIN=SimpleNamespace(EPOCHS=100))
+    session = SimpleNamespace(config=config, folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
     progress = SimpleNamespace(next_epoch=0, next_update=0)
-    return Saver(session, config, SimpleNamespace(num_updates=0), progress, "")
+    return Saver(session, SimpleNamespace(num_updates=0), progress, "")
 
 
 def save_epoch(folder, number, is_best=True):
@@ -353,7 +353,7 @@ def test_killed_at_every_step_of_a_save(tmp_path, save):
         assert open_folder(folder) == new, f"{name}: the same save does not succeed afterwards"
         assert number_in(folder / BEST_NAME) == best_of_new
         shutil.rmtree(folder)
-    assert len(seen) == len({tuple(old[-1:]), tuple(new[-1:])}), "no kill before the rename, or none behind it"
+    assert len(seen) == len({tuple(old[-1:]), tuple(new[-1:])}), "no kill before the rename, or none after it"
 
 
 @pytest.mark.parametrize("percent", [0, 25, 50, 75, 100])

@@ -10,9 +10,10 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from configs import UserError, get_config, parse_args, with_num_classes
+from data.class_names import class_names
 from data.transforms import eval_transform
 from evaluation import run
-from evaluation.pictures import class_names, find_pictures
+from evaluation.pictures import find_pictures
 from models import build_model
 from utils import compilation
 from utils.session import start_session

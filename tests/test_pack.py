@@ -1,6 +1,7 @@
 """python -m data.pack: what it writes is the same data set, smaller."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import runs
 from PIL import Image
 
-from data import fingerprint
+from data import fingerprint, pack
 from data.datasets import decode_image
 from data.pack import main, shrink
 from data.sources import FolderSource, ZipSource
@@ -98,3 +99,8 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["--data-path", str(folder), "--out", str(tmp_path / "packed")]) == 2
     assert "val.zip: exists already" in capsys.readouterr().err
     assert (tmp_path / "packed" / "val.zip").read_bytes() == b"mine"
+
+
+def test_as_many_processes_as_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    assert pack._parse(["--data-path", "data", "--out", "packed"]).workers == 7

@@ -1,5 +1,6 @@
 """Every command and every promise of names in README.md."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -25,7 +26,7 @@ COMMANDS = [
 
 
 def script_arguments(command):
-    """What train.py or test.py gets: everything behind its name, placeholders replaced."""
+    """What train.py or test.py gets: everything after its name, placeholders replaced."""
     script = next(word for word in command if word in ("train.py", "test.py"))
     return script, command[command.index(script) + 1 :]
 
@@ -88,6 +89,40 @@ def tiny_network(tmp_path, data):
     return build_model(with_num_classes(get_config(parse_args(args)), 3))
 
 
+QUICK_MODULES = (
+    *("data.check", "evaluation.compare", "evaluation.report"),
+    *("utils.convert", "utils.curves", "utils.visualize"),
+)
+MODULE_COMMANDS = [c for c in COMMANDS if c[1:2] == ["-m"] and c[2] in QUICK_MODULES]
+
+
+@pytest.fixture(scope="module")
+def finished_run(data, tmp_path_factory):
+    """The folder of a run of one epoch, and that of its evaluation."""
+    output = tmp_path_factory.mktemp("finished")
+    args = runs.arguments(data, output, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        assert runs.train_here(patch, args) == 0
+        folder = runs.run_folder(output)
+        patch.setattr(sys, "argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
+        run.run_evaluation(evaluation_session())
+    return folder, next(folder.glob("evaluation/*"))
+
+
+@pytest.mark.parametrize("command", MODULE_COMMANDS, ids=" ".join)
+def test_commands_of_modules_work(command, finished_run, data, tmp_path, monkeypatch):
+    """Run as they stand, but for paths, on a run of the tiny network."""
+    folder, evaluation = finished_run
+    default = "output/groupmixformer_small/default"
+    places = {"<ImageNet>": data, "DIR": data, default: folder, "output/groupmixformer_small/other": folder}
+    places |= {f"{name}/predictions.csv": evaluation / "predictions.csv" for name in "AB"}
+    places |= {f"{default}/evaluation/NAME": evaluation, "a.jpg": next((data / "val").rglob("*.png"))}
+    places |= dict.fromkeys(("FILE", "<checkpoint>"), folder / "ckpt_best.pth")
+    args = [str(places.get(word, runs.ROOT / word if word.startswith("configs/") else word)) for word in command[3:]]
+    monkeypatch.chdir(tmp_path)  # most write to the folder that they are started in
+    assert importlib.import_module(command[2]).main(args + ["--opts", *runs.TINY] * ("--cfg" in args)) == 0
+
+
 SHELL_SCRIPTS = [c for c in COMMANDS if c[0] == "bash"]
 
 
@@ -109,17 +144,23 @@ def test_the_multi_node_command():
 
 
 def test_every_command_is_one_that_is_tested_or_named_here():
-    tested = [*PYTHON_COMMANDS, *SHELL_SCRIPTS]
+    tested = [*PYTHON_COMMANDS, *MODULE_COMMANDS, *SHELL_SCRIPTS]
     others = [c for c in COMMANDS if c not in tested]
     assert sorted(" ".join(c[:3]) for c in others) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
-        "python -m data.check",  # tests/test_data_check.py
-        "python -m evaluation.compare",  # tests/test_evaluation.py
         "python -m utils.benchmark",  # tests/test_benchmark.py
-        "python -m utils.convert",  # tests/test_convert.py
         "python -m utils.export",  # tests/test_export.py
         "python multi_machine_start.py --machine_num",
     ]
+    assert {command[2] for command in MODULE_COMMANDS} == set(QUICK_MODULES)
+
+
+def test_no_command_stands_outside_a_bash_block():
+    fences = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", README, re.MULTILINE)
+    lines = [line for language, block in fences if language != "bash" for line in block.splitlines()]
+    starts = ("python ", "python3 ", "bash ", "pip ", "torchrun ", "sbatch ")
+    (timms_own,) = (line for line in lines if line.startswith(starts))
+    assert "<clone of timm>/validate.py" in timms_own, "which no test can run"
 
 
 def test_the_python_example():

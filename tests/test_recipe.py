@@ -76,7 +76,7 @@ def test_cosine_of_the_released_recipe(recipe, accumulation):
     assert lr(1) == pytest.approx(first + (base - first) / warmup, rel=1e-12)
     assert lr(warmup // 2) == pytest.approx((first + base) / 2, rel=1e-9)
     assert lr(warmup - 1) == pytest.approx(base - (base - first) / warmup, rel=1e-12)
-    # The cosine runs from update 0: behind the warm-up it goes on where it would be, a little below the base rate.
+    # The cosine runs from update 0: after the warm-up it goes on where it would be, a little below the base rate.
     assert lr(warmup) == pytest.approx(cosine(warmup), rel=1e-12)
     assert lr(warmup) / base == pytest.approx(0.98918, abs=1e-5)
     assert lr(total // 2) == pytest.approx((base + minimum) / 2, rel=1e-9)
@@ -152,7 +152,7 @@ def test_weight_decay_is_the_configured_one(recipe):
 # ----------------------------------------------------------------------------------------- factors of the learning rate
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_layer_decay_falls_by_its_factor_from_block_to_block(recipe, decay):
-    config = recipe("TRAIN.LAYER_DECAY", decay, cfg="groupmixformer_digits")  # blocks a stage: 1, 1, 2, 1
+    config = recipe("TRAIN.LAYER_DECAY", decay, cfg="groupmixformer_digits")  # blocks per stage: 1, 1, 2, 1
     network = build_model(config)
     rates = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, network, rates.base)

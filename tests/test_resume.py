@@ -225,7 +225,7 @@ def test_every_item_of_the_state_is_needed(data, tmp_path, monkeypatch, straight
     assert runs.train_here(monkeypatch, args, stop_at=6) == 75
     with leaving_out(monkeypatch, leave_out):
         assert runs.train_here(monkeypatch, args) == 0
-    if leave_out is without_losses:  # they are part of the epoch's mean loss, and gone behind its end
+    if leave_out is without_losses:  # they are part of the epoch's mean loss, and gone after its end
         assert mean_losses(tmp_path) != mean_losses(straight_output)
     else:
         assert outcome(tmp_path) != straight
@@ -243,8 +243,8 @@ def test_the_count_of_updates_is_needed(data, tmp_path, monkeypatch, straight):
     assert runs.train_here(monkeypatch, args, stop_at=6) == 75
     restore = train.restore
 
-    def miscounted(session, config, path, state, trainer, *rest):
-        progress = restore(session, config, path, state, trainer, *rest)
+    def miscounted(session, path, state, trainer, *rest):
+        progress = restore(session, path, state, trainer, *rest)
         trainer.num_updates -= 1
         return progress
 
@@ -467,7 +467,7 @@ def test_weights_alone_cannot_be_resumed(data, tmp_path, monkeypatch):
 
 
 def test_a_released_training_checkpoint_continues(data, tmp_path, monkeypatch):
-    """As the released code saved it behind epoch 0: its keys only, the configuration a pickled CfgNode."""
+    """As the released code saved it after epoch 0: its keys only, the configuration a pickled CfgNode."""
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path / "own")) == 0
     state = load_file(runs.run_folder(tmp_path / "own") / "ckpt_epoch_0.pth")
     released = {key: state[key] for key in ("model", "optimizer", "lr_scheduler", "max_accuracy", "epoch")}

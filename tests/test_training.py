@@ -278,6 +278,7 @@ ALLOWED_IMPORTS = {
     "models": {"models", "configs"},
     "data": {"data", "configs"},
     "utils": {"utils", "data", "models", "configs"},
+    "evaluation": {"evaluation", "utils", "data", "models", "configs"},
 }
 
 

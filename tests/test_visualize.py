@@ -50,7 +50,7 @@ def test_a_branch_that_is_switched_off_contributes_nothing(network: GroupMixForm
 
 
 def test_grad_cam_is_the_class_activation_map(network: GroupMixFormer) -> None:
-    """Behind mean pooling and one linear layer, Grad-CAM is the weights of the class times the map."""
+    """After mean pooling and one linear layer, Grad-CAM is the weights of the class times the map."""
     image = torch.randn(3, 96, 128)
     maps = []
     handle = network.norm4.register_forward_hook(lambda module, args, output: maps.append(output.detach()))

@@ -1,1 +1,1 @@
-"""What train.py and test.py share: engine, checkpoints, optimizer, schedule, distributed, logging."""
+"""The machinery of a run, and commands: convert, export, curves, visualize, benchmark."""

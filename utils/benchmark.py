@@ -44,7 +44,7 @@ import models
 from configs import UserError, get_config, parse_args
 from configs.commands import CommandParser, command
 from data.datasets import decode_image
-from data.fast import FastEvalTransform, FastTrainTransform, decode_to_tensor
+from data.fast_loading import FastEvalTransform, FastTrainTransform, decode_to_tensor
 from data.pack import shrink
 from data.randomness import seed_everything
 from data.sources import FolderSource
@@ -61,7 +61,7 @@ SIZES = (224, 320, 448, 640, 768, 1024)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
-def compare(
+def time_in_turns(
     title: str, ways: dict[str, Callable[[], Any]], trials: int, items: int, device: torch.device
 ) -> dict[str, Any]:
     """Time the ways in turn; the first is the reference.
@@ -182,7 +182,7 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
         if error > (0.05 if device.type == "cuda" else 1e-5):
             raise RuntimeError(f"{name} computes something else than the reference: relative error {error:.1e}")
     title = f"evaluation, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
-    row = compare(title, ways, args.trials, args.batch_size, device)
+    row = time_in_turns(title, ways, args.trials, args.batch_size, device)
     for name, seconds in first.items():
         row["ways"][name]["first_seconds"] = seconds
     return [row]
@@ -204,7 +204,7 @@ def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
         model = ReferenceNetwork(network) if released else network
         steps[name] = _training_step(name, model, network, optimizer, scaler, ema, images, labels, device)
     title = f"training step, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
-    return [compare(title, steps, args.trials, args.batch_size, device)]
+    return [time_in_turns(title, steps, args.trials, args.batch_size, device)]
 
 
 def _training_step(name, model, network, optimizer, scaler, ema, images, labels, device) -> Callable[[], float]:
@@ -250,7 +250,7 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
             "fast": lambda: _each(encoded, decode_to_tensor, fast_eval),
         }
         return [
-            compare(f"{what}, {len(encoded)} photographs, one core", ways, args.trials, len(encoded), cpu)
+            time_in_turns(f"{what}, {len(encoded)} photographs, one core", ways, args.trials, len(encoded), cpu)
             for what, ways in (("loading to train", training), ("loading to validate", validation))
         ]
     finally:

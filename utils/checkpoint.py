@@ -30,7 +30,6 @@ import shutil
 import socket
 import time
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,13 +38,17 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
-from configs import UserError
-from models import VARIANTS, GroupMixFormer
+from configs import UserError, with_num_classes
+from configs.errors import first_line
+from data.class_names import class_names
+from models import VARIANTS, GroupMixFormer, build_model
 
 from .faults import SAVING, unwritable
 
 BEST_NAME = "ckpt_best.pth"
+PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
 LOCK_NAME = "run.lock"
 LOCK_SECONDS = 120  # an NFSv4 server takes 90 to drop the locks of a client that is gone
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS without lockd, Lustre mounted with noflock
@@ -57,7 +60,7 @@ HEAD_KEYS = ("head.weight", "head.bias")
 
 # ------------------------------------------------------------------------------------------------------ files and names
 def checkpoint_path(folder: Path, epoch: int, update: int | None = None) -> Path:
-    """ckpt_epoch_<n>.pth behind a whole epoch, ckpt_epoch_<n>_update_<u>.pth behind the first u updates of one."""
+    """ckpt_epoch_<n>.pth after a whole epoch, ckpt_epoch_<n>_update_<u>.pth after the first u updates of one."""
     return folder / (f"ckpt_epoch_{epoch}.pth" if update is None else f"ckpt_epoch_{epoch}_update_{update}.pth")
 
 
@@ -82,7 +85,7 @@ def lock_run_folder(folder: Path, notify: Callable[[str], None], wait_seconds: f
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
+        raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {first_line(error)}") from None
     deadline, waits = time.monotonic() + wait_seconds, False
     while True:
         try:
@@ -93,7 +96,7 @@ def lock_run_folder(folder: Path, notify: Callable[[str], None], wait_seconds: f
                 notify(f"{folder}: its file system has no locks ({error.strerror}): let no other run write there")
                 break
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {_first_line(error)}") from None
+                raise UserError(f"{folder / LOCK_NAME}: cannot be locked: {first_line(error)}") from None
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
         elsewhere = " on " in holder and not holder.endswith(f" on {socket.gethostname()}")
         if not elsewhere or time.monotonic() >= deadline:
@@ -140,19 +143,6 @@ def _save(state: dict[str, Any], path: Path) -> None:
         raise unwritable(path, error, sum(tensor.nbytes for tensor in _tensors(state))) from None
 
 
-def write_file(content: bytes, path: Path) -> None:
-    """Write bytes to a new file whole or not at all, making its folder; UserError where that cannot be done."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path}: cannot be written: {_first_line(error)}") from None
-
-
 def keep_as_best(path: Path) -> None:
     """Let the run's best checkpoint be this file, without writing it twice where the file system can link."""
     best = path.with_name(BEST_NAME)
@@ -195,7 +185,7 @@ def set_aside(path: Path) -> str:
     try:
         path.rename(path.with_name(name))
     except OSError as error:
-        raise UserError(f"{path}: cannot be renamed to {name}: {_first_line(error)}") from None
+        raise UserError(f"{path}: cannot be renamed to {name}: {first_line(error)}") from None
     return name
 
 
@@ -218,9 +208,6 @@ def load_file(path: str | Path) -> dict[str, Any]:
                     damaged = next(folders, None) or archive.testzip()
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
-        # A configuration pickled as yacs CfgNode, a dict by nature, becomes a plain ordered mapping. For good, as
-        # models/ needs it for timm too: the end of a `safe_globals` block would take that away.
-        torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -236,13 +223,29 @@ def load_file(path: str | Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded{what}"
         ) from None
     except Exception as error:  # damaged pickles and zip files raise almost anything
-        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
+def find_weights(config: CfgNode) -> str:
+    """The file to evaluate: --resume, else --pretrained (MODEL.PRETRAINED), else pretrained/<MODEL.NAME>.pth.
+
+    Raises UserError where there is none: a score of random weights would look like a result.
+    """
+    released = PRETRAINED_FOLDER / f"{config.MODEL.NAME}.pth"
+    for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
+        if path:
+            return path
+    if released.is_file():
+        return str(released)
+    raise UserError(
+        f"no weights to evaluate: give a file with --resume or --pretrained, or put released weights at {released}"
+    )
+
+
 def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple[dict[str, Tensor], str]:
     """The state dict to use from a loaded file, and what it is, for the log.
 
@@ -266,7 +269,7 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
             (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
         )
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise UserError(f"{origin}: holds no state dict of a network (keys: {_some(checkpoint)})")
+        raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)})")
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
 
 
@@ -328,7 +331,7 @@ def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -
         elif loaded == IMAGENET_21K_CLASSES and own == 1000:
             raise UserError(
                 f"{path}: its head has the {loaded} classes of ImageNet-21k; give the file that maps them to the 1000 "
-                "of ImageNet-1k (one row number a line) with --opts MODEL.CLASS_MAP FILE"
+                "of ImageNet-1k (one row number per line) with --opts MODEL.CLASS_MAP FILE"
             )
         else:
             state.update({key: network.state_dict()[key] for key in HEAD_KEYS})
@@ -338,11 +341,11 @@ def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -
 
 
 def read_class_map(path: str | Path, num_classes: int, num_rows: int) -> list[int]:
-    """The row numbers of a class map, one a line; UserError where they do not fit."""
+    """The row numbers of a class map, one per line; UserError where they do not fit."""
     try:
         rows = [int(word) for word in Path(path).read_text().split()]
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL.CLASS_MAP = {path!r}: cannot be read: {_first_line(error)}") from None
+        raise UserError(f"MODEL.CLASS_MAP = {path!r}: cannot be read: {first_line(error)}") from None
     if len(rows) != num_classes or not all(0 <= row < num_rows for row in rows):
         raise UserError(
             f"MODEL.CLASS_MAP = {path!r}: needs {num_classes} row numbers from 0 to {num_rows - 1}, has {len(rows)} "
@@ -363,7 +366,7 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
     ]
     if missing or unexpected or reshaped:
         parts = [
-            f"{len(names)} {what} ({_some(names)})"
+            f"{len(names)} {what} ({some(names)})"
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
@@ -371,6 +374,28 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
         hint = [f"they are of {known}: use --cfg configs/{known}.yaml"] if known else []
         raise UserError(f"{origin}: weights of another network than --cfg describes: {'; '.join(parts + hint)}")
     network.load_state_dict(state)
+
+
+def network_with(config: CfgNode, state: dict[str, Tensor], origin: str) -> nn.Module:
+    """The configuration's network for evaluation, with these weights and as many classes as they have."""
+    network = build_model(with_num_classes(config, _num_classes(state)))
+    network.set_grad_checkpointing(False)
+    load_exactly(network, state, origin)
+    return network.eval()
+
+
+def load_classifier(config: CfgNode, path: str) -> tuple[nn.Module, list[str], str]:
+    """The configuration's network for evaluation, with the weights of a file, whatever their number of classes.
+
+    Returns the network, the names of its classes, and what was loaded, for the log. Raises UserError where the weights
+    tell no classes.
+    """
+    checkpoint = load_file(path)
+    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, path)
+    if "head.weight" not in state:
+        raise UserError(f"{path}: has no head.weight, so it tells no classes")
+    names = class_names(checkpoint, with_num_classes(config, _num_classes(state)))
+    return network_with(config, state, path), names, f"{kind} of {path}"
 
 
 def _published_variant(state: dict[str, Tensor]) -> str:
@@ -408,10 +433,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few of many names, for a message."""
     names = list(names)
     return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from configs.arguments import OneLineParser
-from configs.commands import command
+from configs.commands import CommandParser, command
 from models import VARIANTS, GroupMixFormer
 
-from .checkpoint import load_file, select_weights, write_file
-from .files import STDOUT, check_json_target, write_json
+from .checkpoint import load_file, select_weights, some
+from .files import STDOUT, check_json_target, write_file, write_json
 
 SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "birder": ".pt"}
 
@@ -127,7 +126,7 @@ def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple
                 **sizes,
             )
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {_some(state)})") from None
+        raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {some(state)})") from None
     name = next((name for name, numbers in VARIANTS.items() if sizes.items() <= numbers.items()), "")
     return name or "GroupMixFormer " + ", ".join(f"{key} {value}" for key, value in sizes.items()), network
 
@@ -148,7 +147,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         name: of the new file, before its hash; '' takes the variant's, or else the source's.
         which: of a training checkpoint, 'raw', 'ema', or 'best': those that it was kept for, else raw.
 
-    Raises UserError where the source is not fit, or the new file is there already.
+    Raises UserError where the source is not fit, or the new file already exists.
     """
     state, kind = read_weights(source, which)
     label, network = describe_network(state, str(source))
@@ -157,7 +156,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     name = name or (label if label in VARIANTS else Path(source).stem)
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
     if path.exists():
-        raise UserError(f"{path}: is there already, and is not overwritten; give another --name or --output")
+        raise UserError(f"{path}: already exists and is not overwritten; give another --name or --output")
     write_file(content, path)
     try:
         again, _ = read_weights(path, "raw")
@@ -198,13 +197,8 @@ def _in_order(state: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     wrong = [name for name in (*own, *state) if name not in own or name not in state]
     wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
-        raise UserError(f"{origin}: not the weights of one whole GroupMixFormer: look at {_some(wrong)}")
+        raise UserError(f"{origin}: not the weights of one whole GroupMixFormer: look at {some(wrong)}")
     return {name: state[name] for name in own}
-
-
-def _some(names: Any, limit: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -224,12 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="utils.convert",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("utils.convert", __doc__)
     parser.add_argument("file", metavar="FILE", help="weights to read")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format to write")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="where to write; default: the present folder")

@@ -20,6 +20,7 @@ import numpy as np
 
 from configs import UserError
 from configs.commands import CommandParser, command
+from configs.errors import one_line
 
 from .files import STDOUT, check_json_target, write_json
 
@@ -80,7 +81,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _without_overwritten(updates: Sequence[int], values: Sequence[float]) -> Series:
-    """Points in the order written; one that steps back removes those at and behind its own update."""
+    """Points in the order written; one that steps back removes those at and after its own update."""
     kept: list[tuple[int, float]] = []
     for update, value in zip(updates, values):
         while kept and kept[-1][0] >= update:
@@ -183,8 +184,7 @@ class RunCurves:
             draw([read_run(self.folder)], self.folder / FILE_NAME)
         except Exception as error:  # whatever it is, a picture is not worth a run
             self.enabled = False
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self.logger.warning(f"{FILE_NAME} is not drawn: {reason}")
+            self.logger.warning(f"{FILE_NAME} is not drawn: {one_line(error)}")
         self.last_end = time.perf_counter()
         self.last_seconds = self.last_end - start
 

@@ -274,6 +274,10 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every process's share; counts are summed over the processes once and divided once.
 
+    `evaluation.predictions.predict` is test.py's loop. It gathers a prediction for every image on the main process and
+    keeps its bits on any number of processes; an epoch of training needs neither, and sums cost no memory. That both
+    give the same accuracy is tested.
+
     With fewer than five classes, top-5 means all of them. `network` is the bare network: shares differ in length,
     so its forward pass must not wait for other processes.
     Raises StopRequested, on all processes, where one was asked to stop.

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, with_num_classes
-from configs.arguments import OneLineParser
-from configs.commands import command
-from models import build_model
+from configs import UserError, get_config
+from configs.commands import CommandParser, command
+from configs.errors import first_line
 
-from .checkpoint import load_exactly
+from .checkpoint import network_with
 from .convert import read_weights
 from .files import STDOUT, check_json_target, write_json
 
@@ -67,11 +66,7 @@ class StageMaps(nn.Module):
 def load_network(config: CfgNode, path: str, which: str) -> tuple[nn.Module, str]:
     """The configuration's network for evaluation, with the classes of the weights, and which weights it has."""
     state, kind = read_weights(path, which)
-    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-    network = build_model(with_num_classes(config, classes))
-    network.set_grad_checkpointing(False)
-    load_exactly(network, state, path)
-    return network.eval(), f"{kind} of {path}"
+    return network_with(config, state, path), f"{kind} of {path}"
 
 
 def export(
@@ -88,10 +83,10 @@ def export(
         report: is called with one line for every step.
 
     Returns the largest difference for every shape tried. Raises UserError where the export fails, its values differ, or
-    the file is there already; then nothing is written.
+    the file already exists; then nothing is written.
     """
     if path.exists():
-        raise UserError(f"{path}: is there already, and is not overwritten; give another --output")
+        raise UserError(f"{path}: already exists and is not overwritten; give another --output")
     channels = next(p for p in network.parameters() if p.ndim == 4).shape[1]
     images = _images((2, channels, size, size))
     try:
@@ -110,8 +105,7 @@ def export(
         except UserError:
             raise
         except Exception as error:  # exporters raise whatever they like
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first})") from None
+            raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}
         for height, width in ((size, size), (size + 19, max(size - 13, MIN_SIZE))):
             for batch in BATCHES:
@@ -160,8 +154,8 @@ def _largest_difference(network: nn.Module, compute: Callable, images: Tensor, p
     try:
         got = compute(images)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{path}: not written: the export does not run on {tuple(images.shape)}: {first}") from None
+        shape = tuple(images.shape)
+        raise UserError(f"{path}: not written: the export does not run on {shape}: {first_line(error)}") from None
     largest = 0.0
     for ours, theirs in zip(expected, got, strict=True):
         if ours.shape != theirs.shape:
@@ -239,12 +233,7 @@ def _require_onnx() -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="utils.export",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("utils.export", __doc__)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any key")
     parser.add_argument("--pretrained", metavar="FILE", help="weights to export")

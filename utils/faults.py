@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs import UserError
+from configs.errors import first_line
 
 from .distributed import Processes
 
@@ -177,7 +178,7 @@ class Watch:
         except RuntimeError as error:
             if self._group is None or lost_loader_worker(error) or not _is_communication_failure(error):
                 raise
-            raise Fault(f"{self._who_is_missing()}: {str(error).strip().splitlines()[0][:200]}") from None
+            raise Fault(f"{self._who_is_missing()}: {first_line(error)}") from None
 
     def _who_is_missing(self) -> str:
         """Ask the store, in a thread: where its node cannot be reached, torch's client waits for it without end."""
@@ -292,13 +293,12 @@ def report_failure(message: str) -> None:
 
 def unwritable(path: str | Path, error: Exception, needed_bytes: int | None = None) -> UserError:
     """The line for a file that cannot be written: path, cause, space needed (where known) and free."""
-    cause = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     needs = "" if needed_bytes is None else f"it needs about {needed_bytes / 2**20:.0f} MiB, "
     try:
         free = f"{shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB are free"
     except OSError as folder_error:
         free = f"its folder cannot be reached: {folder_error.strerror}"
-    return UserError(f"{path}: cannot be written ({cause.splitlines()[0][:200]}); {needs}{free}")
+    return UserError(f"{path}: cannot be written ({first_line(error)}); {needs}{free}")
 
 
 class KeptStatistics:
@@ -327,7 +327,7 @@ def lost_loader_worker(error: BaseException | None) -> str:
     """
     while error is not None:
         if "DataLoader worker" in str(error) and "Caught" not in str(error):
-            return f"a loader worker was lost: {str(error).strip().splitlines()[0]}"
+            return f"a loader worker was lost: {first_line(error)}"
         if isinstance(error, ConnectionError | EOFError):
             return f"a loader worker was lost: {type(error).__name__} while its batch was fetched"
         error = error.__cause__ or error.__context__

@@ -45,6 +45,16 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         writer.writerows(rows)
 
 
+def write_file(content: bytes, path: Path) -> None:
+    """Write bytes to a new file whole or not at all, making its folder; UserError where that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def write_json(target: str, content: Any) -> None:
     """Write JSON to a file, or to standard output for '-'. Numbers that are not finite become null.
 

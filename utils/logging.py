@@ -169,7 +169,7 @@ class TensorBoard:
     """Event files in the run folder, written by the main process; everywhere else it does nothing."""
 
     def __init__(self, folder: Path, enabled: bool, num_updates: int = 0) -> None:
-        # What a run wrote behind the checkpoint that it continues from, at later steps, is hidden, not shown twice.
+        # What a run wrote after the checkpoint that it continues from, at later steps, is hidden, not shown twice.
         purge = num_updates + 1 if num_updates else None
         # The suffix keeps a run that is continued within the second from overwriting its own file.
         suffix = f".{num_updates}"
@@ -180,7 +180,7 @@ class TensorBoard:
     @staticmethod
     def _outlive_a_full_disk(events: EventsWriter) -> None:
         """Keep tensorboardX's thread alive when it cannot write: its queue holds ten events, and without the thread the
-        eleventh would wait without end. Nothing is added behind half a record: readers would end there.
+        eleventh would wait without end. Nothing is added after half a record: readers would end there.
         """
         failed = False
 

@@ -38,7 +38,7 @@ def scheduled_lr(optimizer: Optimizer) -> float:
 
 
 def _scale_head(groups: list[dict[str, Any]], network: nn.Module, scale: float) -> list[dict[str, Any]]:
-    """Put the classifier's parameters into groups of their own, behind the others, with another lr_scale."""
+    """Put the classifier's parameters into groups of their own, after the others, with another lr_scale."""
     head = {id(parameter) for parameter in network.get_classifier().parameters()}
     others, heads = [], []
     for group in groups:

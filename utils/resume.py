@@ -14,7 +14,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from configs.defaults import config_keys, to_dict
+from configs.defaults import config_keys, flatten, to_dict
 from data import Source, TrainingData, fingerprint
 
 from .checkpoint import (
@@ -66,7 +66,7 @@ FREE_KEYS = {
     "TEST.REAL_JSON",
     "TEST.SIZES",
     "TEST.TTA",
-    "TEST.VARIANT",
+    "TEST.VAL_SET",
     "TEST.WEIGHTS",
     "THROUGHPUT_MODE",
     "TRAIN.ACCUMULATION_STEPS",
@@ -85,16 +85,13 @@ class Saver:
     """Takes the checkpoints of a run; the main process writes them.
 
     Args:
-        session: the run.
-        config: its configuration, with the number of classes of the data.
+        session: the run, whose configuration has the number of classes of the data.
         trainer, progress: the state to save.
         images: what decides which images an update sees (`identify_images`).
     """
 
-    def __init__(
-        self, session: Session, config: CfgNode, trainer: Trainer, progress: Progress, images: dict[str, Any]
-    ) -> None:
-        self.session, self.config = session, config
+    def __init__(self, session: Session, trainer: Trainer, progress: Progress, images: dict[str, Any]) -> None:
+        self.session, self.config = session, session.config
         self.trainer, self.progress = trainer, progress
         self.images = images
         self.started_at = trainer.num_updates
@@ -109,7 +106,7 @@ class Saver:
             self._save_position()
 
     def after_epoch(self, epoch: int, is_best: bool) -> None:
-        """Save behind an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far.
+        """Save after an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far.
 
         All processes call this and wait for the main one, as at `stop`.
         """
@@ -188,12 +185,12 @@ def identify_images(config: CfgNode, data: TrainingData, val_source: Source, wor
     }
 
 
-def check_same_everywhere(session: Session, config: CfgNode, images: dict[str, Any]) -> None:
+def check_same_everywhere(session: Session, images: dict[str, Any]) -> None:
     """Raise UserError, the same on every process, where one of them has other images or settings than process 0.
 
     Nodes need not share a disk, and each process reads its own command line and lists its own images.
     """
-    processes = session.processes
+    config, processes = session.config, session.processes
     if not processes.distributed:
         return
     of_main = decide_on_main(lambda: {**images, "config": yaml.safe_dump(to_dict(config))}, processes)
@@ -258,7 +255,6 @@ def set_rest_aside(session: Session, resume_path: str) -> None:
 
 def restore(
     session: Session,
-    config: CfgNode,
     path: str,
     state: dict[str, Any],
     trainer: Trainer,
@@ -270,7 +266,7 @@ def restore(
     A released one has no EMA, which then starts from its weights. Raises UserError where the checkpoint does not fit,
     and, without TRAIN.ALLOW_CHANGES, where recipe or data are not what they were.
     """
-    logger, world_size = session.logger, session.processes.world_size
+    config, logger, world_size = session.config, session.logger, session.processes.world_size
     if "optimizer" not in state or "epoch" not in state:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
     changes = recipe_changes(state, config, images)
@@ -328,7 +324,7 @@ def recipe_changes(
     ]
     stored = state.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
-        before = dict(_flatten(yaml.safe_load(stored)))
+        before = dict(flatten(yaml.safe_load(stored)))
         for key, now in config_keys(config):
             now = list(now) if isinstance(now, tuple) else now
             if key in before and key not in free_keys and before[key] != now:
@@ -342,11 +338,3 @@ def _restore_ema(session: Session, ema: ModelEmaV3, state: dict[str, Any], path:
         session.logger.info(f"{path} holds no EMA: it starts from the raw weights")
     network: nn.Module = ema.module
     load_exactly(network, select_weights(state, which, path)[0], path)
-
-
-def _flatten(content: dict[str, Any], prefix: str = ""):
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

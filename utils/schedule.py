@@ -20,7 +20,7 @@ class LearningRates:
 
 
 def global_batch_size(config: CfgNode, world_size: int) -> int:
-    """Images of one update: batch a process x processes x accumulated batches."""
+    """Images of one update: batch per process x processes x accumulated batches."""
     return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS
 
 

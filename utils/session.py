@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 import models
 from configs import UserError, get_config, parse_args
 from configs.defaults import to_dict
+from configs.errors import first_line
 
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .distributed import Processes, close_processes, decide_on_main, init_processes
@@ -36,6 +37,7 @@ from .faults import (
     tell_others,
     unwritable,
 )
+from .files import whole_file
 from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
@@ -43,9 +45,60 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE,
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
-# For the end of the script: its run folder, and of that path the folders that this process made, innermost first.
-_run_folder = Path()
-_made_folders: list[Path] = []
+class RunFolder:
+    """Where a script writes. `run_script` makes one, `start_session` opens it, and the script's end may remove it."""
+
+    def __init__(self) -> None:
+        self.path = Path()
+        self._made: list[Path] = []  # of that path the folders that this process made, innermost first
+
+    def open(self, path: Path, processes: Processes, lock: bool, notify: Callable[[str], None]) -> None:
+        """Make the folder where it is not there, and lock it for writing; UserError where it cannot be.
+
+        `notify` gets what is to be logged, once there is a log.
+
+        The main process goes first, and locks: whoever finds the folder missing then is on another disk.
+        """
+        self.path = path
+
+        def tell(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)  # it may be about waiting
+            notify(line)
+
+        def make_and_lock() -> None:
+            self._make()
+            if lock:
+                lock_run_folder(path, tell)
+
+        decide_on_main(make_and_lock, processes)
+        if not processes.is_main:
+            self._make()
+
+    def _make(self) -> None:
+        try:
+            for path in (*reversed(self.path.parents), self.path):
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    self._made.insert(0, path)
+            self.path.mkdir(exist_ok=True)  # a file of that name, or a broken link
+        except OSError as error:
+            raise UserError(f"--output: {self.path}: {error.strerror}") from None
+        if not os.access(self.path, os.W_OK):
+            raise UserError(f"--output: {self.path}: cannot be written to")
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if this process made it and it holds nothing yet but logs, which name no result."""
+        with contextlib.suppress(OSError, UserError):
+            if self.path in self._made:
+                # Nobody else has begun to write there.
+                lock = lock_run_folder(self.path, lambda line: None, wait_seconds=0)
+                contents = list(self.path.iterdir())
+                if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
+                    for path in contents:
+                        path.unlink()
+                os.close(lock)
+            for path in self._made:
+                path.rmdir()
 
 
 @dataclass(frozen=True)
@@ -53,7 +106,7 @@ class Session:
     """What a script has before it does anything of its own."""
 
     args: Namespace
-    config: CfgNode
+    config: CfgNode  # train.py puts the number of classes of its data into it
     processes: Processes
     folder: Path
     logger: Logger
@@ -61,8 +114,11 @@ class Session:
     trains: bool  # rather than evaluates or measures
 
 
-def start_session(description: str, may_train: bool = False) -> Session:
-    """Read and check the command line and configuration, join the other processes, open run folder and log."""
+def start_session(description: str, run_folder: RunFolder | None = None, may_train: bool = False) -> Session:
+    """Read and check the command line and configuration, join the other processes, open run folder and log.
+
+    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>.
+    """
     args = parse_args(description=description)
     notices: list[str] = []
     config = get_config(args, notices.append)
@@ -70,8 +126,9 @@ def start_session(description: str, may_train: bool = False) -> Session:
     with meeting(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
+    folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
     # Before anything is logged: it may be another run's.
-    folder = _open_run_folder(config, processes, trains, notices.append)
+    (run_folder or RunFolder()).open(folder, processes, trains, notices.append)
     logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
     log_provenance(logger, processes)
     for notice in notices:
@@ -82,13 +139,14 @@ def start_session(description: str, may_train: bool = False) -> Session:
     return Session(args, config, processes, folder, logger, watch, trains)
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[RunFolder], None]) -> None:
     """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback.
 
     Any other error ends in its traceback, one line and status 1.
     """
+    run_folder = RunFolder()
     try:
-        main()
+        main(run_folder)
     except Exception as error:
         # torch's handler of SIGCHLD raises in whatever runs when a loader worker dies, this block included.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -96,17 +154,17 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, FloatingPointError):
             message = str(error)
         elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            path = error.filename or _run_folder / "a file"
+            path = error.filename or run_folder.path / "a file"
             message = unwritable(path, error).one_line() if error.errno in FULL_DISK else f"{path}: {error.strerror}"
         elif isinstance(error, torch.OutOfMemoryError):
-            message = f"{_first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
+            message = f"{first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
             message += "--use-checkpoint"
         message = message or failure_of_another(error)
         status = EXIT_MISTAKE if message else 1
         if not message:
             traceback.print_exc()
-            message = f"{type(error).__name__}: {_first_line(error)}"
-        _leave_no_empty_folder()
+            message = f"{type(error).__name__}: {first_line(error)}"
+        run_folder.remove_if_empty()
         # Mistakes in the command line are found before processes meet, by every one of them: one a node says so.
         joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, Fault)
         if joined or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -122,62 +180,6 @@ def run_script(main: Callable[[], None]) -> None:
     finally:
         end_loader_workers()
     close_processes()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _open_run_folder(config: CfgNode, processes: Processes, lock: bool, notify: Callable[[str], None]) -> Path:
-    """<OUTPUT>/<MODEL.NAME>/<TAG>, made where it is not there, and locked for writing; UserError where it cannot be.
-
-    The main process goes first, and locks: whoever finds the folder missing then is on another disk.
-    """
-    global _run_folder
-    folder = _run_folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
-    _made_folders.clear()
-
-    def make() -> None:
-        try:
-            for path in (*reversed(folder.parents), folder):
-                if not path.exists():
-                    path.mkdir(exist_ok=True)
-                    _made_folders.insert(0, path)
-            folder.mkdir(exist_ok=True)  # a file of that name, or a broken link
-        except OSError as error:
-            raise UserError(f"--output: {folder}: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--output: {folder}: cannot be written to")
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)  # it may be about waiting, and there is no log yet
-        notify(line)
-
-    def make_and_lock() -> None:
-        make()
-        if lock:
-            lock_run_folder(folder, tell)
-
-    decide_on_main(make_and_lock, processes)
-    if not processes.is_main:
-        make()
-    return folder
-
-
-def _leave_no_empty_folder() -> None:
-    """Remove the run folder if this process made it and it holds nothing yet but logs, which name no result."""
-    with contextlib.suppress(OSError, UserError):
-        if _run_folder in _made_folders:
-            lock = lock_run_folder(
-                _run_folder, lambda line: None, wait_seconds=0
-            )  # nobody else has begun to write there
-            contents = list(_run_folder.iterdir())
-            if all(path.name == LOCK_NAME or path.match("log_*.txt") for path in contents):
-                for path in contents:
-                    path.unlink()
-            os.close(lock)
-        for path in _made_folders:
-            path.rmdir()
 
 
 def _find_model_file(config: CfgNode) -> Path:
@@ -196,13 +198,10 @@ def describe_run(config: CfgNode, folder: Path) -> None:
         ("config.json", json.dumps(to_dict(config), indent=2) + "\n"),
         (source.name, source.read_text()),
     ):
-        partial = folder / f".{name}.partial"
         try:
-            partial.write_text(text)
-            os.replace(partial, folder / name)  # an older one is not lost to a full disk
+            with whole_file(folder / name) as partial:  # an older one is not lost to a full disk
+                partial.write_text(text)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             raise unwritable(folder / name, error, len(text)) from None
 
 

@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, parse_args, with_num_classes
+from configs import UserError, get_config, parse_args
 from configs.commands import CommandParser, command
 from data import ImageDataset, denormalize, views_transform
-from evaluation.pictures import PictureSource, class_names
-from evaluation.run import find_weights
-from models import build_model
-from utils.checkpoint import load_exactly, load_file, select_weights
+from data.sources import PictureSource
 
+from .checkpoint import find_weights, load_classifier
 from .files import STDOUT, check_json_target, write_json
 
 BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
@@ -41,7 +39,7 @@ class Branches:
 
     stage: int  # from 1
     block: int  # of the stage, from 1
-    proxies: np.ndarray  # (5, H, W) L2 norm over channels, behind the aggregators; of q, k and v the v part
+    proxies: np.ndarray  # (5, H, W) L2 norm over channels, after the aggregators; of q, k and v the v part
     responses: np.ndarray  # (5, H, W) L2 norm over channels of what the branch adds to the attention's output
 
     @property
@@ -67,7 +65,7 @@ class Explanation:
 def explain(network: nn.Module, image: Tensor) -> Explanation:
     """Run one image (3, H, W), normalised, and record all that is drawn. The network must be in evaluation mode.
 
-    A branch's contribution to a token is ||W_proj[:, segment] y[segment]||: the projection behind the attention is
+    A branch's contribution to a token is ||W_proj[:, segment] y[segment]||: the projection after the attention is
     linear, so its output is the sum of five such vectors and the bias. The segments stay apart until there, because
     each of the first four fills whole heads. The vectors may partly cancel, so the shares say how large, not how
     useful, a branch is.
@@ -187,7 +185,7 @@ def _draw_maps(band: Any, chosen: Branches) -> None:
         fontweight="bold",
     )
     rows = band.subplots(2, len(BRANCHES))
-    labels = ("group proxies\n(norm of v before attention)", "contribution\n(norm behind the projection)")
+    labels = ("group proxies\n(norm of v before attention)", "contribution\n(norm after the projection)")
     for axes, maps, label in zip(rows, (chosen.proxies, chosen.responses), labels):
         for axis, values, name, share in zip(axes, maps, BRANCHES, chosen.shares):
             shown = axis.imshow(values, cmap="viridis")
@@ -244,14 +242,7 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
     weights = find_weights(config)  # random weights would look like a result
     if not image.is_file():
         raise UserError(f"--image {image}: no such file")
-    checkpoint = load_file(weights)
-    state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, weights)
-    if "head.weight" not in state:
-        raise UserError(f"{weights}: has no head.weight, so it tells no classes")
-    config = with_num_classes(config, len(state["head.weight"]))
-    names = class_names(checkpoint, config)
-    network = build_model(config).eval()
-    load_exactly(network, state, weights)
+    network, names, loaded = load_classifier(config, weights)
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
     result = explain(network, views[0])
     chosen = choose_block(result.branches, stage, block)
@@ -260,7 +251,7 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
     order = np.argsort(-result.probabilities, kind="stable")[:TOP].tolist()
     return {
         "picture": str(image),
-        "weights": f"{kind} of {weights}",
+        "weights": loaded,
         "top": [{"class": i, "name": names[i], "probability": float(result.probabilities[i])} for i in order],
         "grad_cam": result.cam.tolist(),
         "branches": list(BRANCHES),

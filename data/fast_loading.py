@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
@@ -116,20 +115,6 @@ class FastViewsTransform:
             return self.transform(image)[None]
         size = [self.transform.size] * 2
         return torch.stack(functional.five_crop(self.transform.resize(image), size))
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 batch (B, 3, H, W) -> normalised float32, on its device; float batches are normalised already and pass.
-
-    The arithmetic is that of torchvision's ToTensor and Normalize, bit for bit.
-    """
-    if images.dtype != torch.uint8:
-        return images
-    mean, std = (
-        torch.tensor(values, device=images.device).view(-1, 1, 1)
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    return images.float().div_(255).sub_(mean).div_(std)
 
 
 def build_erasing(config: CfgNode, device: torch.device) -> RandomErasing | None:

@@ -1,6 +1,6 @@
-"""ImageNet's other validation sets, for networks of the 1000 classes of ImageNet-1k; chosen by TEST.VARIANT.
+"""ImageNet's other validation sets, for networks of the 1000 classes of ImageNet-1k; chosen by TEST.VAL_SET.
 
-| variant | images | labels | counted among |
+| set | images | labels | counted among |
 |---|---|---|---|
 | real | ImageNet's validation set, file names as they come | Beyer et al. 2020: none, one or several | 1000 classes |
 | v2 | Recht et al. 2019, folders named by class number (0, 1, ... 999) | the folder's | 1000 classes |
@@ -21,8 +21,8 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from yacs.config import CfgNode
 
-from configs import UserError
-from data.sources import SPLIT_NAMES, Source, class_folders
+from configs import SPLIT_NAMES, UserError
+from data.sources import Source, class_folders
 
 NUM_CLASSES = 1000
 REAL_IMAGES = 50_000
@@ -30,7 +30,7 @@ _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Variant:
+class ValidationSet:
     """A validation set, and how a network of 1000 outputs is judged on it."""
 
     source: Source  # images; class indices count `source.classes`
@@ -64,29 +64,29 @@ class NamedFolders:
         return Path(self.samples[index][0]).read_bytes()
 
 
-def open_variant(config: CfgNode) -> Variant:
-    """Open the validation set that TEST.VARIANT names, at DATA.DATA_PATH: its class folders, or a folder val/ of them.
+def open_validation_set(config: CfgNode) -> ValidationSet:
+    """Open the validation set that TEST.VAL_SET names, at DATA.DATA_PATH: its class folders, or a folder val/ of them.
 
     A part of the class folders is enough. Raises UserError where the layout is another.
     """
     if config.DATA.ZIP_MODE:
-        raise UserError(f"TEST.VARIANT = {config.TEST.VARIANT!r}: is read from folders; leave --zip out")
+        raise UserError(f"TEST.VAL_SET = {config.TEST.VAL_SET!r}: is read from folders; leave --zip out")
     root = _class_root(config)
     wnids = table("imagenet_synsets.txt")
-    if config.TEST.VARIANT in ("a", "r"):
-        what = f"ImageNet-{config.TEST.VARIANT.upper()}"
-        classes = table(f"imagenet_{config.TEST.VARIANT}_synsets.txt")
+    if config.TEST.VAL_SET in ("a", "r"):
+        what = f"ImageNet-{config.TEST.VAL_SET.upper()}"
+        classes = table(f"imagenet_{config.TEST.VAL_SET}_synsets.txt")
         source = NamedFolders(root, classes, {name: i for i, name in enumerate(classes)}, f"{what}'s 200 (wnids)")
-        return Variant(source, [wnids.index(name) for name in classes], None)
+        return ValidationSet(source, [wnids.index(name) for name in classes], None)
     numbered = {wnid: i for i, wnid in enumerate(wnids)}
-    if config.TEST.VARIANT == "v2":
+    if config.TEST.VAL_SET == "v2":
         # As text, 10 sorts before 2: an ImageFolder gives nearly every image of this data set a wrong label.
         numbered |= {f"{i:0{width}d}": i for i in range(NUM_CLASSES) for width in (1, 3, 4)}
-        return Variant(
+        return ValidationSet(
             NamedFolders(root, wnids, numbered, "ImageNet-V2 (class numbers 0 to 999, or wnids)"), None, None
         )
     source = NamedFolders(root, wnids, numbered, "ImageNet-1k (wnids)")
-    return Variant(source, None, real_labels([path for path, _ in source.samples], config.TEST.REAL_JSON))
+    return ValidationSet(source, None, real_labels([path for path, _ in source.samples], config.TEST.REAL_JSON))
 
 
 def real_labels(paths: Sequence[str], json_path: str = "") -> list[list[int]]:

@@ -15,9 +15,9 @@ from torch import nn
 from configs import UserError, get_config, parse_args, with_num_classes
 from data.sources import FolderSource
 from evaluation import run
-from evaluation.imagenet_variants import open_variant, real_accuracy, real_labels, table
 from evaluation.outputs import summarize
 from evaluation.predictions import predict
+from evaluation.validation_sets import open_validation_set, real_accuracy, real_labels, table
 from models import build_model
 from utils.distributed import Processes
 from utils.engine import Precision
@@ -53,18 +53,18 @@ class ColourReader(nn.Module):
 
 
 def evaluate(config, network):
-    variant = open_variant(config)
+    val_set = open_validation_set(config)
     logger = logging.getLogger("nowhere")
     logger.propagate = False
     session = SimpleNamespace(processes=Processes(0, 0, 1, torch.device("cpu")), logger=logger, config=config)
-    result = predict(session, config, network, variant.source, Precision("cpu", torch.float32, False), variant.outputs)
-    return variant, result, summarize(result, variant.label_sets)
+    result = predict(session, config, network, val_set.source, Precision("cpu", torch.float32, False), val_set.outputs)
+    return val_set, result, summarize(result, val_set.label_sets)
 
 
 @pytest.fixture
 def config_of(make_config, tmp_path):
-    def make(variant, *opts, data=tmp_path):
-        return make_config("--data-path", data, "--variant", variant, "--opts", *runs.TINY, *opts)
+    def make(val_set, *opts, data=tmp_path):
+        return make_config("--data-path", data, "--val-set", val_set, "--opts", *runs.TINY, *opts)
 
     return make
 
@@ -78,14 +78,14 @@ def test_v2_folders_are_numbers_not_text(tmp_path, config_of, folder, name):
         wnid_or_number = WNIDS[number] if name == "wnid" else name.format(number)
         for i in range(2):
             paint(tmp_path / folder / wnid_or_number / f"{i}.png", number)
-    variant, result, summary = evaluate(config_of("v2"), ColourReader())
+    val_set, result, summary = evaluate(config_of("v2"), ColourReader())
     assert sorted(set(result.labels)) == numbers and np.array_equal(result.labels, result.top[:, 0])
     assert (summary["acc1"], summary["counted"], summary["classes"]) == (100, 16, 1000)
     assert result.classes == WNIDS
     if name == "{}":
         as_text = FolderSource(tmp_path / folder)
         assert np.mean([label == top for (_, label), top in zip(as_text.samples, result.top[:, 0])]) < 0.5
-    assert variant.outputs is None
+    assert val_set.outputs is None
 
 
 # -------------------------------------------------------------------------------------------------------------- A and R
@@ -100,8 +100,8 @@ def test_a_and_r_are_counted_among_their_200_classes(tmp_path, config_of, letter
         paint(tmp_path / subset[position] / "right.png", WNIDS.index(subset[position]))
         paint(tmp_path / subset[position] / "elsewhere.png", outside)
     second_best = WNIDS.index(subset[77])
-    variant, result, summary = evaluate(config_of(letter), ColourReader(also=[second_best]))
-    assert len(variant.outputs) == 200 and result.logits.shape == (6, 200) and result.classes == subset
+    val_set, result, summary = evaluate(config_of(letter), ColourReader(also=[second_best]))
+    assert len(val_set.outputs) == 200 and result.logits.shape == (6, 200) and result.classes == subset
     for path, label, top in zip(result.paths, result.labels, result.top[:, 0]):
         assert subset[label] == path.split("/")[0]
         # What the network would rather call a class outside the 200 counts as its best class inside.
@@ -158,7 +158,7 @@ def test_real_accuracy_is_timms():
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 @pytest.mark.parametrize(
-    ("variant", "images", "message"),
+    ("val_set", "images", "message"),
     [
         ("v2", ["0/a.png", "1000/a.png"], r"1000: not a class folder of ImageNet-V2 \(class numbers 0 to 999"),
         ("v2", ["1/a.png", "0001/a.png"], "1: another folder is class 1 as well"),
@@ -171,12 +171,12 @@ def test_real_accuracy_is_timms():
         ("real", [f"{WNIDS[0]}/{val_name(50_001)}"], "ReaL knows images by ImageNet's own names"),
     ],
 )
-def test_another_layout_is_told(tmp_path, config_of, variant, images, message):
+def test_another_layout_is_told(tmp_path, config_of, val_set, images, message):
     for name in images:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=message) as caught:
-        open_variant(config_of(variant))
+        open_validation_set(config_of(val_set))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -193,18 +193,18 @@ def test_missing_folders_and_zips_are_told(tmp_path, config_of):
     for config, message in (
         (config_of("v2", data=""), "DATA.DATA_PATH is empty"),
         (config_of("v2", data=tmp_path / "none"), "none: no such folder"),
-        (config_of("v2", "DATA.ZIP_MODE", "True"), "TEST.VARIANT = 'v2': is read from folders"),
+        (config_of("v2", "DATA.ZIP_MODE", "True"), "TEST.VAL_SET = 'v2': is read from folders"),
     ):
         with pytest.raises(UserError, match=message):
-            open_variant(config)
+            open_validation_set(config)
 
 
 # -------------------------------------------------------------------------------------------------------------- test.py
-def test_test_py_evaluates_a_variant(tmp_path, monkeypatch, capsys):
+def test_test_py_evaluates_another_validation_set(tmp_path, monkeypatch, capsys):
     data, weights = tmp_path / "v2", tmp_path / "weights.pth"
     for number in (2, 10):
         paint(data / str(number) / "0.png", number)
-    args = runs.arguments(data, tmp_path, flags=["--resume", str(weights), "--variant", "v2"])
+    args = runs.arguments(data, tmp_path, flags=["--resume", str(weights), "--val-set", "v2"])
     network = build_model(with_num_classes(get_config(parse_args(args)), 1000))
     nn.init.zeros_(network.head.weight)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_test_py_evaluates_a_variant(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(" * Acc@1 50.000 Acc@5 ")
     folder = runs.run_folder(tmp_path) / "evaluation" / "weights-v2-v2-32-uncropped"
     content = json.loads((folder / "metrics.json").read_text())
-    assert (content["variant"], content["acc1"], content["classes"]) == ("v2", 50, 1000)
+    assert (content["val_set"], content["acc1"], content["classes"]) == ("v2", 50, 1000)
 
     state = {"model": {**network.state_dict(), "head.weight": torch.zeros(3, 20), "head.bias": torch.zeros(3)}}
     torch.save(state, weights)

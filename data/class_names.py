@@ -1,0 +1,46 @@
+"""The names under which people know the classes of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo
+from yacs.config import CfgNode
+
+from configs import SPLIT_NAMES, UserError
+
+from .sources import class_folders
+
+
+def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
+    """Names of the classes, by index: the checkpoint's, else the folders of --data-path, else ImageNet's for 1000.
+
+    Folders named by WordNet ids get the words that belong to them. Where nothing is known, a name is the index as
+    text.
+    Raises UserError where the folders of --data-path are not as many as the classes.
+    """
+    count = config.MODEL.GMA.NUM_CLASSES
+    numbers = [str(i) for i in range(count)]
+    names = checkpoint.get("classes")
+    if not isinstance(names, list) or len(names) != count or names == numbers:
+        names = _folder_names(config, count)
+    if names is None:
+        names = ImageNetInfo().label_names() if count == 1000 else numbers
+    if all(name.startswith("n") and name[1:].isdigit() for name in names):
+        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
+            as_dict=True
+        )
+        return [f"{words[name]} ({name})" if name in words else name for name in names]
+    return names
+
+
+def _folder_names(config: CfgNode, count: int) -> list[str] | None:
+    if not config.DATA.DATA_PATH or config.DATA.ZIP_MODE:
+        return None
+    for split in ("val", "train"):
+        folder = Path(config.DATA.DATA_PATH) / SPLIT_NAMES[config.DATA.DATASET][split]
+        if folder.is_dir():
+            names = class_folders(folder)
+            if len(names) != count:
+                raise UserError(f"{folder}: has {len(names)} classes, the weights have {count}: leave --data-path out")
+            return names
+    return None
