@@ -47,32 +47,57 @@ def fuse(network: GroupMixFormer) -> "FusedGroupMixFormer":
 # Weights in oneDNN's own layout, with the version of the weight that they were made from. They cannot be buffers: such
 # tensors have no storage that could be saved, moved or handed to a compiled graph.
 _packed_weights = WeakTensorKeyDictionary()
+SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time, 16 MB
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+def _packed(weight: Tensor, rows: int) -> Tensor:
     version = 0 if weight.is_inference() else weight._version
     packed_version, packed = _packed_weights.get(weight, (None, None))
     if packed is None or packed_version != version:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         _packed_weights[weight] = version, packed
+    return packed
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
+    packed = _packed(weight, x.numel() // x.shape[-1])
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
 
 
-@torch.library.custom_op("groupmixformer::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU.
+def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
+    """x + MLP(layer norm of x) with packed Linears: (B, N, C) -> (B, N, C), float32 on a CPU.
 
-    Inductor calls the same kernel where it may treat weights as constants ("freezing"); as an operator of its own it
-    lets one compiled block serve all blocks of its stage.
+    Hidden values are made a slab at a time: 32 MB of them, as in small's first stage at batch 8, go back to the system
+    when they are freed, and every page of them is then faulted in anew at each call.
     """
-    return _packed_linear(x, weight, bias, activation, residual)
+    results = []
+    for rows in x.flatten(0, 1).split(max(1, SLAB_VALUES // weight1.shape[0])):
+        hidden = _packed_linear(F.layer_norm(rows, rows.shape[1:], eps=eps), weight1, bias1, "gelu", None)
+        results.append(_packed_linear(hidden, weight2, bias2, "none", rows))
+    return (results[0] if len(results) == 1 else torch.cat(results)).view_as(x)
 
 
-@packed_linear.register_fake
+# Inductor calls the same kernels where it may treat weights as constants ("freezing"); as operators of their own they
+# let one compiled block serve all blocks of its stage. `torch.library.custom_op` would define them in fewer lines, but
+# costs 50 us a call, a twentieth of the whole network: it prepares for gradients, which these do not have.
+_library = torch.library.Library("groupmixformer", "DEF")
+_library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual) -> Tensor")
+_library.impl("packed_linear", _packed_linear, "CPU")
+_library.define("packed_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, float eps) -> Tensor")
+_library.impl("packed_mlp", _packed_mlp, "CPU")
+
+
+@torch.library.register_fake("groupmixformer::packed_linear", lib=_library)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("groupmixformer::packed_mlp", lib=_library)
+def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
 
 
 class FusedLinear(nn.Module):
@@ -85,21 +110,35 @@ class FusedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _HAS_PACKED_LINEAR and _is_packable(x) and self.weight.dtype == torch.float32:
-            # In eager mode without the dispatch of an operator that is written in Python: it costs 2 % in all.
-            run = packed_linear if torch.compiler.is_compiling() else _packed_linear
+        if self.is_packed_for(x):
+            run = torch.ops.groupmixformer.packed_linear if torch.compiler.is_compiling() else _packed_linear
             return run(x, self.weight, self.bias, self.activation, residual)
         x = _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         return x if residual is None else x + residual
 
+    def is_packed_for(self, x: Tensor) -> bool:
+        """Whether oneDNN's kernels for packed weights take `x`: float32 on a CPU, outside autocast."""
+        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return _HAS_PACKED_LINEAR and on_cpu and x.dtype == self.weight.dtype == torch.float32 and x.numel() > 0
+
+
+class FusedMLP(nn.Module):
+    """x + MLP(x without mean and scale), whose first Linear takes in the layer norm's weights: (B, N, C) -> same."""
+
+    def __init__(self, norm: nn.LayerNorm, mlp: nn.Module) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.fc1 = FusedLinear(*_after_affine(mlp.fc1.weight, mlp.fc1.bias, norm), "gelu")
+        self.fc2 = FusedLinear(mlp.fc2.weight, mlp.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fc1.is_packed_for(x):
+            run = torch.ops.groupmixformer.packed_mlp if torch.compiler.is_compiling() else _packed_mlp
+            return run(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.eps)
+        return self.fc2(self.fc1(F.layer_norm(x, x.shape[2:], eps=self.eps)), residual=x)
+
 
 _HAS_PACKED_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _is_packable(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
-    )
 
 
 class FusedConv2d(nn.Module):
@@ -177,7 +216,7 @@ class FusedBlock(nn.Module):
         window[:, :, 1, 1] += 1
         self.position = FusedConv2d(window, block.cpe.proj.bias, groups=C)
 
-        self.eps1, self.eps2 = block.norm1.eps, block.norm2.eps
+        self.eps = block.norm1.eps
         bias = torch.zeros_like(attention.qkv.weight[:, 0]) if attention.qkv.bias is None else attention.qkv.bias
         weight, bias = _after_affine(attention.qkv.weight, bias, block.norm1)
         weight, bias = weight.view(3, NUM_SEGMENTS, s, C), bias.view(3, NUM_SEGMENTS, s)
@@ -185,15 +224,13 @@ class FusedBlock(nn.Module):
         self.segments = nn.ModuleList(FusedSegment(attention, i, *parts[i]) for i in range(NUM_SEGMENTS - 1))
         self.local = FusedLocalBranch(attention.aggregator.agg0, *parts[-1])
         self.proj = FusedLinear(attention.proj.weight, attention.proj.bias)
-        self.mlp1 = FusedLinear(*_after_affine(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2), "gelu")
-        self.mlp2 = FusedLinear(block.mlp.fc2.weight, block.mlp.fc2.bias)
+        self.mlp = FusedMLP(block.norm2, block.mlp)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = _tokens(self.position(_maps(x, size)))
-        y = F.layer_norm(x, x.shape[2:], eps=self.eps1)
+        y = F.layer_norm(x, x.shape[2:], eps=self.eps)
         y = torch.cat([segment(y, size) for segment in self.segments] + [self.local(y, size)], dim=2)
-        x = self.proj(y, residual=x)
-        return self.mlp2(self.mlp1(F.layer_norm(x, x.shape[2:], eps=self.eps2)), residual=x)
+        return self.mlp(self.proj(y, residual=x))
 
 
 class FusedGroupMixFormer(nn.Module):

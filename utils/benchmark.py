@@ -313,7 +313,7 @@ def row_roofline(args: argparse.Namespace, device: torch.device) -> list[dict[st
     B, N, C = args.batch_size, size[0] * size[1], block.proj.weight.shape[0]
     s = C // 5
     tokens = torch.randn(B, N, C, device=device)
-    hidden = torch.randn(B, N, block.mlp1.weight.shape[0], device=device)
+    hidden = torch.randn(B, N, block.mlp.fc1.weight.shape[0], device=device)
     maps3 = torch.randn(B, N, 3 * s, device=device).transpose(1, 2).unflatten(2, size)
     maps = tokens.transpose(1, 2).unflatten(2, size)
     square = torch.randn(2048, 2048, device=device)
@@ -321,8 +321,8 @@ def row_roofline(args: argparse.Namespace, device: torch.device) -> list[dict[st
     parts: dict[str, tuple[Callable[[], Any], float, float]] = {
         "matrix product 2048": (lambda: square @ square, 2 * 2048**3, 3 * 4 * 2048**2),
         "copy 128 MiB": (large.clone, 0, 2 * 4 * large.numel()),
-        "MLP 1 with GELU": _linear_part(block.mlp1, tokens),
-        "MLP 2": _linear_part(block.mlp2, hidden),
+        "MLP 1 with GELU": _linear_part(block.mlp.fc1, tokens),
+        "MLP 2": _linear_part(block.mlp.fc2, hidden),
         "q, k, v of a segment": _linear_part(segment.linear, tokens),
         "pointwise of a segment": _linear_part(segment.pointwise, torch.randn(B, N, 3, s, device=device)),
         "depthwise 7x7": _conv_part(segment.depthwise, maps3),

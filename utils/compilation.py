@@ -14,9 +14,13 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
     All blocks of a stage share one compilation, so that small's 22 blocks cost four. What compiles is the two branches
     of a block: the drop path between them stays outside, because every block has a rate of its own. Call it once moving
     average and checkpoints have their copies of the network: compiled functions cannot be copied. `options` go to
-    torch.compile. The first forward pass, and the first with another input size, pay for the compilation.
+    torch.compile, with its inductor backend. The first forward pass, and the first with another input size, pay for the
+    compilation.
     """
     options = {"dynamic": False, **options}
+    # The network keeps its maps in channels-last order. Left to itself, the compiler orders gradients of convolutions
+    # the other way in backward passes on a CPU, where depthwise ones then take five times as long.
+    options["options"] = {"force_layout_optimization": True, **options.get("options", {})}
     # All blocks are one function to the compiler: each stage, batch size and input size counts against its limit of 8,
     # behind which it would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
