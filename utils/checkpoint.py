@@ -17,9 +17,10 @@ A training checkpoint is a dict with
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
 or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping. Weights alone may also
-come as a safetensors file.
+come as a safetensors file, and as what timm's train.py writes (`state_dict`, `state_dict_ema`, and its `args`).
 """
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -45,6 +46,8 @@ from models import VARIANTS, GroupMixFormer
 from .faults import unwritable
 
 BEST_NAME = "ckpt_best.pth"
+_RAW_KEYS = ("model", "state_dict")  # ours and the release's; timm's
+_EMA_KEYS = ("model_ema", "state_dict_ema")
 LOCK_NAME = "run.lock"
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
 IMAGENET_21K_CLASSES = 21841
@@ -179,8 +182,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
         # A configuration pickled as yacs CfgNode, a dict by nature, becomes a plain ordered mapping. For good, as
-        # models/ needs it for timm too: the end of a `safe_globals` block would take that away.
-        torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+        # models/ needs it for timm too: the end of a `safe_globals` block would take that away. An argparse.Namespace,
+        # which timm's checkpoints hold, is a bag of values.
+        torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace])
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -207,20 +211,18 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
     """The state dict to use from a loaded file, and what it is, for the log.
 
     Args:
-        checkpoint: a training checkpoint, {'model': ...}, {'state_dict': ...} or a bare state dict.
+        checkpoint: a training checkpoint of ours or timm's, {'model': ...}, {'state_dict': ...} or a bare state dict.
         which: 'raw'; 'ema'; or 'best', those that the checkpoint was kept for (raw where it does not say).
         origin: the file's name, for messages.
     """
     if which == "best":
         which = checkpoint.get("best_weights") or "raw"
     if which == "ema":
-        if not isinstance(checkpoint.get("model_ema"), dict):
+        state = next((checkpoint[k] for k in _EMA_KEYS if isinstance(checkpoint.get(k), dict)), None)
+        if state is None:
             raise UserError(f"{origin}: holds no EMA weights (model_ema); use --weights raw")
-        state = checkpoint["model_ema"]
     else:
-        state = next(
-            (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
-        )
+        state = next((checkpoint[k] for k in _RAW_KEYS if isinstance(checkpoint.get(k), dict)), checkpoint)
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise UserError(f"{origin}: holds no state dict of a network (keys: {_some(checkpoint)})")
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
