@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from yacs.config import CfgNode
 
@@ -130,6 +131,21 @@ def real_accuracy(top: np.ndarray, label_sets: Sequence[Sequence[int]]) -> tuple
 def table(name: str) -> list[str]:
     """The lines of one of timm's tables of ImageNet classes."""
     return _info(name).split()
+
+
+def in_words(names: Sequence[str], short: bool = False) -> list[str]:
+    """Class names for people: WordNet ids get the words that they stand for, all or with `short` the first one.
+
+    Names of which any is no WordNet id stay as they are.
+    """
+    if not names or not all(name.startswith("n") and name[1:].isdigit() for name in names):
+        return list(names)
+    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
+        as_dict=True
+    )
+    if short:
+        words = {wnid: text.split(",")[0] for wnid, text in words.items()}
+    return [f"{words[name]} ({name})" if name in words else name for name in names]
 
 
 def _info(name: str) -> str:

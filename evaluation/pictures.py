@@ -23,6 +23,7 @@ from utils.files import write_json
 from utils.logging import printable
 from utils.session import Session
 
+from .imagenet_variants import in_words
 from .predictions import UNLABELLED, predict_batch, summarize_batch
 
 SUFFIX = ".top5.json"  # behind the whole name of the picture: a.jpg and a.png do not share a file
@@ -150,12 +151,7 @@ def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
         names = _folder_names(config, count)
     if names is None:
         names = ImageNetInfo().label_names() if count == 1000 else numbers
-    if all(name.startswith("n") and name[1:].isdigit() for name in names):
-        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
-            as_dict=True
-        )
-        return [f"{words[name]} ({name})" if name in words else name for name in names]
-    return names
+    return in_words(names)
 
 
 def _folder_names(config: CfgNode, count: int) -> list[str] | None:
