@@ -1,5 +1,6 @@
 """The names under which people know the classes of a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,22 @@ def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
         names = _folder_names(config, count)
     if names is None:
         names = ImageNetInfo().label_names() if count == 1000 else numbers
-    if all(name.startswith("n") and name[1:].isdigit() for name in names):
-        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
-            as_dict=True
-        )
-        return [f"{words[name]} ({name})" if name in words else name for name in names]
-    return names
+    return in_words(names)
+
+
+def in_words(names: Sequence[str], short: bool = False) -> list[str]:
+    """Class names for people: WordNet ids get the words that they stand for, all or with `short` the first one.
+
+    Names of which any is no WordNet id stay as they are.
+    """
+    if not names or not all(name.startswith("n") and name[1:].isdigit() for name in names):
+        return list(names)
+    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
+        as_dict=True
+    )
+    if short:
+        words = {wnid: text.split(",")[0] for wnid, text in words.items()}
+    return [f"{words[name]} ({name})" if name in words else name for name in names]
 
 
 def _folder_names(config: CfgNode, count: int) -> list[str] | None:

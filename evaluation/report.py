@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
+from data.class_names import in_words
 from utils.files import STDOUT, check_json_target, whole_file, write_json
 
 from .metrics import class_results, confusion_matrix
@@ -121,7 +122,8 @@ def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
     """What the page shows, without its pictures: worst classes, confused pairs, most confident mistakes."""
     predictions = evaluation.predictions
     known = np.flatnonzero(predictions.labelled)
-    labels, top, names = predictions.labels[known], predictions.top[known], predictions.classes
+    labels, top = predictions.labels[known], predictions.top[known]
+    names = in_words(predictions.classes, short=True)
     by_class = class_results(labels, top, predictions.nll[known].astype(np.float64), len(names))
     present = np.flatnonzero(by_class.images)
     worst = present[np.lexsort((-by_class.images[present], by_class.acc1[present]))][:WORST_CLASSES]
@@ -203,9 +205,26 @@ def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
+        f'<p class="soft">{_text(_origin(content["metrics"]))}</p>\n' + "\n".join(sections) + "\n</body></html>\n"
     )
+
+
+def _origin(m: dict[str, Any]) -> str:
+    """What was evaluated, on what and how, as one line; older folders know less."""
+    size = m.get("image_size")
+    views = {"none": "one centre crop" if m.get("crop", True) else "the whole image", None: None}
+    known = [
+        m.get("model"),
+        m.get("weights"),
+        m.get("data") and f"data {m['data']}",
+        m.get("variant") and f"ImageNet variant {m['variant']}",
+        size and f"{size} x {size} pixels",
+        views.get(m.get("tta"), m.get("tta")),
+        m.get("precision"),
+        m.get("fused") and "fused",
+        m.get("fast_loading") and "fast loading",
+    ]
+    return " \N{MIDDLE DOT} ".join(str(value) for value in known if value)
 
 
 def _text(value: Any) -> str:
@@ -327,7 +346,7 @@ def _confusion(content: dict[str, Any]) -> str:
     table = _table(("label", "predicted as", "images", "% of the label"), rows, (0, 1))
     names, counts = content["matrix"]["names"], content["matrix"]["counts"]
     largest = max((v for i, row in enumerate(counts) for j, v in enumerate(row) if i != j), default=1) or 1
-    lines = ["<tr><th></th>" + "".join(f"<th>{i}</th>" for i in range(1, len(names) + 1)) + "</tr>"]
+    lines = ["<tr><th></th>" + "".join(f"<th>({i})</th>" for i in range(1, len(names) + 1)) + "</tr>"]
     for i, (name, row) in enumerate(zip(names, counts)):
         cells = ""
         for j, value in enumerate(row):
@@ -335,7 +354,7 @@ def _confusion(content: dict[str, Any]) -> str:
             share = 0 if i == j else 60 * value // largest
             colour = f"color-mix(in srgb, var(--bad) {share}%, transparent)"
             cells += f'<td style="background:{colour}">{value or ""}</td>'
-        lines.append(f'<tr><th class="name">{i + 1} {_text(name)}</th>{cells}</tr>')
+        lines.append(f'<tr><th class="name">({i + 1}) {_text(name)}</th>{cells}</tr>')
     return (
         f"<section><h2>Most confused pairs</h2>{table}</section><section><h2>Confusion among their classes</h2>"
         "<p>Rows are labels, columns predictions in the same order; the stronger the colour, the more mistakes.</p>"

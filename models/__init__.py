@@ -1,5 +1,6 @@
 """The GroupMixFormer network; importing this package registers its variants with timm."""
 
+from argparse import Namespace
 from collections import OrderedDict
 
 from torch.serialization import add_safe_globals
@@ -9,6 +10,6 @@ from .groupmixformer import VARIANTS, GroupMixFormer
 
 __all__ = ["VARIANTS", "GroupMixFormer", "build_model"]
 
-# timm opens files with weights_only=True, and refuses released training checkpoints for the yacs CfgNode in them. Read
-# as the mapping that it is, it runs no code.
-add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+# Files are opened with weights_only=True, here and by timm, which refuses released training checkpoints for the yacs
+# CfgNode in them: read as the mapping that it is, it runs no code. The Namespace in timm's own is a bag of values.
+add_safe_globals([(OrderedDict, "yacs.config.CfgNode"), Namespace])

@@ -23,7 +23,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 __all__ = ["VARIANTS", "GroupMixFormer"]
@@ -379,7 +379,7 @@ class GroupMixFormer(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.num_features = embed_dims[-1]  # `head_hidden_size`, the width behind the pooling, follows from it
         self.return_interm_layers = return_interm_layers
         self.feature_info = [
             dict(num_chs=dim, reduction=STEM_STRIDE * 2**i, module=f"groupmixformer_backbone.{i}")
@@ -406,6 +406,14 @@ class GroupMixFormer(nn.Module):
         self.norm4 = nn.BatchNorm2d(self.num_features)
         self.global_pool = self.head_drop = self.head = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Start afresh: weights and running statistics as of a new network, for one made on `meta` and `to_empty`."""
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -449,11 +457,12 @@ class GroupMixFormer(nn.Module):
         if num_classes > 0 and self.global_pool.is_identity():
             raise ValueError(f"num_classes={num_classes} needs pooling: global_pool='' goes with num_classes=0")
         self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(self.drop_rate)
         self.head = nn.Identity()
         if num_classes > 0:
-            reference = self.norm4.weight
-            self.head = nn.Linear(self.num_features * self.global_pool.feat_mult(), num_classes)
+            reference = self.conv_stem.proj1.weight
+            self.head = nn.Linear(self.head_hidden_size, num_classes)
             self.head.to(device=reference.device, dtype=reference.dtype)
             _init_weights(self.head)
         for module in (self.global_pool, self.head_drop, self.head):  # fresh modules are in training mode
@@ -514,9 +523,9 @@ class GroupMixFormer(nn.Module):
         self.groupmixformer_backbone = self.groupmixformer_backbone[: max_index + 1]
         if prune_norm or max_index + 1 < num_stages:  # the norm belongs to the last stage
             self.norm4 = nn.Identity()
+        self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_head:
-            self.num_classes = 0
-            self.head = nn.Identity()
+            self.reset_classifier(0)
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -537,6 +546,38 @@ class GroupMixFormer(nn.Module):
             return self.forward_stages(x)
         # not redundant: TorchScript compiles only the branch that the constant selects
         return self.forward_head(self.forward_features(x))
+
+
+class StageMaps(FeatureGetterNet):
+    """timm's wrapper for `features_only`, which detectors and segmentation networks take.
+
+    Beyond timm's, it loads state dicts of whole networks, as files hold them, and checkpoints gradients.
+    """
+
+    def __init__(self, model: GroupMixFormer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(_take_what_the_maps_need)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
+
+
+def _take_what_the_maps_need(wrapper: StageMaps, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Turn the names of a whole network, in place, into those of its wrapper, without the parts that were pruned."""
+    if any(name.startswith(f"{prefix}model.") for name in state_dict):
+        return
+    info, stages = wrapper.model.feature_info, wrapper.model.groupmixformer_backbone
+    pruned_stages = [str(stage) for stage in range(len(stages), len(info))]
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        value, inner = state_dict.pop(name), name.removeprefix(prefix)
+        part, index, *_ = [*inner.split("."), "", ""]
+        if part in ("norm4", "head"):
+            pruned = isinstance(getattr(wrapper.model, part), nn.Identity)
+        else:
+            pruned = part in ("patch_embed_layers", "groupmixformer_backbone") and index in pruned_stages
+        if not pruned:
+            state_dict[f"{prefix}model.{inner}"] = value
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -586,7 +627,7 @@ def _create_groupmixformer(variant: str, pretrained: bool = False, **kwargs: Any
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            feature_cfg=dict(out_indices=out_indices, feature_cls=StageMaps),
             **{**VARIANTS[variant], **kwargs},
         )
     return model if dtype is None else model.to(dtype)

@@ -1,5 +1,6 @@
 """Checkpoints: what is written is what is read, or nothing; released files load; no file runs code."""
 
+import argparse
 import errno
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -580,6 +582,24 @@ def test_class_map_without_a_head_to_map(tmp_path, make_network):
     (tmp_path / "map.txt").write_text(" ".join("0" * 7))
     assert read_class_map(tmp_path / "map.txt", num_classes=7, num_rows=10) == [0] * 7
     assert "head.bias" in message_of(load_pretrained, make_network(7), tmp_path / "w.pth", str(tmp_path / "map.txt"))
+
+
+# -------------------------------------------------------------------------------------------------- timm's checkpoints
+def test_what_timms_saver_wrote_is_read(tmp_path: Path) -> None:
+    """`args`, an argparse.Namespace, and all; `--weights` chooses between its raw weights and its moving average."""
+    raw, ema = nn.Linear(3, 2), nn.Linear(3, 2)
+    args = argparse.Namespace(model="groupmixformer_miny", lr=1e-3, data_dir=None, betas=[0.9, 0.999])
+    averaged = SimpleNamespace(state_dict=ema.state_dict, module=ema)
+    saver = CheckpointSaver(raw, torch.optim.AdamW(raw.parameters()), args, averaged, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=12.5)
+    (path,) = tmp_path.glob("checkpoint-0.pth.tar")
+    content = load_file(path)
+    assert content["args"] == args and content["metric"] == 12.5
+    for which, expected in (("best", raw), ("raw", raw), ("ema", ema)):
+        state, kind = select_weights(content, which, str(path))
+        assert (
+            torch.equal(state["weight"], expected.weight) and kind == ("ema" if which == "ema" else "raw") + " weights"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- hostile files

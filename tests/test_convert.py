@@ -1,5 +1,6 @@
 """`python -m utils.convert`: every direction by equal logits, what a published file holds, and what is refused."""
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from models import GroupMixFormer
+from models import VARIANTS, GroupMixFormer
 from utils import convert as module
 from utils.checkpoint import load_file
 from utils.convert import SUFFIXES, convert, from_birder, main, read_weights, to_birder
@@ -132,7 +133,8 @@ def test_a_published_file_holds_the_weights_alone_and_carries_its_hash(
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.name == f"mine-{digest[:8]}{SUFFIXES[target]}" and done.sha256 == digest
     content = load_file(path)
-    assert set(content) == {"pth": {"model"}, "birder": {"state"}}.get(target, set(network_of(1).state_dict()))
+    about = {"state", "task", "signature", "class_to_idx", "rgb_stats", "config"}  # what birder's loader asks for
+    assert set(content) == {"pth": {"model"}, "birder": about}.get(target, set(network_of(1).state_dict()))
     weights = sum(v.nbytes for v in network_of(1).state_dict().values())
     assert path.stat().st_size < weights + 1000 * len(
         network_of(1).state_dict()
@@ -197,24 +199,59 @@ def test_names_of_birders_reimplementation(ours: str, theirs: str) -> None:
     assert list(to_birder({ours: value})) == [theirs] and list(from_birder({theirs: value})) == [ours]
 
 
-def test_all_names_map_there_and_back() -> None:
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_name_and_shape_is_one_of_birders_and_back(name: str) -> None:
+    """golden/birder_0.8.4_names.json.gz: the state dicts of birder 0.8.4's five variants, read off the package."""
+    golden = Path(golden_numbers.__file__).parent / "golden" / "birder_0.8.4_names.json.gz"
+    theirs = json.loads(gzip.decompress(golden.read_bytes()))[name]
     with torch.device("meta"):
-        state = timm.create_model("groupmixformer_large").state_dict()
-    there = to_birder(state)
-    assert len(there) == len(state) and not set(there) & set(state)
-    assert {name.split(".")[0] for name in there} == {"stem", "body", "features", "classifier"}
-    assert list(from_birder(there)) == list(state)
+        ours = timm.create_model(name).state_dict()
+    assert {key: list(value.shape) for key, value in to_birder(ours).items()} == theirs
+    assert list(from_birder(to_birder(ours))) == list(ours)
+
+
+def test_a_file_for_birder_says_what_its_loader_asks_for(tmp_path: Path) -> None:
+    names = ["cat", "dog", "cow", "hen", "pig", "fox", "ape"]
+    content = {"model": network_of(1).state_dict(), "classes": names, "config": "DATA: {IMG_SIZE: 48}"}
+    torch.save(content, tmp_path / "ckpt_best.pth")
+    written = load_file(convert(tmp_path / "ckpt_best.pth", "birder", tmp_path).path)
+    assert written["class_to_idx"] == {name: number for number, name in enumerate(names)}
+    assert written["signature"]["inputs"] == [{"data_shape": [0, 3, 48, 48]}]
+    assert written["signature"]["outputs"] == [{"data_shape": [0, 7]}]
+    assert written["config"] == {key: list(SIZES[key]) for key in ("embed_dims", "depths", "mlp_ratios")}
+    assert written["rgb_stats"] == {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    variant = {"model": timm.create_model("groupmixformer_miny", num_classes=3, in_chans=1).state_dict()}
+    torch.save(variant | {"config": CfgNode({"MODEL": CfgNode({"NAME": "a"})})}, tmp_path / "variant.pth")
+    written = load_file(convert(tmp_path / "variant.pth", "birder", tmp_path).path)
+    assert "config" not in written and written["class_to_idx"] == {"0": 0, "1": 1, "2": 2}
+    assert written["signature"]["inputs"] == [{"data_shape": [0, 1, 224, 224]}]
 
 
 def test_logits_are_those_of_birders_reimplementation() -> None:
     net = pytest.importorskip("birder.net.groupmixformer")  # not among the extras: it pulls in much
     sizes = dict(embed_dims=[40, 80, 120, 160], depths=[1, 1, 2, 1], mlp_ratios=[2.0, 4.0, 2.0, 4.0])
-    theirs: nn.Module = net.GroupMixFormer(3, 7, config={**sizes, "drop_path_rate": 0.0}).eval()
-    ours = network_of(1, **sizes)
-    ours_to_birder = to_birder(ours.state_dict())
-    theirs.load_state_dict(ours_to_birder)
-    images = golden_numbers.images(2, 64, 96)  # multiples of 32: theirs takes no others
+    theirs: nn.Module = net.GroupMixFormer(3, 7, config={**sizes, "drop_path_rate": 0.0}).double().eval()
+    ours = network_of(1, **sizes).double()
+    theirs.load_state_dict(to_birder(ours.state_dict()))
+    images = golden_numbers.images(2, 64, 96).double()  # multiples of 32: theirs takes no others
+    expected = ours(images)
+    assert (theirs(images) - expected).norm() / expected.norm() < 1e-14
+
+
+def test_birder_loads_our_file_and_we_load_birders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs_ops = pytest.importorskip("birder.common.fs_ops")
+    settings = pytest.importorskip("birder.conf.settings")
+    monkeypatch.setattr(settings, "MODELS_DIR", tmp_path)
+    images, state = golden_numbers.images(2, 64, 96), network_of(1).state_dict()
+    torch.save({"model": state}, tmp_path / "ours.pth")
+    path = convert(tmp_path / "ours.pth", "birder", tmp_path).path
+    theirs, about = fs_ops.load_model(torch.device("cpu"), "groupmixformer_s", path=path, inference=True)
+    ours = network_of(1)
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-5)
+    nothing = (None,) * 4  # optimizer, scheduler, scaler, base weights
+    fs_ops.checkpoint_model("a", 1, theirs, about.signature, about.class_to_idx, about.rgb_stats, *nothing)
+    back, _ = read_weights(fs_ops.model_path("a", epoch=1))
+    assert all(torch.equal(back[key], value) for key, value in state.items()) and list(back) == list(state)
 
 
 # ------------------------------------------------------------------------------------------------------ other libraries

@@ -2,9 +2,12 @@
 
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from runs import arguments, run_folder, train_here
 
@@ -72,6 +75,31 @@ def test_several_runs_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [run["run"].split("/")[-1] for run in runs] == ["a", "b"]
     assert runs[0]["series"]["train/loss"] == {"update": [1, 2, 3], "epoch": None, "value": [0.5, 0.5, 0.5]}
     assert picture.is_file()
+
+
+@pytest.mark.parametrize("norms", [(0.09, 3), (1.1, 1.3), (1.1, 3.4), (1e-6, 1e4), (0.0, 2.0)], ids=str)
+def test_axes_can_be_read(norms: tuple[float, float]) -> None:
+    """No tick label covers another, each axis has some, and epochs are whole."""
+    updates = np.arange(1, 201)
+    series = {
+        "train/loss": curves.Series(updates, np.linspace(3, 1, 200)),
+        "train/lr": curves.Series(updates, np.linspace(1e-3, 1e-6, 200)),
+        "train/grad_norm": curves.Series(updates, np.geomspace(norms[0] or 0.5, norms[1], 200) * (norms[0] > 0)),
+        "val/acc1_raw": curves.Series(updates[9::10], np.linspace(10, 90, 20)),
+    }
+    figure = curves.draw_figure([curves.Run("a/b", series, 10.0)])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    for axes in figure.axes:
+        for axis, along in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            labels = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+            assert len(labels) >= 2
+            extents = [label.get_window_extent(renderer) for label in labels]
+            boxes = sorted(tuple(sorted(getattr(extent, f"interval{along}"))) for extent in extents)
+            assert all(box[1] < following[0] for box, following in pairwise(boxes))
+            assert along == "y" or all(label.get_text().isdigit() for label in labels)
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])

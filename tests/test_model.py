@@ -517,6 +517,7 @@ def test_global_pool_selects_the_pooling(global_pool: str, how: str) -> None:
         network.reset_classifier(7, global_pool)
     pooled = POOLINGS[global_pool](network.forward_features(images))
     torch.testing.assert_close(network(images), F.linear(pooled, network.head.weight, network.head.bias))
+    assert network.head_hidden_size == pooled.shape[1]
 
 
 @pytest.mark.parametrize("how", ["created", "reset"])
@@ -625,6 +626,72 @@ def test_a_pruned_network_gives_the_same_maps(indices: Any, prune_norm: bool) ->
     features, maps = network.forward_intermediates(images, indices=chosen)
     torch.testing.assert_close(maps, expected, rtol=0, atol=0)
     assert torch.equal(features, network.norm4(maps[-1]))
+
+
+def test_a_pruned_network_takes_a_head_as_wide_as_its_last_stage() -> None:
+    network, images = small_network(), golden_numbers.images(2, 64, 96)
+    network.prune_intermediate_layers([1], prune_norm=True)
+    assert network.num_features == network.head_hidden_size == 20
+    network.reset_classifier(5)
+    assert network(images).shape == (2, 5)
+    assert network.forward_head(network.forward_features(images), pre_logits=True).shape == (2, 20)
+
+
+def test_the_maps_of_features_only_train_with_gradient_checkpointing() -> None:
+    images, gradients, runs_of_blocks = golden_numbers.images(2, 64, 96), [], []
+    for enable in (False, True):
+        network = small_network(features_only=True, drop_path_rate=0.0).train()
+        network.set_grad_checkpointing(enable)
+        for block in network.model.groupmixformer_backbone[1].gma_stage:
+            block.register_forward_pre_hook(lambda *args, enable=enable: runs_of_blocks.append(enable))
+        sum(maps.square().mean() for maps in network(images)).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert (runs_of_blocks.count(False), runs_of_blocks.count(True)) == (2, 4), "each block once more, going back"
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1,)], ids=str)
+def test_features_only_loads_the_weights_of_a_whole_network(out_indices: tuple[int, ...], tmp_path: Path) -> None:
+    whole, images = small_network(), golden_numbers.images(2, 64, 96)
+    expected = whole.forward_intermediates(images, list(out_indices), intermediates_only=True)
+    torch.save({"model": whole.state_dict()}, tmp_path / "released.pth")
+    options = {**SMALL, "features_only": True, "out_indices": out_indices}
+    loaded = timm.create_model("groupmixformer_miny", **options, checkpoint_path=str(tmp_path / "released.pth")).eval()
+    torch.testing.assert_close(loaded(images), expected, rtol=0, atol=0)
+    for source in (loaded, whole):  # its own names load as ever; either below another module too
+        again = nn.ModuleDict({"body": timm.create_model("groupmixformer_miny", **options)}).eval()
+        again.load_state_dict(nn.ModuleDict({"body": source}).state_dict())
+        torch.testing.assert_close(again["body"](images), expected, rtol=0, atol=0)
+
+
+def test_features_only_refuses_weights_that_are_not_its_own() -> None:
+    state = small_network().state_dict()
+    network = small_network(features_only=True, out_indices=(1,))
+    for wrong, name in (
+        ({key: value for key, value in state.items() if key != "conv_stem.proj1.bias"}, "conv_stem.proj1.bias"),
+        (state | {"conv_stem.proj3.bias": torch.zeros(1)}, "conv_stem.proj3.bias"),
+        (state | {"groupmixformer_backbone.4.a": torch.zeros(1)}, "groupmixformer_backbone.4.a"),
+        (state | {"scale": torch.zeros(1)}, "scale"),
+    ):
+        with pytest.raises(RuntimeError, match=f"model.{name}"):
+            network.load_state_dict(wrong)
+
+
+def test_init_weights_fills_a_network_that_was_made_without_storage() -> None:
+    network = timm.create_model("groupmixformer_miny", **SMALL, device="meta", dtype=torch.float64)
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    network.to_empty(device="cpu")
+    for value in network.state_dict().values():
+        value.fill_(7)
+    network.init_weights()
+    fresh = timm.create_model("groupmixformer_miny", **SMALL).state_dict()
+    for name, value in network.state_dict().items():
+        if fresh[name].ndim == 0 or fresh[name].unique().numel() == 1:  # norms, biases of Linears, statistics
+            assert torch.equal(value, fresh[name].to(value.dtype)), name
+        elif value.numel() >= 100:
+            assert 0.5 < value.std() / fresh[name].std() < 2, name
+        assert not (value == 7).any(), name
+    assert_fresh_linear(network.head)
 
 
 # ---------------------------------------------------------------------------------- timm: layer decay, checkpoint files

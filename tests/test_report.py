@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Path:
+    return write_evaluation(tmp_path, ["ant", EVIL, "cat"])
+
+
+def write_evaluation(tmp_path: Path, classes: list[str], **about: Any) -> Path:
     """Six images of three classes, four right, in a run folder whose config.json names the data."""
-    classes = ["ant", EVIL, "cat"]
     paths = [f"{'abc'[i // 2]}/{i}.png" for i in range(6)]
     for number, path in enumerate(paths):
         file = tmp_path / "data" / "val" / path
@@ -34,7 +38,7 @@ def evaluation(tmp_path: Path) -> Path:
     probability = np.array([0.5, 0.3, 0.5, 0.5, 0.5, 0.06], dtype=np.float32)
     predictions = Predictions(paths, labels, probability, -np.log(probability), top, shares, classes)
     folder = tmp_path / "run" / "evaluation" / "val"
-    write_outputs(folder, predictions, summarize(predictions), "csv")
+    write_outputs(folder, predictions, about | summarize(predictions), "csv")
     config = {"DATA": {"DATA_PATH": str(tmp_path / "data"), "DATASET": "imagenet"}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     return folder
@@ -66,6 +70,17 @@ def test_page_holds_the_numbers_escapes_names_and_names_no_other_file(evaluation
     pairs = [(p["label"], p["predicted"], p["images"], p["of"]) for p in content["confused_pairs"]]
     assert pairs == [("ant", EVIL, 1, 2), ("cat", "ant", 1, 2)]
     assert content["matrix"] == {"names": ["ant", EVIL, "cat"], "counts": [[1, 1, 0], [0, 2, 0], [1, 0, 1]]}
+
+
+def test_page_says_what_was_evaluated_and_puts_wordnet_ids_in_words(tmp_path: Path) -> None:
+    about = dict(model="a_model", weights="ema weights of <b>.pth", data="/d", image_size=48, crop=False, tta="flip")
+    folder = write_evaluation(tmp_path, ["n01440764", "n01443537", "n02123045"], **about)
+    assert report.main([str(folder), "--json", str(tmp_path / "content.json")]) == 0
+    page = (folder / "report.html").read_text()
+    assert "a_model \N{MIDDLE DOT} ema weights of &lt;b&gt;.pth \N{MIDDLE DOT} data /d" in page
+    assert "48 x 48 pixels \N{MIDDLE DOT} flip<" in page
+    content = json.loads((tmp_path / "content.json").read_text())
+    assert content["matrix"]["names"] == ["tench (n01440764)", "goldfish (n01443537)", "tabby (n02123045)"]
 
 
 def test_pictures_that_are_missing_damaged_or_outside_the_data_are_left_out(evaluation: Path, tmp_path: Path) -> None:

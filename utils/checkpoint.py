@@ -17,7 +17,7 @@ A training checkpoint is a dict with
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
 or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping. Weights alone may also
-come as a safetensors file.
+come as a safetensors file, and as what timm's train.py writes (`state_dict`, `state_dict_ema`, and its `args`).
 """
 
 import contextlib
@@ -49,6 +49,8 @@ from .faults import SAVING, unwritable
 
 BEST_NAME = "ckpt_best.pth"
 PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
+_RAW_KEYS = ("model", "state_dict")  # ours and the release's; timm's
+_EMA_KEYS = ("model_ema", "state_dict_ema")
 LOCK_NAME = "run.lock"
 LOCK_SECONDS = 120  # an NFSv4 server takes 90 to drop the locks of a client that is gone
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS without lockd, Lustre mounted with noflock
@@ -250,24 +252,22 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
     """The state dict to use from a loaded file, and what it is, for the log.
 
     Args:
-        checkpoint: a training checkpoint, {'model': ...}, {'state_dict': ...} or a bare state dict.
+        checkpoint: a training checkpoint of ours or timm's, {'model': ...}, {'state_dict': ...} or a bare state dict.
         which: 'raw'; 'ema'; or 'best', those that the checkpoint was kept for (where it does not say, raw, or the only
             ones that it holds).
         origin: the file's name, for messages.
     """
-    ema_only = "model_ema" in checkpoint and not {"model", "state_dict"} & set(checkpoint)
+    ema_only = bool(set(_EMA_KEYS) & set(checkpoint)) and not set(_RAW_KEYS) & set(checkpoint)
     if which == "best":
         which = checkpoint.get("best_weights") or ("ema" if ema_only else "raw")
     if which == "ema":
-        if not isinstance(checkpoint.get("model_ema"), dict):
+        state = next((checkpoint[k] for k in _EMA_KEYS if isinstance(checkpoint.get(k), dict)), None)
+        if state is None:
             raise UserError(f"{origin}: holds no EMA weights (model_ema); use --weights raw")
-        state = checkpoint["model_ema"]
     elif ema_only:
         raise UserError(f"{origin}: holds no raw weights, only EMA ones (model_ema); use --weights ema")
     else:
-        state = next(
-            (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
-        )
+        state = next((checkpoint[k] for k in _RAW_KEYS if isinstance(checkpoint.get(k), dict)), checkpoint)
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)})")
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"

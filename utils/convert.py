@@ -2,10 +2,11 @@
 
 python -m utils.convert FILE --to pth                   {'model': state dict}, as released files are
 python -m utils.convert FILE --to safetensors           for timm and other libraries
-python -m utils.convert FILE --to birder                names of birder's re-implementation, {'state': state dict}
+python -m utils.convert FILE --to birder                for birder's re-implementation, with what its loader asks for
 
 FILE is a released file, a training checkpoint (--weights raw, ema or best), a safetensors file, or a file of birder's.
-What is written holds the weights alone, and the first 8 hex digits of its SHA-256 end its name, as timm's do.
+What is written holds the weights alone (for birder also class names, input size and normalisation), and the first 8
+hex digits of its SHA-256 end its name, as timm's do.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from configs import UserError
@@ -93,13 +96,16 @@ def read_weights(path: str | Path, which: str = "best") -> tuple[dict[str, Tenso
 
     Raises UserError where the file cannot be read or its weights are not those of a GroupMixFormer.
     """
-    content = load_file(path)
+    return _weights_in(load_file(path), which, str(path))
+
+
+def _weights_in(content: dict[str, Any], which: str, origin: str) -> tuple[dict[str, Tensor], str]:
     if isinstance(content.get("state"), dict) and "model" not in content:  # birder's layout
         content = {"model": content["state"]}
-    state, kind = select_weights(content, which, str(path))
+    state, kind = select_weights(content, which, origin)
     if any(name.startswith("body.stage1.") for name in state):
         state = from_birder(state)
-    return _in_order(state, str(path)), kind
+    return _in_order(state, origin), kind
 
 
 def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[str, GroupMixFormer]:
@@ -149,9 +155,10 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
 
     Raises UserError where the source is not fit, or the new file already exists.
     """
-    state, kind = read_weights(source, which)
+    checkpoint = load_file(source)
+    state, kind = _weights_in(checkpoint, which, str(source))
     label, network = describe_network(state, str(source))
-    content = _encode(state, to)
+    content = _encode(_for_birder(state, network, checkpoint, label) if to == "birder" else state, to)
     digest = hashlib.sha256(content).hexdigest()
     name = name or (label if label in VARIANTS else Path(source).stem)
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
@@ -180,14 +187,56 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     )
 
 
-def _encode(state: dict[str, Tensor], to: str) -> bytes:
-    """The bytes of a file; the same for the same weights, so that the hash in the name identifies them."""
+def _for_birder(
+    state: dict[str, Tensor], network: GroupMixFormer, checkpoint: dict[str, Any], label: str
+) -> dict[str, Any]:
+    """What birder's loader asks for beside the weights, as far as the file tells it; ImageNet's values otherwise."""
+    names = checkpoint.get("classes")
+    if not isinstance(names, list) or len(names) != network.num_classes:
+        names = [str(number) for number in range(network.num_classes)]
+    content = {
+        "state": to_birder(state),
+        "task": "image_classification",
+        "signature": {
+            "inputs": [{"data_shape": [0, network.in_chans, *[_image_size(checkpoint)] * 2]}],
+            "outputs": [{"data_shape": [0, network.num_classes]}],
+        },
+        "class_to_idx": {name: number for number, name in enumerate(names)},
+        "rgb_stats": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
+    }
+    mlps = [stage.gma_stage[0].mlp for stage in network.groupmixformer_backbone]
+    if label not in VARIANTS:  # birder has the five under names of its own, and takes other sizes on top of any of them
+        content["config"] = {
+            "embed_dims": [info["num_chs"] for info in network.feature_info],
+            "depths": [len(stage.gma_stage) for stage in network.groupmixformer_backbone],
+            "mlp_ratios": [_mlp_ratio(mlp.fc1.out_features, mlp.fc1.in_features) for mlp in mlps],
+        }
+    return content
+
+
+def _image_size(checkpoint: dict[str, Any]) -> int:
+    """The edge of the images that a training checkpoint was trained on, in pixels; 224 where it does not say."""
+    config = checkpoint.get("config")
+    try:
+        return int((yaml.safe_load(config) if isinstance(config, str) else config)["DATA"]["IMG_SIZE"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return 224
+
+
+def _encode(content: dict[str, Any], to: str) -> bytes:
+    """The bytes of a file; the same for the same content, so that the hash in the name identifies it.
+
+    Args:
+        content: a state dict, or for 'birder' what `_for_birder` returns.
+        to: 'pth', 'safetensors' or 'birder'.
+    """
     # Clones: a view would drag the whole storage that it was cut from into the file.
+    state = content["state"] if to == "birder" else content
     state = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     if to == "safetensors":
         return safetensors.torch.save(state, metadata={"format": "pt"})
     buffer = BytesIO()
-    torch.save({"state": to_birder(state)} if to == "birder" else {"model": state}, buffer)
+    torch.save({**content, "state": state} if to == "birder" else {"model": state}, buffer)
     return buffer.getvalue()
 
 

@@ -28,6 +28,7 @@ FILE_NAME = "curves.png"
 COST_LIMIT = 0.02  # of the time of a run; the event files of a long one take seconds to read
 # Okabe and Ito's colours, which people with any colour vision can tell apart; yellow is too pale for a thin line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOG_FROM = 3  # ratio of the largest to the smallest gradient norm; below, a logarithmic axis would have no ticks
 MARKED_POINTS = 40  # validations beyond which their points run into each other
 
 
@@ -106,37 +107,49 @@ def _updates_per_epoch(series: dict[str, Series], folder: Path) -> float | None:
 
 def draw(runs: Sequence[Run], path: str | Path) -> None:
     """Draw four panels to an image file; its suffix (.png, .svg, .pdf) is its format. UserError where it cannot be."""
+    try:
+        draw_figure(runs).savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+def draw_figure(runs: Sequence[Run]) -> Any:
+    """The four panels as a matplotlib Figure: loss, accuracy, learning rate, gradient norm."""
     # Imported here: a training run goes on without matplotlib. Figure, not pyplot, keeps no global state.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     figure = Figure(figsize=(12, 8.4), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
     titles = ("Loss", "Accuracy", "Learning rate", "Gradient norm before clipping")
-    units = ("cross-entropy, nats", "Acc@1 on validation images, %", "learning rate", "L2 norm (logarithmic)")
+    units = ("cross-entropy, nats", "Acc@1 on validation images, %", "learning rate", "L2 norm")
     for axis, title, unit in zip(axes, titles, units):
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_ylabel(unit)
         axis.set_xlabel("epoch" if all(run.updates_per_epoch for run in runs) else "update (no epoch is done yet)")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     loss, accuracy, rate, norm = axes
     for number, run in enumerate(runs):
         _draw_run(run, number, len(runs) > 1, loss, accuracy, rate, norm)
-    positive = [run.series["train/grad_norm"].values for run in runs if "train/grad_norm" in run.series]
-    if any((values[np.isfinite(values)] > 0).any() for values in positive):
+    recorded = [run.series["train/grad_norm"].values for run in runs if "train/grad_norm" in run.series]
+    norms = np.concatenate(recorded or [np.array([])])
+    norms = norms[np.isfinite(norms) & (norms > 0)]
+    if len(norms) and norms.max() > LOG_FROM * norms.min():
         norm.set_yscale("log")
+        norm.set_ylabel("L2 norm (logarithmic)")
+        few_decades = norms.max() < 1000 * norms.min()
+        norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+        norm.yaxis.set_minor_locator(NullLocator())  # their labels would cover each other
         norm.yaxis.set_major_formatter("{x:g}")
-        norm.yaxis.set_minor_formatter("{x:g}")
     for axis in axes if len(runs) == 1 else (loss, accuracy):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8.5, frameon=False)
         else:
             axis.text(0.5, 0.5, "nothing recorded yet", ha="center", va="center", transform=axis.transAxes, color="0.4")
     figure.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared", fontweight="bold")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
+    return figure
 
 
 def _draw_run(run: Run, number: int, compared: bool, loss: Any, accuracy: Any, rate: Any, norm: Any) -> None:
