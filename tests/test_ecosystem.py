@@ -119,8 +119,7 @@ def test_onnxruntime_gives_torchs_logits_for_any_batch_and_size(tmp_path: Path) 
     nn.init.normal_(network.head.weight, std=0.3)
     export(network, tmp_path / "a.onnx", "onnx", 224)
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
-    shape = session.get_inputs()[0].shape
-    assert shape[1] == 3 and all(isinstance(shape[i], str) for i in (0, 2, 3)), shape
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     for size in ((1, 3, 224, 224), (3, 3, 161, 300)):
         images = torch.randn(size)
         with torch.no_grad():

@@ -79,6 +79,10 @@ def test_logits_are_the_networks_at_sizes_it_was_not_exported_with(
         images = torch.randn(shape)
         (logits,) = compute(path, images)
         torch.testing.assert_close(logits, network_of(seed)(images).detach(), rtol=0, atol=1e-4)
+    if to == "onnx":  # viewers and other runtimes show these names
+        session = pytest.importorskip("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+        assert session.get_outputs()[0].shape == ["batch", 7]
 
 
 @pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.long), "pt2"])

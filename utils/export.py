@@ -11,12 +11,14 @@ network; a file that differs by more than 1e-4 is not kept.
 import argparse
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 TOLERANCE = 1e-4  # largest difference from the network, over the largest value where that is above 1
 OLDEST_OPSET = 18  # what torch writes; others are converted from it
 MIN_SIZE = 33  # the last map of a smaller image has one pixel, which the exporter would take for a constant
+AXES = ("batch", "channels", "height", "width")
 BATCHES = (1, 3)
 
 Report = Callable[[str], None]
@@ -133,7 +136,20 @@ def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int) 
     onnx_program = torch.onnx.export(
         program, dynamo=True, opset_version=opset, input_names=["images"], output_names=outputs, verbose=False
     )
+    _name_axes(onnx_program.model)
     onnx_program.save(str(path))
+
+
+def _name_axes(model: Any) -> None:
+    """Call the axes of the images batch, height and width, everywhere in an ONNX model; the exporter calls them s77."""
+    (images,) = model.graph.inputs
+    names = {str(dim): name for dim, name in zip(images.shape, AXES) if not isinstance(dim, int)}
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    values = [images, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                value.shape[axis] = pattern.sub(lambda found: names[found[0]], str(dim.value))
 
 
 def _open(path: Path, to: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
