@@ -217,7 +217,7 @@ def _origin(m: dict[str, Any]) -> str:
         m.get("model"),
         m.get("weights"),
         m.get("data") and f"data {m['data']}",
-        m.get("variant") and f"ImageNet variant {m['variant']}",
+        m.get("val_set") and f"validation set {m['val_set']}",
         size and f"{size} x {size} pixels",
         views.get(m.get("tta"), m.get("tta")),
         m.get("precision"),

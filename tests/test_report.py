@@ -73,12 +73,13 @@ def test_page_holds_the_numbers_escapes_names_and_names_no_other_file(evaluation
 
 
 def test_page_says_what_was_evaluated_and_puts_wordnet_ids_in_words(tmp_path: Path) -> None:
-    about = dict(model="a_model", weights="ema weights of <b>.pth", data="/d", image_size=48, crop=False, tta="flip")
+    about = dict(model="a_model", weights="ema weights of <b>.pth", data="/d", val_set="v2", tta="flip")
+    about |= dict(image_size=48, crop=False)
     folder = write_evaluation(tmp_path, ["n01440764", "n01443537", "n02123045"], **about)
     assert report.main([str(folder), "--json", str(tmp_path / "content.json")]) == 0
     page = (folder / "report.html").read_text()
     assert "a_model \N{MIDDLE DOT} ema weights of &lt;b&gt;.pth \N{MIDDLE DOT} data /d" in page
-    assert "48 x 48 pixels \N{MIDDLE DOT} flip<" in page
+    assert "validation set v2 \N{MIDDLE DOT} 48 x 48 pixels \N{MIDDLE DOT} flip<" in page
     content = json.loads((tmp_path / "content.json").read_text())
     assert content["matrix"]["names"] == ["tench (n01440764)", "goldfish (n01443537)", "tabby (n02123045)"]
 
