@@ -50,18 +50,13 @@ _packed_weights = WeakTensorKeyDictionary()
 SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time, 16 MB
 
 
-def _packed(weight: Tensor, rows: int) -> Tensor:
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
     version = 0 if weight.is_inference() else weight._version
     packed_version, packed = _packed_weights.get(weight, (None, None))
     if packed is None or packed_version != version:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
         _packed_weights[weight] = version, packed
-    return packed
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
-    packed = _packed(weight, x.numel() // x.shape[-1])
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")

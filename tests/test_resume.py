@@ -80,16 +80,20 @@ def test_logged_losses_are_the_same(data, tmp_path, monkeypatch):
     assert logs[0] == logs[1] and len(logs[0]) == EPOCHS * (UPDATES + 4)
 
 
+def after_a_signal(function):
+    """The function, called after the run was asked to stop."""
+
+    def call(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args)
+
+    return call
+
+
 def test_stopped_between_training_and_validation(data, tmp_path, monkeypatch, straight):
     args = runs.arguments(data, tmp_path)
-    evaluate = train.evaluate
-
-    def interrupted(*rest):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", interrupted)
+        patch.setattr(train, "evaluate", after_a_signal(train.evaluate))
         assert runs.train_here(monkeypatch, args) == 75
     assert [p.name for p in runs.run_folder(tmp_path).glob("ckpt*")] == ["ckpt_epoch_0_update_4.pth"]
     assert runs.train_here(monkeypatch, args) == 0
@@ -104,14 +108,8 @@ def test_stopped_while_it_starts(data, tmp_path, monkeypatch, straight, begun):
         assert runs.train_here(monkeypatch, args, stop_at=3) == 75
     samples = folder / "samples_rank0.txt"
     before = {path.name: path.read_bytes() for path in [*folder.glob("ckpt*"), *folder.glob(samples.name)]}
-    open_split = train.open_split
-
-    def interrupted(*rest):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return open_split(*rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_split", interrupted)
+        patch.setattr(train, "open_split", after_a_signal(train.open_split))
         assert runs.train_here(monkeypatch, args) == 75
     assert {path.name: path.read_bytes() for path in [*folder.glob("ckpt*"), *folder.glob(samples.name)]} == before
     said = f"stopped by request at update {3 * begun}, nothing new to save; the same command continues"
