@@ -8,7 +8,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from configs import UserError, with_num_classes, with_values
-from data import check_val_classes, open_split, usable_workers
+from data import check_val_classes, fingerprint, open_split, usable_workers
 from models import build_model
 from utils.checkpoint import find_weights, load_weights
 from utils.compilation import inference_network
@@ -17,6 +17,7 @@ from utils.engine import build_precision, measure_throughput
 from utils.files import check_json_target, write_json
 from utils.flops import count_flops
 from utils.logging import peak_memory_mib
+from utils.resume import check_same_everywhere
 from utils.session import Session
 
 from .outputs import describe, summarize, write_outputs
@@ -48,6 +49,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     weights = find_weights(config)
     check_suffix(Path(f"predictions.{config.TEST.PREDICTIONS}"))
     images = _open_images(config)
+    check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
     num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
     config = with_num_classes(config, num_outputs)
 

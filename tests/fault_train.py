@@ -3,6 +3,7 @@
 nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
 nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
+infinite:<rank>:<update> its loss becomes infinite, by a constant: no gradient shows it
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 interrupt:<rank>:<update>  likewise SIGINT, twice
 raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk' or anything else
@@ -55,6 +56,19 @@ if kind in ("nan", "nan-gradient"):
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = poisoned
+elif kind == "infinite":
+    forward_backward = engine._accumulate_gradients
+
+    def infinite(session, trainer, *rest):
+        if (session.processes.rank, trainer.num_updates) != tuple(map(int, where)):
+            return forward_backward(session, trainer, *rest)
+        criterion = trainer.criterion
+        trainer.criterion = lambda *args: criterion(*args) + float("inf")
+        loss = forward_backward(session, trainer, *rest)
+        trainer.criterion = criterion
+        return loss
+
+    engine._accumulate_gradients = infinite
 elif kind in ("stop", "interrupt"):
     forward_backward = engine._accumulate_gradients
 

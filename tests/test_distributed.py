@@ -325,6 +325,21 @@ def test_a_process_with_other_images_or_another_recipe_is_named(data, tmp_path, 
     assert not runs.run_folder(tmp_path / "out").exists()
 
 
+def test_a_process_that_evaluates_other_images_is_named(data, tmp_path):
+    """Each process would fill in the rows of its own images, and the accuracy would be of no data set."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    image = other / "val" / "ant" / "0.png"
+    image.rename(other / "val" / "bee" / "9.png")
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": {}}, weights)  # they end before they read it
+    args = runs.arguments(data, tmp_path / "out", flags=["--eval", "--pretrained", str(weights)])
+    result = runs.launch(FAULT_TRAIN, args, processes=2, env={"FAULT": f"differ:1:{data}:{other}"})
+    assert result.returncode != 0 and " * Acc@1" not in result.stdout
+    host = socket.gethostname()
+    assert f"process 1 on {host} differs from process 0: the validation images (names" in result.stderr, result.stderr
+
+
 def test_a_mistake_of_one_process_is_named_by_the_others_too(data, tmp_path):
     """Its node lacks the data: the others, which wait for it to begin, have no traceback to show."""
     args = runs.arguments(data, tmp_path / "out", "DATA.BATCH_SIZE", "2")
@@ -576,7 +591,7 @@ def test_a_killed_loader_worker_of_one_process_ends_all(data, tmp_path):
     assert load_file(runs.run_folder(tmp_path) / "ckpt_epoch_0.pth")["num_updates"] == 4
 
 
-@pytest.mark.parametrize(("what", "named"), [("nan", "1"), ("nan-gradient", "0, 1")])
+@pytest.mark.parametrize(("what", "named"), [("nan", "1"), ("infinite", "1"), ("nan-gradient", "0, 1")])
 def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path, what, named):
     """Gradients are averaged before anybody looks at them: with a finite loss, all have the NaN and are named."""
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "SAVE_EVERY_UPDATES", "1", "SAVE_KEEP", "0")

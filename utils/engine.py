@@ -151,22 +151,25 @@ def train_one_epoch(
         trainer.scaler.unscale_(trainer.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf)
         loss, grad_norm = torch.stack([loss, grad_norm.to(loss)]).tolist()  # the update's one wait for a GPU
-        verdict = watch.conclude_update(loss, grad_norm)
-        if not verdict.nonfinite_ranks:
+        # The same on all processes: gradients are averaged, and a loss that is not finite makes them so.
+        finite = math.isfinite(grad_norm)
+        verdict_of_all = watch.compare_notes(loss, grad_norm)
+        if finite:
             trainer.scaler.step(trainer.optimizer)
         trainer.scaler.update()
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.num_updates += 1
-        if verdict.nonfinite_ranks:
-            statistics.restore()
-            _report_skipped(session, trainer, progress, data, update, verdict, grad_norm)
-        else:
+        if finite and trainer.ema is not None:
+            trainer.ema.update(trainer.network, step=trainer.num_updates)
+        verdict = verdict_of_all()
+        if finite:
             progress.nonfinite_in_a_row = 0
-            if trainer.ema is not None:
-                trainer.ema.update(trainer.network, step=trainer.num_updates)
             progress.loss_sum += verdict.loss
             progress.norm_sum += grad_norm
             progress.counted += 1
+        else:
+            statistics.restore()
+            _report_skipped(session, trainer, progress, data, update, verdict, grad_norm)
         progress.next_update = update + 1
 
         if console.step():
@@ -201,6 +204,7 @@ def _accumulate_gradients(
         with _gradient_sync(trainer.model, enabled=step == config.TRAIN.ACCUMULATION_STEPS - 1):
             with trainer.precision.autocast():
                 loss = trainer.criterion(trainer.model(images), targets) / config.TRAIN.ACCUMULATION_STEPS
+            loss = loss * (1 + 0 * loss.detach())  # the same, but where it is not finite no gradient is
             trainer.scaler.scale(loss).backward()
         total += loss.detach()
     return total

@@ -104,28 +104,42 @@ class Watch:
 
     def stop_agreed(self) -> bool:
         """Whether any process was asked to stop; all must call this together, and all get the same answer."""
-        return self.listening and self._sum([float(self.received != 0)])[0] > 0
+        return self.listening and self._begin_sum([float(self.received != 0)])()[0] > 0
 
-    def conclude_update(self, loss: float, grad_norm: float) -> UpdateVerdict:
-        """Tell the others this process's loss and gradient norm; all must call this together."""
+    def compare_notes(self, loss: float, grad_norm: float) -> Callable[[], UpdateVerdict]:
+        """Tell the others this process's loss and gradient norm; what is returned waits for theirs.
+
+        All must call this together. The notes travel while optimizer and average work: waited for at once they cost
+        what the slowest process lags behind, in every update.
+        """
         world_size = self.processes.world_size
         finite = math.isfinite(loss)
         notes = [loss if finite else 0.0, float(not math.isfinite(grad_norm)), float(self.received != 0)]
         bad_loss = [0.0] * world_size
         bad_loss[self.processes.rank] = float(not finite)
-        total_loss, bad_norms, stops, *bad_losses = self._sum(notes + bad_loss)
-        ranks = tuple(rank for rank, bad in enumerate(bad_losses) if bad)
-        if bad_norms and not ranks:  # gradients are averaged already: whose they were cannot be told
-            ranks = tuple(range(world_size))
-        return UpdateVerdict(math.nan if ranks else total_loss / world_size, ranks, stops > 0)
+        pending = self._begin_sum(notes + bad_loss)
 
-    def _sum(self, values: list[float]) -> list[float]:
+        def verdict() -> UpdateVerdict:
+            total_loss, bad_norms, stops, *bad_losses = pending()
+            ranks = tuple(rank for rank, bad in enumerate(bad_losses) if bad)
+            if bad_norms and not ranks:  # gradients are averaged already: whose they were cannot be told
+                ranks = tuple(range(world_size))
+            return UpdateVerdict(math.nan if ranks else total_loss / world_size, ranks, stops > 0)
+
+        return verdict
+
+    def _begin_sum(self, values: list[float]) -> Callable[[], list[float]]:
         if self._group is None:
-            return values
+            return lambda: values
         self.arrive()
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self._group)
-        return tensor.tolist()
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def total() -> list[float]:
+            work.wait()
+            return tensor.tolist()
+
+        return total
 
     def arrive(self) -> None:
         """Note that this process is about to meet the others, so that one that does not come can be named."""

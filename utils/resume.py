@@ -78,7 +78,17 @@ FREE_KEYS = {
 }
 
 # Of these, what all processes of a run must agree on, or some would stop or go on alone.
-ALIKE_KEYS = {"TRAIN.ALLOW_CHANGES", "TRAIN.MAX_NONFINITE_UPDATES", "TRAIN.START_EPOCH"}
+ALIKE_KEYS = {
+    "TEST.FUSE",
+    "TEST.SIZES",
+    "TEST.TTA",
+    "TEST.VAL_SET",
+    "TEST.WEIGHTS",
+    "TRAIN.ACCUMULATION_STEPS",
+    "TRAIN.ALLOW_CHANGES",
+    "TRAIN.MAX_NONFINITE_UPDATES",
+    "TRAIN.START_EPOCH",
+}
 
 
 class Saver:
@@ -188,7 +198,8 @@ def identify_images(config: CfgNode, data: TrainingData, val_source: Source, wor
 def check_same_everywhere(session: Session, images: dict[str, Any]) -> None:
     """Raise UserError, the same on every process, where one of them has other images or settings than process 0.
 
-    Nodes need not share a disk, and each process reads its own command line and lists its own images.
+    Nodes need not share a disk, and each process reads its own command line and lists its own images. `images` as
+    from `identify_images`; an evaluation has the validation images only.
     """
     config, processes = session.config, session.processes
     if not processes.distributed:
@@ -315,12 +326,12 @@ def recipe_changes(
     changes = [
         f"{name} {state[key]} -> {images[key]}"
         for key, name in (("global_batch", "global batch"), ("data_order", "order of images"))
-        if state.get(key, images[key]) != images[key]
+        if key in images and state.get(key, images[key]) != images[key]
     ]
     changes += [
         f"the {what} images (names, classes or number) are not the same"
         for key, what in (("data_fingerprint", "training"), ("val_fingerprint", "validation"))
-        if state.get(key, images[key]) != images[key]
+        if key in images and state.get(key, images[key]) != images[key]
     ]
     stored = state.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
