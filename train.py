@@ -75,7 +75,8 @@ def main(run_folder: RunFolder | None = None) -> None:
     network = build_model(config).to(processes.device)
     resume_path, state = load_resume(session)
     if config.MODEL.PRETRAINED and state is None:
-        logger.info(f"starting from {load_pretrained(network, config.MODEL.PRETRAINED, config.MODEL.CLASS_MAP)}")
+        pretrained, class_map = config.MODEL.PRETRAINED, config.MODEL.CLASS_MAP
+        logger.info(f"starting from {load_pretrained(network, pretrained, class_map, train_source.classes)}")
     model = wrap_distributed(network, processes)
 
     # ------------------------------------------------------------------------------ optimizer, schedule, precision, EMA

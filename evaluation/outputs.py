@@ -10,7 +10,7 @@ import numpy as np
 from utils.files import write_json, write_rows
 
 from . import metrics
-from .predictions import Predictions
+from .predictions import SUFFIXES, Predictions
 from .validation_sets import real_accuracy
 
 
@@ -78,6 +78,8 @@ def write_outputs(folder: Path, predictions: Predictions, summary: dict[str, Any
     """Write everything about one evaluation to a folder; `suffix` is csv or parquet. What lay there is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     predictions.save(folder / f"predictions.{suffix}")
+    for other in {*SUFFIXES} - {f".{suffix}"}:  # of an evaluation that has been replaced
+        (folder / f"predictions{other}").unlink(missing_ok=True)
     write_rows(folder / "per_class.csv", PER_CLASS, _per_class_rows(predictions))
     write_rows(folder / "confusion.csv", CONFUSION, _confusion_rows(predictions))
     write_json(str(folder / "metrics.json"), summary)

@@ -148,9 +148,12 @@ def column_names(k: int) -> list[str]:
     return names + [name for i in range(2, k + 1) for name in (f"top{i}", f"p{i}")]
 
 
+SUFFIXES = (".csv", ".parquet")
+
+
 def check_suffix(path: Path) -> None:
     """Raise UserError where a predictions file could not be written or read under this name."""
-    if path.suffix not in (".csv", ".parquet"):
+    if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: predictions are a .csv or a .parquet file")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow, or use .csv")

@@ -133,6 +133,7 @@ def _name(config: CfgNode, weights: str) -> str:
     parts.append(str(config.DATA.IMG_SIZE))
     parts += [config.TEST.TTA] * (config.TEST.TTA != "none")
     parts += ["uncropped"] * (not config.TEST.CROP)
+    parts += ["fused"] * config.TEST.FUSE
     parts += ["fast"] * (config.DATA.FAST_LOADING == "all")
     return "-".join(parts)
 

@@ -521,6 +521,14 @@ def test_fine_tuning_with_the_same_classes_takes_the_head(tmp_path, make_network
     assert has_weights_of(target, source.state_dict())
 
 
+def test_fine_tuning_on_as_many_other_classes_says_that_the_head_is_kept(tmp_path, make_network):
+    classes = ["ant", "bee", "cat"]
+    torch.save({"model": make_network(3).state_dict(), "classes": ["ant", "fly", "cat"]}, tmp_path / "w.pth")
+    said = load_pretrained(make_network(3), tmp_path / "w.pth", classes=classes)
+    assert "its head too, although 1 of its 3 classes have other names than the data's, the first 'fly' against" in said
+    assert "other names" not in load_pretrained(make_network(3), tmp_path / "w.pth", classes=["ant", "fly", "cat"])
+
+
 def test_fine_tuning_from_a_backbone_without_a_head(tmp_path, make_network):
     source, target = make_network(seed=1), make_network(seed=2)
     backbone = {name: value for name, value in source.state_dict().items() if not name.startswith("head.")}

@@ -449,6 +449,17 @@ def test_the_best_checkpoint_has_the_accuracy_that_its_run_told(tmp_path, monkey
     assert capsys.readouterr().out.splitlines()[-1].startswith(f" * Acc@1 {told} ")
 
 
+def test_an_evaluation_in_another_way_replaces_no_other(evaluate):
+    folder = evaluate()
+    assert evaluate(flags=["--fuse"]) == folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("weights-val-data-32-uncropped", "weights-val-data-32-uncropped-fused"),
+    ]
+    evaluate("TEST.PREDICTIONS", "parquet")  # which replaces the first one whole
+    replaced = folder / "weights-val-data-32-uncropped"
+    assert [path.name for path in replaced.glob("predictions.*")] == ["predictions.parquet"]
+
+
 def test_what_an_evaluation_writes(evaluate, capsys):
     folder = evaluate() / "weights-val-data-32-uncropped"
     last = capsys.readouterr().out.splitlines()[-1]

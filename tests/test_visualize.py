@@ -82,7 +82,7 @@ def test_the_drawing_is_not_put_beside_the_picture(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert visualize.main(args) == 0
     assert set(tmp_path.iterdir()) - before == {tmp_path / "elsewhere"}
-    assert (tmp_path / "elsewhere" / "output" / "visualized" / f"{picture.name}.png").is_file()
+    assert (tmp_path / "elsewhere" / "output" / "visualized" / f"{picture.stem}.png").is_file()
 
 
 def test_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,24 +301,31 @@ def load_weights(
             "data folder that the weights were trained on (all its classes), or fine-tune with train.py --pretrained"
         )
     load_exactly(network, state, str(path))
-    trained_on = checkpoint.get("classes")
-    renamed = [pair for pair in zip(trained_on if isinstance(trained_on, list) else (), classes) if pair[0] != pair[1]]
-    if renamed:
-        notify(
-            f"{path}: {len(renamed)} of its {own} classes have other names than the data's, the first "
-            f"{renamed[0][0]!r} against {renamed[0][1]!r}: the accuracy means nothing unless they are the same "
-            "classes in the same order"
-        )
+    if renamed := _renamed_classes(checkpoint, classes):
+        notify(f"{path}: {renamed}: the accuracy means nothing unless they are the same classes in the same order")
     return f"{kind} of {path}"
 
 
-def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -> str:
+def _renamed_classes(checkpoint: dict[str, Any], classes: Sequence[str]) -> str:
+    """How the classes that a checkpoint names differ from the data's; '' where they do not, or it names none."""
+    trained_on = checkpoint.get("classes")
+    renamed = [pair for pair in zip(trained_on if isinstance(trained_on, list) else (), classes) if pair[0] != pair[1]]
+    if not renamed:
+        return ""
+    before, now = renamed[0]
+    others = f"{len(renamed)} of its {len(classes)} classes have other names than the data's"
+    return f"{others}, the first {before!r} against {now!r}"
+
+
+def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "", classes: Sequence[str] = ()) -> str:
     """Load weights to fine-tune from; a head of another number of classes stays fresh, or is mapped.
 
     A head of ImageNet-21k's 21841 classes becomes one of 1000 by `class_map`, a text file whose line i holds the
-    row of class i. Returns what was done, for the log.
+    row of class i. Returns what was done, for the log: also that a head of as many classes is kept although they have
+    other names than the data's `classes`.
     """
-    state, kind = select_weights(load_file(path), "best", str(path))
+    checkpoint = load_file(path)
+    state, kind = select_weights(checkpoint, "best", str(path))
     own, loaded = _num_classes(network.state_dict()), _num_classes(state)
     note = ""
     if own != loaded:
@@ -336,6 +343,8 @@ def load_pretrained(network: nn.Module, path: str | Path, class_map: str = "") -
         else:
             state.update({key: network.state_dict()[key] for key in HEAD_KEYS})
             note = f"; head of {loaded} classes left out, a fresh one has {own}"
+    elif renamed := _renamed_classes(checkpoint, classes):
+        note = f"; its head too, although {renamed}"
     load_exactly(network, state, str(path))
     return f"{kind} of {path}{note}"
 

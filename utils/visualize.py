@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = parse_args(rest)
     check_json_target(common.json)
     # Not beside the picture: in a data set it would be one more image.
-    out = args.out or Path("output", "visualized", f"{args.image.name}.png")
+    out = args.out or Path("output", "visualized", f"{args.image.stem}.png")
     if args.out is None:
         out.parent.mkdir(parents=True, exist_ok=True)
     config = get_config(common, lambda line: print(line, file=sys.stderr))
