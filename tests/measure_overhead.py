@@ -3,6 +3,8 @@
     python -m data.digits --output DIGITS
     OMP_NUM_THREADS=1 python tests/measure_overhead.py --data DIGITS
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 tests/measure_overhead.py --data DIGITS
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 tests/measure_overhead.py --data DIGITS \
+      --cfg configs/groupmixformer_miny.yaml --batch 4 --block 2 --pairs 50
 
 Taken away in the blocks without: Watch.compare_notes and Watch.arrive (agreement on stops and non-finite numbers),
 KeptStatistics (copies of running statistics), the random state that is set anew for every batch, the check of which
@@ -21,14 +23,15 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", required=True)
+parser.add_argument("--cfg", default=str(ROOT / "configs" / "groupmixformer_digits.yaml"))
 parser.add_argument("--pairs", type=int, default=60)
 parser.add_argument("--block", type=int, default=5, help="updates per block")
 parser.add_argument("--batch", type=int, default=64, help="images per process")
 parser.add_argument("--saves", type=int, default=20, help="saves of each kind")
 args = parser.parse_args()
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
@@ -150,7 +153,7 @@ def report(saver):
 resume.Saver.after_update = timed
 # One folder for all processes, which have the same parent; it stays, as the run ends in the middle.
 output = Path(tempfile.gettempdir(), f"overhead-{os.getppid()}")
-sys.argv = ["train.py", "--cfg", str(ROOT / "configs" / "groupmixformer_digits.yaml"), "--data-path", args.data]
+sys.argv = ["train.py", "--cfg", args.cfg, "--data-path", args.data]
 sys.argv += ["--batch-size", str(args.batch), "--output", str(output), "--tag", "run"]
 sys.argv += ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.AUTO_RESUME", "False"]
 sys.argv += ["PRINT_FREQ", "1000000", "DATA.NUM_WORKERS", "0"]

@@ -151,8 +151,8 @@ def train_one_epoch(
         trainer.scaler.unscale_(trainer.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf)
         loss, grad_norm = torch.stack([loss, grad_norm.to(loss)]).tolist()  # the update's one wait for a GPU
-        # The same on all processes: gradients are averaged, and a loss that is not finite makes them so.
-        finite = math.isfinite(grad_norm)
+        # The same on all processes: gradients are averaged, and where a loss is not finite none of them is.
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         verdict_of_all = watch.compare_notes(loss, grad_norm)
         if finite:
             trainer.scaler.step(trainer.optimizer)
@@ -162,6 +162,11 @@ def train_one_epoch(
         if finite and trainer.ema is not None:
             trainer.ema.update(trainer.network, step=trainer.num_updates)
         verdict = verdict_of_all()
+        if finite and verdict.nonfinite_ranks:  # their gradients did not reach this process
+            raise FloatingPointError(
+                f"update {trainer.num_updates - 1} is not finite on process {verdict.nonfinite_ranks[0]} and is on "
+                "this one: the weights are no longer the same everywhere; continue from the last checkpoint"
+            )
         if finite:
             progress.nonfinite_in_a_row = 0
             progress.loss_sum += verdict.loss
