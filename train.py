@@ -77,7 +77,7 @@ def main(run_folder: RunFolder | None = None) -> None:
     if config.MODEL.PRETRAINED and state is None:
         pretrained, class_map = config.MODEL.PRETRAINED, config.MODEL.CLASS_MAP
         logger.info(f"starting from {load_pretrained(network, pretrained, class_map, train_source.classes)}")
-    model = wrap_distributed(network, processes)
+    model = wrap_distributed(network, processes, session.watch.notes)
 
     # ------------------------------------------------------------------------------ optimizer, schedule, precision, EMA
     rates = scaled_learning_rates(config, processes.world_size)

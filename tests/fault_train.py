@@ -4,6 +4,7 @@ nan:<rank>:<update>      the loss of that process becomes NaN in that update
 nan:<rank>:<update>+     and in every later one
 nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 infinite:<rank>:<update> its loss becomes infinite, by a constant: no gradient shows it
+other-norm:<rank>:<update>  it finds another gradient norm than the others
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 interrupt:<rank>:<update>  likewise SIGINT, twice
 raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk' or anything else
@@ -69,6 +70,15 @@ elif kind == "infinite":
         return loss
 
     engine._accumulate_gradients = infinite
+elif kind == "other-norm":
+    conclude_update = faults.Watch.conclude_update
+    updates = iter(range(1_000_000))
+
+    def other_norm(watch, grad_norm):
+        other = (watch.processes.rank, next(updates)) == tuple(map(int, where))
+        return conclude_update(watch, 2 * grad_norm if other else grad_norm)
+
+    faults.Watch.conclude_update = other_norm
 elif kind in ("stop", "interrupt"):
     forward_backward = engine._accumulate_gradients
 

@@ -608,6 +608,16 @@ def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path, what,
     assert state["num_updates"] == 8 and state["optimizer"]["state"][0]["step"] == 7
 
 
+def test_processes_that_disagree_on_the_gradients_end(data, tmp_path):
+    """Else one would skip or clip where the other does not, and their weights would drift apart unseen."""
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "SAVE_EVERY_UPDATES", "1", "SAVE_KEEP", "0")
+    result = runs.launch(FAULT_TRAIN, args, processes=2, env={"FAULT": "other-norm:1:2"})
+    assert result.returncode != 0
+    assert "the gradients of the last update had the norm" in result.stderr
+    assert "the weights are no longer the same on all; continue from a checkpoint before it" in result.stderr
+    assert not (runs.run_folder(tmp_path) / "ckpt_epoch_0.pth").exists()
+
+
 @pytest.mark.long
 def test_too_many_nans_in_a_row_end_the_run_with_the_last_checkpoint_good(data, tmp_path):
     args = runs.arguments(data, tmp_path, "TRAIN.MAX_NONFINITE_UPDATES", "1")

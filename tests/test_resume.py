@@ -256,13 +256,14 @@ def test_the_count_of_updates_is_needed(data, tmp_path, monkeypatch, straight):
 def test_skipped_updates_are_counted_over_a_stop(data, tmp_path, monkeypatch, left_out):
     """Two in a row end this run, one before the stop and one after it; the count is needed for that."""
     args = runs.arguments(data, tmp_path, "TRAIN.MAX_NONFINITE_UPDATES", "1")
-    forward_backward = engine._accumulate_gradients
+    clip = torch.nn.utils.clip_grad_norm_
+    updates = []
 
-    def not_finite(session, trainer, *rest):
-        loss = forward_backward(session, trainer, *rest)
-        return loss * math.nan if trainer.num_updates in (5, 6) else loss
+    def not_finite(*args):
+        updates.append(clip(*args))
+        return updates[-1] * math.nan if len(updates) in (6, 7) else updates[-1]
 
-    monkeypatch.setattr(engine, "_accumulate_gradients", not_finite)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", not_finite)
     assert runs.train_here(monkeypatch, args, stop_at=6) == 75
     if left_out:
         with leaving_out(monkeypatch, lambda state: state["progress"].update(nonfinite_in_a_row=0)):

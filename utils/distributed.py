@@ -119,20 +119,36 @@ def close_processes() -> None:
         dist.destroy_process_group()
 
 
-def wrap_distributed(network: nn.Module, processes: Processes) -> nn.Module:
+class _WithNotes(nn.Module):
+    """What DDP wraps: the network, and a parameter that no forward pass uses, so that its gradient is averaged too."""
+
+    def __init__(self, network: nn.Module, notes: nn.Parameter) -> None:
+        super().__init__()
+        self.network, self.notes = network, notes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+def wrap_distributed(network: nn.Module, processes: Processes, notes: nn.Parameter) -> nn.Module:
     """Average gradients over the processes, and on GPUs the statistics of batch norms.
 
     On CPU, where torch has no synchronised batch norm, every process normalises by its own batch, and the running
     statistics of process 0 are the network's: DDP hands them out before each forward pass.
+
+    Args:
+        network: is left as it is, but for its batch norms on GPUs.
+        processes: this process among all.
+        notes: `Watch.notes`, whose gradient is averaged with the network's.
     """
     if not processes.distributed:
         return network
     # On CPU the gradients of depthwise convolutions come channels last; DDP copies them and says so at every start.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if processes.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = _WithNotes(nn.SyncBatchNorm.convert_sync_batchnorm(network), notes)
         return DistributedDataParallel(network, device_ids=[processes.device.index], **_WITHOUT_BUFFERS)
-    return DistributedDataParallel(network)
+    return DistributedDataParallel(_WithNotes(network, notes))
 
 
 # Synchronised running statistics need no broadcast before every forward pass. The option's name depends on torch.
@@ -141,8 +157,8 @@ _WITHOUT_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The network inside what `wrap_distributed` returns."""
+    return model.module.network if isinstance(model, DistributedDataParallel) else model
 
 
 def share_running_statistics(network: nn.Module, processes: Processes) -> None:

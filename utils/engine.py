@@ -147,38 +147,29 @@ def train_one_epoch(
     for update in range(progress.next_update, data.updates_per_epoch):
         trainer.scheduler.step_update(trainer.num_updates)
         statistics.keep()
-        loss = _accumulate_gradients(session, trainer, data, batches, board)
+        _accumulate_gradients(session, trainer, data, batches, board)
         trainer.scaler.unscale_(trainer.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf)
-        loss, grad_norm = torch.stack([loss, grad_norm.to(loss)]).tolist()  # the update's one wait for a GPU
-        # The same on all processes: gradients are averaged, and where a loss is not finite none of them is.
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        verdict_of_all = watch.compare_notes(loss, grad_norm)
+        verdict = watch.conclude_update(nn.utils.clip_grad_norm_(parameters, config.TRAIN.CLIP_GRAD or math.inf))
+        finite = not verdict.nonfinite_ranks
         if finite:
             trainer.scaler.step(trainer.optimizer)
         trainer.scaler.update()
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.num_updates += 1
-        if finite and trainer.ema is not None:
-            trainer.ema.update(trainer.network, step=trainer.num_updates)
-        verdict = verdict_of_all()
-        if finite and verdict.nonfinite_ranks:  # their gradients did not reach this process
-            raise FloatingPointError(
-                f"update {trainer.num_updates - 1} is not finite on process {verdict.nonfinite_ranks[0]} and is on "
-                "this one: the weights are no longer the same everywhere; continue from the last checkpoint"
-            )
         if finite:
+            if trainer.ema is not None:
+                trainer.ema.update(trainer.network, step=trainer.num_updates)
             progress.nonfinite_in_a_row = 0
             progress.loss_sum += verdict.loss
-            progress.norm_sum += grad_norm
+            progress.norm_sum += verdict.grad_norm
             progress.counted += 1
         else:
             statistics.restore()
-            _report_skipped(session, trainer, progress, data, update, verdict, grad_norm)
+            _report_skipped(session, trainer, progress, data, update, verdict)
         progress.next_update = update + 1
 
         if console.step():
-            _report_update(session, trainer, progress, console, board, verdict.loss, grad_norm)
+            _report_update(session, trainer, progress, console, board, verdict)
         after_update()
         if verdict.stop:
             raise StopRequested
@@ -193,10 +184,9 @@ def _accumulate_gradients(
     data: TrainingData,
     batches: Iterator[tuple[Tensor, Tensor]],
     board: TensorBoard,
-) -> Tensor:
-    """Forward and backward passes of one update; returns the mean loss over its batches, on this process."""
+) -> None:
+    """Forward and backward passes of one update: gradients of the mean loss over its batches and all processes."""
     config, processes = session.config, session.processes
-    total = torch.zeros((), device=processes.device)
     for step in range(config.TRAIN.ACCUMULATION_STEPS):
         images, targets = (x.to(processes.device, non_blocking=True) for x in next(batches))
         seed_everything(TRAINING_STEP, config.SEED, processes.rank, trainer.num_updates, step)
@@ -209,10 +199,7 @@ def _accumulate_gradients(
         with _gradient_sync(trainer.model, enabled=step == config.TRAIN.ACCUMULATION_STEPS - 1):
             with trainer.precision.autocast():
                 loss = trainer.criterion(trainer.model(images), targets) / config.TRAIN.ACCUMULATION_STEPS
-            loss = loss * (1 + 0 * loss.detach())  # the same, but where it is not finite no gradient is
-            trainer.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+            (trainer.scaler.scale(loss) + session.watch.noted(loss)).backward()
 
 
 def _gradient_sync(model: nn.Module, enabled: bool):
@@ -226,10 +213,9 @@ def _report_update(
     progress: Progress,
     console: ProgressLog,
     board: TensorBoard,
-    loss: float,
-    grad_norm: float,
+    verdict: UpdateVerdict,
 ) -> None:
-    config = session.config
+    config, loss, grad_norm = session.config, verdict.loss, verdict.grad_norm
     speed = console.line(
         f"loss {loss:.4f} ({progress.mean_loss:.4f})\tgrad_norm {grad_norm:.4f} ({progress.mean_norm:.4f})"
         f"\tmem {peak_memory_mib(session.processes.device):.0f}MB",
@@ -249,7 +235,6 @@ def _report_skipped(
     data: TrainingData,
     update: int,
     verdict: UpdateVerdict,
-    grad_norm: float,
 ) -> None:
     """Log a skipped update, with the images of this process if it is to blame; end the run after too many in a row."""
     progress.nonfinite_in_a_row += 1

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from configs import UserError
 from configs.errors import first_line
@@ -32,6 +33,7 @@ EXIT_MISTAKE = 2  # of the user's, found before training: starting the same comm
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
 POLL_SECONDS = 1  # how often a process looks whether another one has failed
+SAME_NORM = 1e-3  # relative: processors of different kinds may differ by rounding
 GRACE_SECONDS = 20  # how long it then has to end by itself; torchrun kills what is left of a node after 30
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -55,6 +57,7 @@ class UpdateVerdict:
     """What all processes know of an update, the same on each."""
 
     loss: float  # mean over the processes; NaN where one is not finite
+    grad_norm: float  # of the averaged gradients
     nonfinite_ranks: tuple[int, ...]  # processes whose loss is not finite; all, where only the gradients are not
     stop: bool  # a process was asked to stop
 
@@ -62,7 +65,9 @@ class UpdateVerdict:
 class Watch:
     """Listens for signals, and lets the processes compare notes once an update.
 
-    The notes travel over a gloo group of their own, on the CPU, whatever backend the gradients use.
+    The notes travel with the gradients: they are the gradient of `notes`, a parameter that `wrap_distributed` puts
+    beside the network's. A message of their own would cost an update 1 to 2 ms. Outside of updates the processes meet
+    in a gloo group, on the CPU, whatever backend the gradients use.
 
     Args:
         processes: this process among all.
@@ -74,12 +79,15 @@ class Watch:
         self, processes: Processes, timeout_seconds: float, report: Callable[[str], None] = lambda line: None
     ) -> None:
         self.processes = processes
+        self.notes = nn.Parameter(torch.zeros(3 + processes.world_size, device=processes.device))
         self.listening = False
         self.received = 0  # the signal that asked this process to stop
         self._timeout = timedelta(seconds=timeout_seconds)
         self._report = report
         self._group = None
         self._store: dist.Store | None = None
+        self._own_mark = torch.eye(processes.world_size, device=processes.device)[processes.rank]
+        self._last_norm = self._told_norm = 0.0  # gradient norm of the last update, and what `notes` say of it
         self._meetings = 0
         self._beats = 0  # periods of PATIENCE that this process has lived through; a stopped one stays behind
 
@@ -104,42 +112,44 @@ class Watch:
 
     def stop_agreed(self) -> bool:
         """Whether any process was asked to stop; all must call this together, and all get the same answer."""
-        return self.listening and self._begin_sum([float(self.received != 0)])()[0] > 0
-
-    def compare_notes(self, loss: float, grad_norm: float) -> Callable[[], UpdateVerdict]:
-        """Tell the others this process's loss and gradient norm; what is returned waits for theirs.
-
-        All must call this together. The notes travel while optimizer and average work: waited for at once they cost
-        what the slowest process lags behind, in every update.
-        """
-        world_size = self.processes.world_size
-        finite = math.isfinite(loss)
-        notes = [loss if finite else 0.0, float(not math.isfinite(grad_norm)), float(self.received != 0)]
-        bad_loss = [0.0] * world_size
-        bad_loss[self.processes.rank] = float(not finite)
-        pending = self._begin_sum(notes + bad_loss)
-
-        def verdict() -> UpdateVerdict:
-            total_loss, bad_norms, stops, *bad_losses = pending()
-            ranks = tuple(rank for rank, bad in enumerate(bad_losses) if bad)
-            if bad_norms and not ranks:  # gradients are averaged already: whose they were cannot be told
-                ranks = tuple(range(world_size))
-            return UpdateVerdict(math.nan if ranks else total_loss / world_size, ranks, stops > 0)
-
-        return verdict
-
-    def _begin_sum(self, values: list[float]) -> Callable[[], list[float]]:
         if self._group is None:
-            return lambda: values
+            return self.listening and self.received != 0
         self.arrive()
-        tensor = torch.tensor(values, dtype=torch.float64)
-        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        stops = torch.tensor(float(self.received != 0))
+        dist.all_reduce(stops, group=self._group)
+        return stops.item() > 0
 
-        def total() -> list[float]:
-            work.wait()
-            return tensor.tolist()
+    def noted(self, loss: Tensor) -> Tensor:
+        """0, to be added to a batch's loss: what its backward pass leaves for `conclude_update`. Waits for no GPU.
 
-        return total
+        Args:
+            loss: of this process's batch; those of an update are added up.
+        """
+        loss = loss.detach().to(self.notes)
+        finite = loss.isfinite()
+        tell = partial(self.notes.new_full, ())  # which copies nothing to a GPU
+        told = [torch.where(finite, loss, 0), *map(tell, (self.received != 0, self._last_norm))]
+        self._told_norm += self._last_norm
+        return self.notes @ torch.cat([torch.stack(told), self._own_mark * ~finite])
+
+    def conclude_update(self, grad_norm: Tensor) -> UpdateVerdict:
+        """What all processes noted in this update, once its gradients are averaged.
+
+        Raises FloatingPointError where the processes no longer had the same gradients in the update before.
+        """
+        grads = [self.notes.grad, grad_norm.to(self.notes).view(1)]
+        loss, stops, last_norm, *bad_losses, grad_norm = torch.cat(grads).tolist()  # the update's one wait for a GPU
+        self.notes.grad = None
+        if not math.isclose(last_norm, self._told_norm, rel_tol=SAME_NORM):
+            raise FloatingPointError(
+                f"the gradients of the last update had the norm {self._told_norm:g} on this process and {last_norm:g} "
+                "on average: the weights are no longer the same on all; continue from a checkpoint before it"
+            )
+        ranks = tuple(rank for rank, bad in enumerate(bad_losses) if bad)
+        if not math.isfinite(grad_norm) and not ranks:  # averaged already: whose they were cannot be told
+            ranks = tuple(range(self.processes.world_size))
+        self._last_norm, self._told_norm = grad_norm if math.isfinite(grad_norm) else -1.0, 0.0
+        return UpdateVerdict(math.nan if ranks else loss, grad_norm, ranks, stops > 0)
 
     def arrive(self) -> None:
         """Note that this process is about to meet the others, so that one that does not come can be named."""
