@@ -51,23 +51,21 @@ if kind in ("nan", "nan-gradient"):
         if session.processes.rank == rank and (update == first or (where[1].endswith("+") and update > first)):
             spoil = nan_output if kind == "nan" else nan_gradient
             hook = trainer.network.conv_stem.register_forward_hook(spoil)
-            loss = forward_backward(session, trainer, *rest)
+            forward_backward(session, trainer, *rest)
             hook.remove()
-            return loss
-        return forward_backward(session, trainer, *rest)
+        else:
+            forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = poisoned
 elif kind == "infinite":
     forward_backward = engine._accumulate_gradients
 
     def infinite(session, trainer, *rest):
-        if (session.processes.rank, trainer.num_updates) != tuple(map(int, where)):
-            return forward_backward(session, trainer, *rest)
         criterion = trainer.criterion
-        trainer.criterion = lambda *args: criterion(*args) + float("inf")
-        loss = forward_backward(session, trainer, *rest)
+        if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
+            trainer.criterion = lambda *args: criterion(*args) + float("inf")
+        forward_backward(session, trainer, *rest)
         trainer.criterion = criterion
-        return loss
 
     engine._accumulate_gradients = infinite
 elif kind == "other-norm":

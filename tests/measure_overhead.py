@@ -75,7 +75,7 @@ def bare_conclusion(self, grad_norm):
     return faults.UpdateVerdict(*torch.stack([self.loss, grad_norm]).tolist(), (), False)
 
 
-switch(faults.Watch, "noted", bare_note)
+switch(faults.Watch, "notes_term", bare_note)
 switch(faults.Watch, "conclude_update", bare_conclusion)
 switch(faults.Watch, "arrive", lambda self: None)
 switch(faults.KeptStatistics, "keep", lambda self: None)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import re
+import signal
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -223,6 +224,20 @@ def test_a_skipped_update_counts_in_no_mean(image_folder, tmp_path, monkeypatch)
     mean = float(re.search(r"EPOCH 0 .* mean loss ([\d.]+)", log)[1])
     assert mean == pytest.approx((losses[0] + losses[2] + losses[3]) / 3, abs=1e-4)
     assert "[1/4]" in log and "loss nan" in log
+
+
+def test_one_process_stops_at_the_update_in_which_it_was_asked(image_folder, tmp_path, monkeypatch):
+    """Even by a signal that comes in the backward pass."""
+
+    def conclude_update(watch, grad_norm):
+        if not asked:
+            asked.append(signal.raise_signal(signal.SIGUSR1))
+        return conclude(watch, grad_norm)
+
+    asked, conclude = [], Watch.conclude_update
+    monkeypatch.setattr(Watch, "conclude_update", conclude_update)
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path)) == 75
+    assert "stopped by request at update 1, saved" in log_of(tmp_path)
 
 
 def test_allowed_changes_take_effect(image_folder, tmp_path, monkeypatch):

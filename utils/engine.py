@@ -129,7 +129,8 @@ def train_one_epoch(
     Update t uses lr(t). Gradients of TRAIN.ACCUMULATION_STEPS batches are averaged, synchronised once, clipped once.
     An update in which a process's loss or gradients are not finite is skipped by all, and leaves no trace but the log.
     Raises StopRequested, at the same update on all processes, once one of them was asked to stop, and
-    FloatingPointError where more than TRAIN.MAX_NONFINITE_UPDATES in a row were skipped.
+    FloatingPointError where more than TRAIN.MAX_NONFINITE_UPDATES in a row were skipped, or where the processes do not
+    agree on the gradients.
     """
     config, watch, epoch = session.config, session.watch, progress.next_epoch
     console = ProgressLog(
@@ -199,7 +200,7 @@ def _accumulate_gradients(
         with _gradient_sync(trainer.model, enabled=step == config.TRAIN.ACCUMULATION_STEPS - 1):
             with trainer.precision.autocast():
                 loss = trainer.criterion(trainer.model(images), targets) / config.TRAIN.ACCUMULATION_STEPS
-            (trainer.scaler.scale(loss) + session.watch.noted(loss)).backward()
+            (trainer.scaler.scale(loss) + session.watch.notes_term(loss)).backward()
 
 
 def _gradient_sync(model: nn.Module, enabled: bool):

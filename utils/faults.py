@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +32,7 @@ EXIT_MISTAKE = 2  # of the user's, found before training: starting the same comm
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
 POLL_SECONDS = 1  # how often a process looks whether another one has failed
+NOT_FINITE = -1.0
 SAME_NORM = 1e-3  # relative: processors of different kinds may differ by rounding
 GRACE_SECONDS = 20  # how long it then has to end by itself; torchrun kills what is left of a node after 30
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -57,7 +57,7 @@ class UpdateVerdict:
     """What all processes know of an update, the same on each."""
 
     loss: float  # mean over the processes; NaN where one is not finite
-    grad_norm: float  # of the averaged gradients
+    grad_norm: float  # of the averaged gradients; whether the others found the same is known an update later
     nonfinite_ranks: tuple[int, ...]  # processes whose loss is not finite; all, where only the gradients are not
     stop: bool  # a process was asked to stop
 
@@ -66,8 +66,8 @@ class Watch:
     """Listens for signals, and lets the processes compare notes once an update.
 
     The notes travel with the gradients: they are the gradient of `notes`, a parameter that `wrap_distributed` puts
-    beside the network's. A message of their own would cost an update 1 to 2 ms. Outside of updates the processes meet
-    in a gloo group, on the CPU, whatever backend the gradients use.
+    beside the network's. A message of their own would make short updates slower. Outside of updates the processes
+    meet in a gloo group, on the CPU, whatever backend the gradients use.
 
     Args:
         processes: this process among all.
@@ -79,22 +79,22 @@ class Watch:
         self, processes: Processes, timeout_seconds: float, report: Callable[[str], None] = lambda line: None
     ) -> None:
         self.processes = processes
-        self.notes = nn.Parameter(torch.zeros(3 + processes.world_size, device=processes.device))
+        # Loss, wish to stop; of every process whether its loss is not finite; of every process its last gradient norm.
+        self.notes = nn.Parameter(torch.zeros(2 + 2 * processes.world_size, device=processes.device))
         self.listening = False
         self.received = 0  # the signal that asked this process to stop
         self._timeout = timedelta(seconds=timeout_seconds)
         self._report = report
         self._group = None
         self._store: dist.Store | None = None
-        self._own_mark = torch.eye(processes.world_size, device=processes.device)[processes.rank]
-        self._last_norm = self._told_norm = 0.0  # gradient norm of the last update, and what `notes` say of it
+        self._last_norm = 0.0  # gradient norm that the others are yet to be told, NOT_FINITE where it is not
         self._meetings = 0
         self._beats = 0  # periods of PATIENCE that this process has lived through; a stopped one stays behind
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop at the next update; a second SIGINT kills.
+        """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop within two updates; a second SIGINT kills.
 
-        All processes must call this together: it makes the group that they compare notes in.
+        All processes must call this together: it makes the group that they meet in outside of updates.
         """
         self.listening = True
         if self.processes.distributed:
@@ -115,41 +115,45 @@ class Watch:
         if self._group is None:
             return self.listening and self.received != 0
         self.arrive()
-        stops = torch.tensor(float(self.received != 0))
-        dist.all_reduce(stops, group=self._group)
-        return stops.item() > 0
+        told = torch.zeros(1 + self.processes.world_size, dtype=torch.float64)
+        told[0], told[1 + self.processes.rank] = float(self.received != 0), self._last_norm
+        dist.all_reduce(told, group=self._group)
+        stops, *norms = told.tolist()
+        _compare_norms(norms)
+        return stops > 0
 
-    def noted(self, loss: Tensor) -> Tensor:
-        """0, to be added to a batch's loss: what its backward pass leaves for `conclude_update`. Waits for no GPU.
+    def notes_term(self, loss: Tensor) -> Tensor:
+        """0, to be added to a batch's loss: its backward pass brings `conclude_update` the notes. Waits for no GPU.
 
         Args:
             loss: of this process's batch; those of an update are added up.
         """
-        loss = loss.detach().to(self.notes)
+        loss = loss.detach()
         finite = loss.isfinite()
-        tell = partial(self.notes.new_full, ())  # which copies nothing to a GPU
-        told = [torch.where(finite, loss, 0), *map(tell, (self.received != 0, self._last_norm))]
-        self._told_norm += self._last_norm
-        return self.notes @ torch.cat([torch.stack(told), self._own_mark * ~finite])
+        told = torch.zeros_like(self.notes)
+        told[0] = torch.where(finite, loss, 0)
+        told[1] = float(self.received != 0)
+        told[2 + self.processes.rank] = ~finite
+        told[2 + self.processes.world_size + self.processes.rank] = self._last_norm
+        self._last_norm = 0.0
+        return self.notes @ told
 
     def conclude_update(self, grad_norm: Tensor) -> UpdateVerdict:
         """What all processes noted in this update, once its gradients are averaged.
 
-        Raises FloatingPointError where the processes no longer had the same gradients in the update before.
+        Raises FloatingPointError where they found different norms for the gradients of the update before.
         """
-        grads = [self.notes.grad, grad_norm.to(self.notes).view(1)]
-        loss, stops, last_norm, *bad_losses, grad_norm = torch.cat(grads).tolist()  # the update's one wait for a GPU
+        world_size = self.processes.world_size
+        values = torch.cat([self.notes.grad, grad_norm.to(self.notes).view(1)])
+        loss, stops, *marks, grad_norm = values.tolist()  # the update's one wait for a GPU
         self.notes.grad = None
-        if not math.isclose(last_norm, self._told_norm, rel_tol=SAME_NORM):
-            raise FloatingPointError(
-                f"the gradients of the last update had the norm {self._told_norm:g} on this process and {last_norm:g} "
-                "on average: the weights are no longer the same on all; continue from a checkpoint before it"
-            )
-        ranks = tuple(rank for rank, bad in enumerate(bad_losses) if bad)
+        _compare_norms([norm * world_size for norm in marks[world_size:]])
+        ranks = tuple(rank for rank, bad in enumerate(marks[:world_size]) if bad)
         if not math.isfinite(grad_norm) and not ranks:  # averaged already: whose they were cannot be told
-            ranks = tuple(range(self.processes.world_size))
-        self._last_norm, self._told_norm = grad_norm if math.isfinite(grad_norm) else -1.0, 0.0
-        return UpdateVerdict(math.nan if ranks else loss, grad_norm, ranks, stops > 0)
+            ranks = tuple(range(world_size))
+        self._last_norm = grad_norm if math.isfinite(grad_norm) else NOT_FINITE
+        stop = stops > 0 or (not self.processes.distributed and self.received != 0)
+        return UpdateVerdict(math.nan if ranks else loss, grad_norm, ranks, stop)
 
     def arrive(self) -> None:
         """Note that this process is about to meet the others, so that one that does not come can be named."""
@@ -235,6 +239,16 @@ class Watch:
             if int(count) < mark:
                 missing.append(f"process {rank} on {host}")
         return ", ".join(missing)
+
+
+def _compare_norms(norms: list[float]) -> None:
+    """Raise FloatingPointError where the processes found different norms for the gradients that they share."""
+    if max(norms) - min(norms) > SAME_NORM * max(map(abs, norms)):
+        found = ", ".join("not finite" if norm == NOT_FINITE else f"{norm:.6g}" for norm in norms)
+        raise FloatingPointError(
+            "in the last update the processes found different norms for the gradients that they share, in the order of "
+            f"their ranks {found}: their weights are no longer the same; a checkpoint taken since may hold that update"
+        )
 
 
 @contextmanager

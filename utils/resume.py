@@ -136,8 +136,8 @@ class Saver:
         """Around validation: where it fails, the epoch trained before it is saved first, and then continued from."""
         try:
             yield
-        except StopRequested:
-            raise  # saved by `stop`
+        except (StopRequested, FloatingPointError):
+            raise  # saved by `stop`; not to be saved
         except Exception:
             if self.session.processes.is_main:
                 self.session.logger.info(f"validation failed; the epoch before it is saved as {self._save_position()}")
