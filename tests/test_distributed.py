@@ -249,7 +249,6 @@ def test_all_processes_fall_back_to_the_same_checkpoint(data, tmp_path, two_proc
     assert runs.digest(newest) == runs.digest(runs.run_folder(two_processes) / newest.name)
 
 
-@pytest.mark.long
 def test_a_killed_process_is_named_and_nothing_stays_behind(data, tmp_path):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "200")
     with Launched("train.py", args, processes=2) as run:
@@ -259,6 +258,7 @@ def test_a_killed_process_is_named_and_nothing_stays_behind(data, tmp_path):
         status, output = run.finish()
         assert status != 0
         assert re.search(r"exitcode +: -9|Signal 9|SIGKILL", output), output
+        assert re.search(r"train.py: error on process 0 of 2: process 1 on \S+ was lost", output), output
     assert all_end(pids)
     again = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "200")
     with Launched("train.py", again, processes=2) as run:

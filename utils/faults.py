@@ -30,6 +30,7 @@ from .distributed import Processes
 EXIT_STOPPED = 75
 EXIT_MISTAKE = 2  # of the user's, found before training: starting the same command again does not help
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
+NAMING_SECONDS = 2  # of those, to see which process has ended
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
 POLL_SECONDS = 1  # how often a process looks whether another one has failed
 NOT_FINITE = -1.0
@@ -101,6 +102,7 @@ class Watch:
             with meeting(self._timeout.total_seconds()):
                 self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._store = dist.distributed_c10d._get_default_store()
+            self._store.set(f"pid/{self.processes.rank}", f"{os.getpid()} {socket.gethostname()}")
             threading.Thread(target=self._look_after_others, daemon=True).start()
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
@@ -220,7 +222,14 @@ class Watch:
         """What the first process to give up found: the others, the slow one too, then miss that one only."""
         try:
             silent = self._behind("beat", self._beats - round(0.5 / PATIENCE))  # it stopped after it had come
-            cause = f"{self._not_come() or silent or 'another process'} was lost or too slow"
+            missing, patience_ends = self._not_come() or silent, time.monotonic() + NAMING_SECONDS
+            # A process that is killed closes its connections some moments before it has ended, and those of another
+            # node cannot see it: they leave the naming to those of its own.
+            while not (missing := missing or self._ended()) and time.monotonic() < patience_ends:
+                if self._store.check(["cause"]):
+                    return self._store.get("cause").decode()
+                time.sleep(POLL_SECONDS / 10)
+            cause = f"{missing or 'another process'} was lost or too slow"
             return self._store.compare_set("cause", "", cause).decode()
         except RuntimeError:
             return "the node of process 0 cannot be reached"
@@ -228,6 +237,17 @@ class Watch:
     def _not_come(self) -> str:
         """The processes that have not come to this meeting; '' where all have."""
         return self._behind("meeting", self._meetings)
+
+    def _ended(self) -> str:
+        """The processes of this host that have ended; '' where there is none."""
+        ended = []
+        for rank in range(self.processes.world_size):
+            if not self._store.check([key := f"pid/{rank}"]):
+                continue
+            pid, host = self._store.get(key).decode().split(" ", 1)
+            if host == socket.gethostname() and not _is_running(int(pid)):
+                ended.append(f"process {rank} on {host}")
+        return ", ".join(ended)
 
     def _behind(self, what: str, mark: int) -> str:
         """The processes whose note of this kind is below the mark."""
@@ -239,6 +259,18 @@ class Watch:
             if int(count) < mark:
                 missing.append(f"process {rank} on {host}")
         return ", ".join(missing)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this host has not ended; one that nobody has waited for yet has."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # no /proc, or another user's
+        return True
+    return state not in "ZX"
 
 
 def _compare_norms(norms: list[float]) -> None:
