@@ -27,4 +27,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    """Pillow names what it was given, which for bytes is an object and its address."""
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return re.sub(r" <[\w.]+ object at 0x[0-9a-f]+>", "", message)

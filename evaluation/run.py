@@ -63,6 +63,12 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
         f"{len(images.source.samples)} images of {len(images.source.classes)} classes, {precision}, "
         f"{usable_workers(config)} workers"
     )
+    present = len({label for _, label in images.source.samples})
+    if config.TEST.VAL_SET and present < len(images.source.classes):
+        logger.warning(
+            f"only {present} of the {len(images.source.classes)} classes of ImageNet's set {config.TEST.VAL_SET!r} are "
+            f"in {config.DATA.DATA_PATH}: numbers are over these, and mean nothing where it is another data set"
+        )
     sizes = config.TEST.SIZES or [config.DATA.IMG_SIZE]
     results: list[dict[str, Any]] = []
     for size in sizes:

@@ -56,9 +56,10 @@ class NamedFolders:
         if not folders:
             raise UserError(f"{root}: holds no class folders; expected {root}/<class>/<image>, see {what}")
         self.samples = make_dataset(str(root), folders, IMG_EXTENSIONS, allow_empty=True)
-        empty = sorted(set(folders.values()) - {label for _, label in self.samples})
+        filled = {label for _, label in self.samples}
+        empty = sorted(name for name, label in folders.items() if label not in filled)
         if empty:
-            raise UserError(f"{root}: no images ({', '.join(IMG_EXTENSIONS)}) of class {self.classes[empty[0]]}")
+            raise UserError(f"{root / empty[0]}: holds no images ({', '.join(IMG_EXTENSIONS)})")
 
     def read(self, index: int) -> bytes:
         return Path(self.samples[index][0]).read_bytes()
@@ -67,7 +68,8 @@ class NamedFolders:
 def open_validation_set(config: CfgNode) -> ValidationSet:
     """Open the validation set that TEST.VAL_SET names, at DATA.DATA_PATH: its class folders, or a folder val/ of them.
 
-    A part of the class folders is enough. Raises UserError where the layout is another.
+    A part of the class folders is enough; the log then says how many there are. Raises UserError where the layout is
+    another.
     """
     if config.DATA.ZIP_MODE:
         raise UserError(f"TEST.VAL_SET = {config.TEST.VAL_SET!r}: is read from folders; leave --zip out")

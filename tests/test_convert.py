@@ -280,6 +280,8 @@ def test_the_command_says_what_it_wrote(checkpoint: Path, tmp_path: Path, capsys
     done = json.loads(report.read_text())
     assert (status, err) == (0, "") and done["path"] in out and "raw weights" in out
     assert Path(done["path"]).name == f"ckpt_best-{done['sha256'][:8]}.safetensors"
+    again = convert(done["path"], "pth", tmp_path)
+    assert Path(again.path).name == f"ckpt_best-{again.sha256[:8]}.pth", "not two hashes"
     status, out, err = run(capsys, *words, "--json", "-", "--name", "other")
     assert json.loads(out) == {**done, "path": done["path"].replace("ckpt_best", "other")}
 

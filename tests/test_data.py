@@ -435,6 +435,7 @@ def test_unreadable_image_is_named(tmp_path, name):
     path.write_bytes(UNREADABLE[name])
     message = message_of(ImageDataset(FolderSource(tmp_path), np.array).__getitem__, 0)
     assert message.startswith(f"{path}: cannot be read as an image: ") and not message.rstrip().endswith(":")
+    assert " object at " not in message
 
 
 def test_vanished_image_is_named(image_folder):

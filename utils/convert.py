@@ -160,7 +160,8 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     label, network = describe_network(state, str(source))
     content = _encode(_for_birder(state, network, checkpoint, label) if to == "birder" else state, to)
     digest = hashlib.sha256(content).hexdigest()
-    name = name or (label if label in VARIANTS else Path(source).stem)
+    unhashed = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)  # of a file that this command wrote
+    name = name or (label if label in VARIANTS else unhashed)
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
     if path.exists():
         raise UserError(f"{path}: already exists and is not overwritten; give another --name or --output")

@@ -119,7 +119,8 @@ def draw_figure(runs: Sequence[Run]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    legend_inches = 0.55 * len(runs) if len(runs) > 1 else 0
+    figure = Figure(figsize=(12, 8.4 + legend_inches), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
     titles = ("Loss", "Accuracy", "Learning rate", "Gradient norm before clipping")
     units = ("cross-entropy, nats", "Acc@1 on validation images, %", "learning rate", "L2 norm")
@@ -145,7 +146,8 @@ def draw_figure(runs: Sequence[Run]) -> Any:
         norm.yaxis.set_major_formatter("{x:g}")
     for axis in axes if len(runs) == 1 else (loss, accuracy):
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8.5, frameon=False)
+            below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}  # so many lines would cover the curves
+            axis.legend(fontsize=8.5, frameon=False, **(below if len(runs) > 1 else {}))
         else:
             axis.text(0.5, 0.5, "nothing recorded yet", ha="center", va="center", transform=axis.transAxes, color="0.4")
     figure.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared", fontweight="bold")
