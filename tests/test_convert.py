@@ -228,9 +228,10 @@ def test_a_file_for_birder_says_what_its_loader_asks_for(tmp_path: Path) -> None
 
 
 def test_logits_are_those_of_birders_reimplementation() -> None:
-    net = pytest.importorskip("birder.net.groupmixformer")  # not among the extras: it pulls in much
+    from birder.net import groupmixformer
+
     sizes = dict(embed_dims=[40, 80, 120, 160], depths=[1, 1, 2, 1], mlp_ratios=[2.0, 4.0, 2.0, 4.0])
-    theirs: nn.Module = net.GroupMixFormer(3, 7, config={**sizes, "drop_path_rate": 0.0}).double().eval()
+    theirs: nn.Module = groupmixformer.GroupMixFormer(3, 7, config={**sizes, "drop_path_rate": 0.0}).double().eval()
     ours = network_of(1, **sizes).double()
     theirs.load_state_dict(to_birder(ours.state_dict()))
     images = golden_numbers.images(2, 64, 96).double()  # multiples of 32: theirs takes no others
@@ -239,8 +240,9 @@ def test_logits_are_those_of_birders_reimplementation() -> None:
 
 
 def test_birder_loads_our_file_and_we_load_birders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs_ops = pytest.importorskip("birder.common.fs_ops")
-    settings = pytest.importorskip("birder.conf.settings")
+    from birder.common import fs_ops
+    from birder.conf import settings
+
     monkeypatch.setattr(settings, "MODELS_DIR", tmp_path)
     images, state = golden_numbers.images(2, 64, 96), network_of(1).state_dict()
     torch.save({"model": state}, tmp_path / "ours.pth")

@@ -5,7 +5,8 @@
 Drawn are the input, Grad-CAM for the predicted class, the top-5, the response maps of the five branches of one
 Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and how much each branch contributes in
 every block.
-All flags of test.py that choose weights and preprocessing work here too, such as --pretrained, --weights and --opts.
+All flags of test.py that choose weights and preprocessing work here too, such as --cfg, --resume, --pretrained,
+--weights, --img-size and --opts (test.py --help shows them), and --json FILE for the numbers.
 """
 
 import sys
