@@ -33,9 +33,9 @@ STORE_SECONDS = 5  # how long the launcher's store may take to say which process
 NAMING_SECONDS = 2  # of those, to see which process has ended
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
 POLL_SECONDS = 1  # how often a process looks whether another one has failed
-NOT_FINITE = -1.0
-SAME_NORM = 1e-3  # relative: processors of different kinds may differ by rounding
 GRACE_SECONDS = 20  # how long it then has to end by itself; torchrun kills what is left of a node after 30
+NOT_FINITE = -1.0  # stands for a gradient norm: what is not a number cannot be compared
+SAME_NORM = 1e-3  # relative: processors of different kinds may differ by rounding
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -238,27 +238,22 @@ class Watch:
         """The processes that have not come to this meeting; '' where all have."""
         return self._behind("meeting", self._meetings)
 
-    def _ended(self) -> str:
-        """The processes of this host that have ended; '' where there is none."""
-        ended = []
-        for rank in range(self.processes.world_size):
-            if not self._store.check([key := f"pid/{rank}"]):
-                continue
-            pid, host = self._store.get(key).decode().split(" ", 1)
-            if host == socket.gethostname() and not _is_running(int(pid)):
-                ended.append(f"process {rank} on {host}")
-        return ", ".join(ended)
-
     def _behind(self, what: str, mark: int) -> str:
         """The processes whose note of this kind is below the mark."""
-        missing = []
+        return ", ".join(process for process, count, _ in self._notes_of_all(what) if count < mark)
+
+    def _ended(self) -> str:
+        """The processes of this host that have ended."""
+        here, notes = socket.gethostname(), self._notes_of_all("pid")
+        return ", ".join(process for process, pid, host in notes if host == here and not _is_running(pid))
+
+    def _notes_of_all(self, what: str) -> Iterator[tuple[str, int, str]]:
+        """Name of every process, number and host in its note of this kind; 0 and "unknown host" where it has none."""
         for rank in range(self.processes.world_size):
             key = f"{what}/{rank}"
             note = self._store.get(key).decode() if self._store.check([key]) else "0 unknown host"
-            count, host = note.split(" ", 1)
-            if int(count) < mark:
-                missing.append(f"process {rank} on {host}")
-        return ", ".join(missing)
+            number, host = note.split(" ", 1)
+            yield f"process {rank} on {host}", int(number), host
 
 
 def _is_running(pid: int) -> bool:
@@ -276,7 +271,7 @@ def _is_running(pid: int) -> bool:
 def _compare_norms(norms: list[float]) -> None:
     """Raise FloatingPointError where the processes found different norms for the gradients that they share."""
     if max(norms) - min(norms) > SAME_NORM * max(map(abs, norms)):
-        found = ", ".join("not finite" if norm == NOT_FINITE else f"{norm:.6g}" for norm in norms)
+        found = ", ".join("not finite" if norm < 0 else f"{norm:.6g}" for norm in norms)
         raise FloatingPointError(
             "in the last update the processes found different norms for the gradients that they share, in the order of "
             f"their ranks {found}: their weights are no longer the same; a checkpoint taken since may hold that update"
