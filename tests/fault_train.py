@@ -7,7 +7,7 @@ infinite:<rank>:<update> its loss becomes infinite, by a constant: no gradient s
 other-norm:<rank>:<update>  it finds another gradient norm than the others
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 interrupt:<rank>:<update>  likewise SIGINT, twice
-raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk' or anything else
+raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk', 'binary' or other words
 raise-alone:<rank>:<update>:<what>  likewise, and the others then wait without end, as they would in NCCL
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
@@ -96,6 +96,7 @@ elif kind in ("raise", "raise-alone"):
         if (session.processes.rank, trainer.num_updates) == (int(where[0]), int(where[1])):
             raise {
                 "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines."),
+                "binary": ImportError(f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')}/st/a.main.so: file too short"),
                 "disk": OSError(errno.EROFS, "Read-only file system", "/a/disk"),
             }.get(where[2]) or KeyError(where[2])
         while kind == "raise-alone" and trainer.num_updates == int(where[1]):

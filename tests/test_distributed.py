@@ -1,5 +1,6 @@
 """Several processes, really launched: exact evaluation, equal training, agreed stops, lost processes."""
 
+import importlib.util
 import os
 import re
 import select
@@ -24,6 +25,7 @@ from data.transforms import eval_transform
 from models import build_model
 from utils import checkpoint, distributed, faults
 from utils.checkpoint import load_file
+from utils.compilation import remove_unfinished_binary
 
 TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
 FAULT_TRAIN = str(Path(__file__).with_name("fault_train.py"))
@@ -203,6 +205,25 @@ def test_two_processes_stopped_at_any_update(data, tmp_path, two_processes, upda
             (runs.run_folder(output) / f"samples_rank{rank}.txt").read_text() for output in (tmp_path, two_processes)
         ]
         assert logs[0] == logs[1]
+
+
+def test_what_a_killed_compiler_left_is_removed(data, tmp_path):
+    """Else a run that was killed while it compiled would fail at it each time that it is started again."""
+    unfinished, other = tmp_path / "cache" / "st" / "a.main.so", tmp_path / "b.so"
+    unfinished.parent.mkdir(parents=True)
+    for file in (unfinished, other):
+        file.touch()
+    with pytest.raises(ImportError) as loading:
+        importlib.util.module_from_spec(importlib.util.spec_from_file_location("a", unfinished))
+    assert str(loading.value) == f"{unfinished}: file too short"
+    env = {"FAULT": "raise:0:1:binary", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = runs.launch(FAULT_TRAIN, runs.arguments(data, tmp_path / "out"), env=env)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1] == (
+        f"fault_train.py: error: {unfinished}: left by a compiler that was stopped (file too short); it is removed "
+        "now: start the command again"
+    )
+    assert not unfinished.exists() and other.exists()
+    assert not remove_unfinished_binary(ImportError(f"{other}: file too short")) and other.exists()
 
 
 @pytest.mark.long

@@ -1,5 +1,8 @@
 """Compilation by torch.compile, one block a stage instead of the whole network."""
 
+import re
+from pathlib import Path
+
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -33,6 +36,21 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
         for block in stage.gma_stage:
             block.attention_branch = torch.compile(block.attention_branch, **options)
             block.mlp_branch = torch.compile(block.mlp_branch, **options)
+
+
+def remove_unfinished_binary(error: Exception) -> str:
+    """Where the compiler's cache holds a file that cannot be loaded, remove it, and return a line; else ''.
+
+    A process that is killed while it compiles for a CPU leaves such a file, at times an empty one, and torch would fail
+    at it again each time.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # asked for only now: it imports much
+
+    found = re.search(rf"ImportError: ({re.escape(cache_dir())}/\S+\.so): (.*)", f"{type(error).__name__}: {error}")
+    if found is None:
+        return ""
+    Path(found[1]).unlink(missing_ok=True)
+    return f"{found[1]}: left by a compiler that was stopped ({found[2]}); it is removed now: start the command again"
 
 
 def inference_network(config: CfgNode, network: GroupMixFormer) -> nn.Module:

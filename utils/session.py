@@ -22,6 +22,7 @@ from configs.defaults import to_dict
 from configs.errors import first_line
 
 from .checkpoint import LOCK_NAME, lock_run_folder
+from .compilation import remove_unfinished_binary
 from .distributed import Processes, close_processes, decide_on_main, init_processes
 from .faults import (
     EXIT_MISTAKE,
@@ -159,7 +160,7 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
         elif isinstance(error, torch.OutOfMemoryError):
             message = f"{first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
             message += "--use-checkpoint"
-        message = message or failure_of_another(error)
+        message = message or remove_unfinished_binary(error) or failure_of_another(error)
         status = EXIT_MISTAKE if message else 1
         if not message:
             traceback.print_exc()
