@@ -20,6 +20,7 @@ from data import (
 )
 from evaluation.run import run_evaluation
 from models import build_model
+from models.depthwise import use_fast_gradients
 from utils.checkpoint import load_pretrained
 from utils.compilation import compile_blocks
 from utils.curves import RunCurves
@@ -73,6 +74,8 @@ def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------ model
     torch.manual_seed(config.SEED + processes.rank)
     network = build_model(config).to(processes.device)
+    if processes.device.type == "cpu":
+        use_fast_gradients(network)
     resume_path, state = load_resume(session)
     if config.MODEL.PRETRAINED and state is None:
         pretrained, class_map = config.MODEL.PRETRAINED, config.MODEL.CLASS_MAP

@@ -169,7 +169,7 @@ class FusedSegment(nn.Module):
             self.depthwise = FusedConv2d(aggregate.conv1.weight.repeat(3, 1, 1, 1), None, groups=3 * s)
             self.pointwise = FusedLinear(*_folded(aggregate.pointwise_conv, norm, flat=True), "hardswish")
         self.position = FusedConv2d(*_position_windows(attention, index), groups=s)
-        head_dim = 4 * s // aggregator.num_heads
+        head_dim = 4 * s // attention.num_heads
         heads = torch.arange(s, device=weight.device) // head_dim
         same_head = (heads[:, None] == heads).to(weight.dtype)
         self.register_buffer("scaled_mask", same_head * attention.scale)

@@ -153,9 +153,8 @@ class LocalBranch(nn.Module):
 class GroupAggregator(nn.Module):
     """Replaces the tokens of q, k and v by group proxies: single tokens, 3x3, 5x5 and 7x7 groups (section 3.2)."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.segment_dim = dim // NUM_SEGMENTS
         # Single tokens go through norm and activation only; the paper's group size 1 needs no convolution.
         self.norm0 = nn.BatchNorm2d(self.segment_dim)
@@ -171,26 +170,25 @@ class GroupAggregator(nn.Module):
         self.act3 = nn.Hardswish()
         self.agg0 = LocalBranch(self.segment_dim)
 
-    def forward(self, segments: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """segments: (5, 3, B, N, s), of q, k and v -> proxies (3, B, N, h, d), local branch (B, N, s)."""
-        _, _, B, N, s = segments.shape
-        H, W = size
-        grouped, local = segments.split([4, 1])  # not sliced: the backward pass of two slices fills zeros and adds them
-        # One copy puts each segment of q, k and v side by side in memory, as one batch of maps in channels-last order,
-        # which convolutions and batch norms then read without copies of their own. (4, 3, B, N, s) -> 4 x (3B, s, H, W)
-        maps = grouped.reshape(4, 3 * B, N, s).transpose(2, 3).view(4, 3 * B, s, H, W)
-        tokens, groups3, groups5, groups7 = maps.unbind(0)
-        tokens = self.act0(self.norm0(tokens))
-        groups3 = self.act1(self.norm1(self.agg1(groups3)))
-        groups5 = self.act2(self.norm2(self.agg2(groups5)))
-        groups7 = self.act3(self.norm3(self.agg3(groups7)))
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(B, N, 3, 5, s), the segments of q, k and v -> proxies (3, B, N, 4C/5), local branch (B, N, s)."""
+        B, N, _, _, s = qkv.shape
+        tokens, groups3, groups5, groups7, local = qkv.unbind(3)  # whose backward pass writes each gradient once
+        tokens = self.act0(self.norm0(self.as_maps(tokens, size)))
+        groups3 = self.act1(self.norm1(self.agg1(self.as_maps(groups3, size))))
+        groups5 = self.act2(self.norm2(self.agg2(self.as_maps(groups5, size))))
+        groups7 = self.act3(self.norm3(self.agg3(self.as_maps(groups7, size))))
         proxies = torch.cat([tokens, groups3, groups5, groups7], dim=1)  # (3B, 4C/5, H, W)
-        proxies = proxies.flatten(2).transpose(1, 2)  # (3B, 4C/5, H, W) -> (3B, N, 4C/5)
-        proxies = proxies.reshape(3, B, N, self.num_heads, 4 * s // self.num_heads)
+        proxies = proxies.flatten(2).transpose(1, 2).reshape(3, B, N, 4 * s)
 
-        # (3, B, N, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
-        local = local.squeeze(0).permute(1, 2, 0, 3).reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, H, W)
+        # (B, N, 3, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
+        local = local.reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, size[0], size[1])
         return proxies, self.agg0(local)
+
+    def as_maps(self, segment: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, N, 3, s) -> (3B, s, H, W): q, k and v as one batch of maps, copied into channels-last order."""
+        B, N, _, s = segment.shape
+        return segment.permute(2, 0, 1, 3).reshape(3 * B, N, s).transpose(1, 2).view(3 * B, s, size[0], size[1])
 
 
 class GroupMixAttention(nn.Module):
@@ -206,25 +204,28 @@ class GroupMixAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.num_heads = num_heads
         # The released scale counts all C channels, although attention runs on 4C/5 of them, and rounds C / h down.
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.aggregator = GroupAggregator(dim, num_heads)
+        self.aggregator = GroupAggregator(dim)
         self.crpe = ConvRelPosEnc(num_heads, 4 * (dim // NUM_SEGMENTS) // num_heads)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        s = self.aggregator.segment_dim
-        # (B, N, 3C) -> (5, 3, B, N, s): q, k and v share the aggregators, whose batch norms see all three as one batch.
-        segments = self.qkv(x).view(B, N, 3, C // s, s).permute(3, 2, 0, 1, 4)
-        proxies, local = self.aggregator(segments, size)
-        q, k, v = proxies.unbind(0)  # each (B, N, h, d)
+        s, h = self.aggregator.segment_dim, self.num_heads
+        # q, k and v share the aggregators, whose batch norms see all three as one batch.
+        qkv = self.qkv(x).view(B, N, 3, C // s, s)
+        proxies, local = self.aggregator(qkv, size)
+        q, k, v = proxies.unbind(0)  # each (B, N, 4C/5)
 
         # Factorised attention: softmax of k alone, over the tokens; q is not normalised; the scale comes last.
         k = self.attn_drop(k.softmax(dim=1))
+        d = q.shape[2] // h
+        q, k, v = q.view(B, N, h, d), k.view(B, N, h, d), v.view(B, N, h, d)
         context = torch.einsum("bnhk,bnhv->bhkv", k, v)  # (B, h, d, d)
         attended = torch.einsum("bnhk,bhkv->bnhv", q, context)
         attended = self.scale * attended + self.crpe(q, v, size)

@@ -50,7 +50,7 @@ def attention_forward(attention: GroupMixAttention, x: Tensor, size: tuple[int, 
     """(B, N, C) -> (B, N, C)."""
     B, N, C = x.shape
     qkv = attention.qkv(x).reshape(B, N, 3, C).permute(2, 0, 1, 3).reshape(3 * B, N, C)
-    proxies, local = aggregate(attention.aggregator, qkv, size)
+    proxies, local = aggregate(attention.aggregator, attention.num_heads, qkv, size)
     q, k, v = proxies.unbind(0)
     k = attention.attn_drop(k.softmax(dim=2))
     context = torch.einsum("bhnk,bhnv->bhkv", k, v)
@@ -60,10 +60,10 @@ def attention_forward(attention: GroupMixAttention, x: Tensor, size: tuple[int, 
     return attention.proj_drop(attention.proj(torch.cat([attended, local], dim=-1)))
 
 
-def aggregate(aggregator: GroupAggregator, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def aggregate(aggregator: GroupAggregator, heads: int, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(3B, N, C), first all q, then all k, then all v -> proxies (3, B, h, N, d), local branch (B, N, s)."""
     B, N, C = qkv.shape[0] // 3, qkv.shape[1], qkv.shape[2]
-    s, heads = C // 5, aggregator.num_heads
+    s = C // 5
     tokens, groups3, groups5, groups7, local = qkv.transpose(1, 2).view(3 * B, C, *size).split(s, dim=1)
     proxies = torch.cat(
         [

@@ -49,6 +49,7 @@ from data.pack import shrink
 from data.randomness import seed_everything
 from data.sources import FolderSource
 from data.transforms import eval_transform, train_transform
+from models.depthwise import use_fast_gradients
 from models.fused import fuse
 from models.reference import ReferenceNetwork
 
@@ -189,27 +190,43 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
 
 
 def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Forward, backward, clipping, AdamW and EMA, on random images; the reference's AdamW is not fused, as released."""
+    """Forward, backward, clipping, AdamW and EMA, on random images; the reference's AdamW is not fused, as released.
+
+    Two rows on a CPU that computes in bfloat16: float32, and all ways by autocast.
+    """
+    title = f"training step, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
+    rows = [time_in_turns(title, _training_steps(args, device, _autocast), args.trials, args.batch_size, device)]
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        steps = _training_steps(args, device, lambda device, name: torch.autocast("cpu", torch.bfloat16))
+        rows.append(time_in_turns(f"{title}, autocast to bfloat16", steps, args.trials, args.batch_size, device))
+    return rows
+
+
+def _training_steps(args: argparse.Namespace, device: torch.device, autocast: Callable) -> dict[str, Callable]:
+    """The ways of `row_train`, each with a network, an optimizer and an average of its own."""
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     labels = torch.randint(0, 1000, (args.batch_size,), device=device)
-    networks = {name: _network(args, device).train() for name in ("released order", "this network", "compiled")}
     steps = {}
-    for name, network in networks.items():
+    for name in ("released order", "this network", "compiled"):
+        network = _network(args, device).train()
         released = name == "released order"
+        if device.type == "cpu" and not released:
+            use_fast_gradients(network)
         ema = ModelEmaV3(network, decay=0.9999)
         scaler = torch.amp.GradScaler(device.type, enabled=released and device.type == "cuda")
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=not released)
         if name == "compiled":
             compile_blocks(network)
         model = ReferenceNetwork(network) if released else network
-        steps[name] = _training_step(name, model, network, optimizer, scaler, ema, images, labels, device)
-    title = f"training step, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
-    return [time_in_turns(title, steps, args.trials, args.batch_size, device)]
+        steps[name] = _training_step(name, model, network, optimizer, scaler, ema, images, labels, device, autocast)
+    return steps
 
 
-def _training_step(name, model, network, optimizer, scaler, ema, images, labels, device) -> Callable[[], float]:
+def _training_step(
+    name, model, network, optimizer, scaler, ema, images, labels, device, autocast=None
+) -> Callable[[], float]:
     def step() -> float:
-        with _autocast(device, name):
+        with (autocast or _autocast)(device, name):
             loss = F.cross_entropy(model(images), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -385,6 +402,8 @@ def _work(args: argparse.Namespace) -> None:
     torch.distributed.init_process_group("nccl" if use_gpu else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu")
     network = _network(args, device).train()
+    if not use_gpu:
+        use_fast_gradients(network)
     model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if args.worker == "ddp" else network
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     labels = torch.randint(0, 1000, (args.batch_size,), device=device)

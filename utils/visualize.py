@@ -108,9 +108,8 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
 def _branches(
     stage: int, block: int, weight: Tensor, y: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]
 ) -> Branches:
-    """weight: (C, C); y: (N, C); v: (N, h, d) with 4C/5 channels; local: (N, C/5)."""
+    """weight: (C, C); y: (N, C); v: (N, 4C/5); local: (N, C/5)."""
     num_segments = len(BRANCHES)
-    v = v.flatten(1)  # (N, h, d) -> (N, 4C/5)
     proxies = [part.norm(dim=-1) for part in (*v.chunk(num_segments - 1, dim=-1), local)]
     pieces = zip(weight.chunk(num_segments, dim=1), y.chunk(num_segments, dim=-1))
     responses = [F.linear(segment, part).norm(dim=-1) for part, segment in pieces]
