@@ -196,7 +196,7 @@ def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
     """
     title = f"training step, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
     rows = [time_in_turns(title, _training_steps(args, device, _autocast), args.trials, args.batch_size, device)]
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         steps = _training_steps(args, device, lambda device, name: torch.autocast("cpu", torch.bfloat16))
         rows.append(time_in_turns(f"{title}, autocast to bfloat16", steps, args.trials, args.batch_size, device))
     return rows
@@ -223,10 +223,10 @@ def _training_steps(args: argparse.Namespace, device: torch.device, autocast: Ca
 
 
 def _training_step(
-    name, model, network, optimizer, scaler, ema, images, labels, device, autocast=None
+    name, model, network, optimizer, scaler, ema, images, labels, device, autocast
 ) -> Callable[[], float]:
     def step() -> float:
-        with (autocast or _autocast)(device, name):
+        with autocast(device, name):
             loss = F.cross_entropy(model(images), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -409,7 +409,7 @@ def _work(args: argparse.Namespace) -> None:
     labels = torch.randint(0, 1000, (args.batch_size,), device=device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     scaler, ema = torch.amp.GradScaler(device.type, enabled=False), ModelEmaV3(network)
-    step = _training_step("this network", model, network, optimizer, scaler, ema, images, labels, device)
+    step = _training_step("this network", model, network, optimizer, scaler, ema, images, labels, device, _autocast)
     seconds = []
     for _ in range(5):
         torch.distributed.barrier()
