@@ -18,7 +18,12 @@ FAST_COLUMNS = 3  # widest window that oneDNN has a depthwise kernel of its own 
 
 
 def use_fast_gradients(network: nn.Module) -> None:
-    """Make the wide depthwise convolutions of a network `DepthwiseConv2d`, in place; names and weights stay."""
+    """Make the wide depthwise convolutions of a network `DepthwiseConv2d`, in place; names and weights stay.
+
+    For training loops: torch.func, TorchScript and exporters take the network as it was before.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
     for module in network.modules():
         if type(module) is nn.Conv2d and _fits(module):
             module.__class__ = DepthwiseConv2d  # it has the very same parameters, hooks and settings
@@ -35,11 +40,11 @@ class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with 'same' padding: (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        strips_meet_image = x.shape[3] >= self.padding[1]
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or not strips_meet_image:
+        in_training = x.device.type == "cpu" and torch.is_grad_enabled()
+        if not in_training or x.dim() != 4 or x.shape[3] < self.kernel_size[1]:  # smaller images gain nothing
             return super().forward(x)
         weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled("cpu"):  # what autocast does to convolutions; it does not know this operator
+        if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # autocast does not know this operator
             dtype = torch.get_autocast_dtype("cpu")
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return torch.ops.groupmixformer.depthwise_conv2d(x, weight, bias)
@@ -53,22 +58,30 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], o
     ctx.save_for_backward(*inputs[:2])
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    gradient = gradient.contiguous(memory_format=torch.channels_last)
-    of_weight = torch.ops.groupmixformer.depthwise_weight if torch.compiler.is_compiling() else weight_gradient
-    return (
-        _convolve(gradient, weight.flip(2, 3), None) if ctx.needs_input_grad[0] else None,
-        of_weight(x, gradient, weight.shape[2:]) if ctx.needs_input_grad[1] else None,
-        gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None,
-    )
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    # Gradients are recorded during a backward pass only where they are to be differentiated once more.
+    run = gradients if torch.is_grad_enabled() else torch.ops.groupmixformer.depthwise_conv2d_backward
+    found = run(*ctx.saved_tensors, gradient, list(ctx.needs_input_grad))
+    return tuple(value if needed else None for value, needed in zip(found, ctx.needs_input_grad))
+
+
+def gradients(x: Tensor, weight: Tensor, gradient: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias, from that of the output; those that are not needed are empty."""
+    none = x.new_empty(0)
+    with torch.autocast("cpu", enabled=False):  # as PyTorch's own: they keep the dtype of the forward pass
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        return (
+            _convolve(gradient, weight.flip(2, 3), None) if needed[0] else none,
+            weight_gradient(x, gradient, weight.shape[2:]) if needed[1] else none.clone(),
+            gradient.sum((0, 2, 3)) if needed[2] else none.clone(),
+        )
 
 
 def weight_gradient(x: Tensor, gradient: Tensor, window: Sequence[int]) -> Tensor:
     """Gradient (C, 1, h, w) of the weight of a depthwise convolution, strip by strip.
 
     Args:
-        x: the convolution's input, (B, C, H, W); W at least w // 2.
+        x: the convolution's input, (B, C, H, W); W at least w // 2, so that every strip meets the image.
         gradient: that of its output, (B, C, H, W).
         window: h and w, odd.
     """
@@ -96,8 +109,9 @@ def weight_gradient(x: Tensor, gradient: Tensor, window: Sequence[int]) -> Tenso
     return torch.cat(strips, dim=3)
 
 
-# Operators, because compilers keep no cache of functions with gradients of their own, and would compile the copies of
-# all strips one by one, which takes a fifth of their time.
+# Operators, because a compiler's cache takes no functions with gradients of their own; and the backward pass is one of
+# its own, because that cache would keep the old one when this file changes, and because the copies of all strips,
+# compiled one by one, take a fifth of the compiler's time.
 _library = torch.library.Library("groupmixformer", "FRAGMENT")
 _library.define("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("depthwise_conv2d", _convolve, "CPU")
@@ -105,10 +119,17 @@ torch.library.register_fake("groupmixformer::depthwise_conv2d", _convolve, lib=_
 torch.library.register_autograd(
     "groupmixformer::depthwise_conv2d", _backward, setup_context=_save_for_backward, lib=_library
 )
-_library.define("depthwise_weight(Tensor x, Tensor gradient, int[] window) -> Tensor")
-_library.impl("depthwise_weight", weight_gradient, "CPU")
+_library.define(
+    "depthwise_conv2d_backward(Tensor x, Tensor weight, Tensor gradient, bool[] needed) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("depthwise_conv2d_backward", gradients, "CPU")
 
 
-@torch.library.register_fake("groupmixformer::depthwise_weight", lib=_library)
-def _(x: Tensor, gradient: Tensor, window: Sequence[int]) -> Tensor:
-    return x.new_empty(x.shape[1], 1, *window)
+@torch.library.register_fake("groupmixformer::depthwise_conv2d_backward", lib=_library)
+def _(x: Tensor, weight: Tensor, gradient: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    none = x.new_empty(0)
+    return (
+        torch.empty_like(gradient, memory_format=torch.channels_last) if needed[0] else none,
+        torch.empty_like(weight) if needed[1] else none.clone(),
+        gradient.new_empty(weight.shape[0]) if needed[2] else none.clone(),
+    )

@@ -186,7 +186,7 @@ class GroupAggregator(nn.Module):
         return proxies, self.agg0(local)
 
     def as_maps(self, segment: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, N, 3, s) -> (3B, s, H, W): q, k and v as one batch of maps, copied into channels-last order."""
+        """(B, N, 3, s) -> (3B, s, H, W): q, k and v as one batch of maps, in channels-last order by a copy (B > 1)."""
         B, N, _, s = segment.shape
         return segment.permute(2, 0, 1, 3).reshape(3 * B, N, s).transpose(1, 2).view(3 * B, s, size[0], size[1])
 

@@ -9,11 +9,12 @@ import runs
 import timm
 import torch
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import train
-from models.depthwise import FAST_COLUMNS, DepthwiseConv2d, use_fast_gradients
+from models.depthwise import DepthwiseConv2d, gradients, use_fast_gradients
 
 
 def pair(window: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -43,7 +44,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("window", [5, 7, 9])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", [(14, 14), (9, 12), (2, 3), (1, 1)], ids=str)  # some smaller than the window
+@pytest.mark.parametrize("size", [(14, 14), (9, 12), (2, 9), (4, 3)], ids=str)  # some smaller than the window
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_gradients_are_those_of_the_plain_convolution(
     window: int, bias: bool, size: tuple[int, int], order: torch.memory_format
@@ -91,20 +92,31 @@ def test_gradients_of_gradients_are_those_of_the_plain_convolution() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-class _Windows(TorchDispatchMode):
-    """Notes the window of every weight gradient of a depthwise convolution."""
+class _Calls(TorchDispatchMode):
+    """Notes the operators that run, and the windows of gradients of depthwise weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
+        self.names: list[str] = []
+        self.windows: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
         if func is torch.ops.aten.convolution_backward.default and args[2].shape[1] == 1 and args[-1][1]:
-            self.seen.add(tuple(args[2].shape[2:]))
+            self.windows.add(tuple(args[2].shape[2:]))
         return func(*args, **(kwargs or {}))
 
 
-def test_a_network_trains_by_narrow_windows_alone_and_stays_the_same_otherwise() -> None:
+@pytest.mark.parametrize(("window", "strips"), [(5, {3, 2}), (7, {3, 1}), (9, {3})])
+def test_strips_are_at_most_three_columns_wide(window: int, strips: set[int]) -> None:
+    _, fast = pair(window)
+    x = torch.randn(2, 20, 12, 12)
+    with _Calls() as calls:
+        gradients(x, fast.weight.detach(), torch.randn_like(x), [True, True, True])
+    assert calls.windows == {(window, columns) for columns in strips}
+
+
+def test_a_network_trains_by_them_alone_and_stays_the_same_otherwise() -> None:
     torch.manual_seed(0)
     plain = timm.create_model("groupmixformer_miny", depths=(1, 1, 1, 1), drop_path_rate=0.0).double()
     fast = copy.deepcopy(plain)
@@ -116,16 +128,65 @@ def test_a_network_trains_by_narrow_windows_alone_and_stays_the_same_otherwise()
     assert fast.state_dict().keys() == plain.state_dict().keys()
     assert [type(module) for module in copy.deepcopy(fast).modules()] == [type(module) for module in fast.modules()]
 
-    x = torch.randn(2, 3, 96, 96, dtype=torch.float64)
-    windows = {}
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    seen = {}
     for name, network in (("plain", plain), ("fast", fast)):
-        with _Windows() as mode:
+        with _Calls() as seen[name]:
             network(x).pow(2).sum().backward()
-        windows[name] = mode.seen
-    assert max(width for _, width in windows["plain"]) == 7
-    assert max(width for _, width in windows["fast"]) == FAST_COLUMNS
+    assert {width for _, width in seen["plain"].windows} == {3, 5, 7}
+    assert {width for _, width in seen["fast"].windows} == {3}
+    assert seen["fast"].names.count("groupmixformer.depthwise_conv2d_backward.default") == len(wide)
     for got, expected in zip(fast.parameters(), plain.parameters()):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("needed", [[True, True, True], [False, True, False], [True, False, True]], ids=str)
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_operators_are_what_they_tell_compilers(needed: list[bool], order: torch.memory_format) -> None:
+    x, weight, bias = torch.randn(2, 6, 9, 8).to(memory_format=order), torch.randn(6, 1, 7, 7), torch.randn(6)
+    operators = torch.ops.groupmixformer
+    inputs = [value.requires_grad_(which) for value, which in zip((x, weight, bias), needed)]
+    torch.library.opcheck(operators.depthwise_conv2d.default, tuple(inputs))
+    plain = [value.detach() for value in (x, weight)]
+    torch.library.opcheck(operators.depthwise_conv2d_backward.default, (*plain, torch.randn_like(x), needed))
+
+
+def test_compiled_gradients_are_those_of_the_plain_convolution_and_are_one_operator() -> None:
+    plain, fast = pair(7, dtype=torch.float64)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        def note(traced: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+            graphs.append(str(traced.graph))
+            return traced
+
+        return aot_module_simplified(graph, inputs, fw_compiler=note)
+
+    x, gradient = torch.randn(2, 20, 9, 9, dtype=torch.float64), torch.randn(2, 20, 9, 9, dtype=torch.float64)
+    expected = outcome(plain, x, gradient)
+    fast.compile(backend=backend, fullgraph=True)
+    got = outcome(fast, x, gradient)
+    for name in expected:
+        assert relative_error(got[name], expected[name]) < 1e-13, name
+    assert "groupmixformer.depthwise_conv2d_backward" in graphs[-1] and "aten.convolution" not in graphs[-1]
+
+
+def test_a_backward_pass_under_autocast_keeps_the_dtype_of_the_forward_pass() -> None:
+    _, fast = pair(7)
+    x, gradient = torch.randn(2, 20, 9, 9, requires_grad=True), torch.randn(2, 20, 9, 9)
+    (expected,) = torch.autograd.grad(fast(x), x, gradient)
+    output = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(output, x, gradient)
+        assert fast(x.double()[0].float()).shape == (20, 9, 9), "one image without a batch"
+    assert torch.equal(got, expected)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    plain, fast = pair(5, dtype=torch.float64)
+    x = torch.randn(1, 20, 6, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), plain(x)) and fast(x).dtype == torch.float64
 
 
 def test_other_convolutions_are_left_alone() -> None:

@@ -13,7 +13,8 @@ is the reference: the released order of operations (`models/reference.py`), the 
     roofline   what parts of the network reach of the machine's arithmetic and memory speed
 
 Uses the GPU if there is one, in bfloat16 (the reference: float16 with loss scaling, as released), else the CPU in
-float32. Writes benchmark.json, benchmark.md and the plots size.png and roofline.png into --out.
+float32, and training steps by autocast to bfloat16 too where the CPU has it. Writes benchmark.json, benchmark.md and
+the plots size.png and roofline.png into --out.
 """
 
 import argparse
