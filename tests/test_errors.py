@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 import test as test_script
 import train as train_script
 from models import build_model
+from utils import faults
 from utils.session import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,3 +272,12 @@ def test_unreadable_image_in_a_worker_process(make_config, image_folder, tmp_pat
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"test.py: error: {path}: cannot be read as an image: ")
+
+
+def test_the_line_of_a_failure_is_written_in_one_piece(monkeypatch):
+    """Processes share a terminal: written in two, another process's line may come in between."""
+    written = []
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    faults.report_failure("no space")
+    assert written == ["train.py: error: no space\n"]

@@ -352,7 +352,9 @@ def report_failure(message: str) -> None:
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
     line = f"{Path(sys.argv[0]).name}: {who}: {message}"
-    print(line, file=sys.stderr, flush=True)
+    # The line and its end in one piece: print writes them one by one, and another process may write in between.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
     tell_launcher(line)
 
 
