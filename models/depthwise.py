@@ -47,7 +47,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # autocast does not know this operator
             dtype = torch.get_autocast_dtype("cpu")
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return torch.ops.groupmixformer.depthwise_conv2d(x, weight, bias)
+        return torch.ops.groupmixformer.depthwise_same_conv2d(x, weight, bias)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], o
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     # Gradients are recorded during a backward pass only where they are to be differentiated once more.
-    run = gradients if torch.is_grad_enabled() else torch.ops.groupmixformer.depthwise_conv2d_backward
+    run = gradients if torch.is_grad_enabled() else torch.ops.groupmixformer.depthwise_same_conv2d_backward
     found = run(*ctx.saved_tensors, gradient, list(ctx.needs_input_grad))
     return tuple(value if needed else None for value, needed in zip(found, ctx.needs_input_grad))
 
@@ -113,19 +113,20 @@ def weight_gradient(x: Tensor, gradient: Tensor, window: Sequence[int]) -> Tenso
 # its own, because that cache would keep the old one when this file changes, and because the copies of all strips,
 # compiled one by one, take a fifth of the compiler's time.
 _library = torch.library.Library("groupmixformer", "FRAGMENT")
-_library.define("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("depthwise_conv2d", _convolve, "CPU")
-torch.library.register_fake("groupmixformer::depthwise_conv2d", _convolve, lib=_library)
+_library.define("depthwise_same_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("depthwise_same_conv2d", _convolve, "CPU")
+torch.library.register_fake("groupmixformer::depthwise_same_conv2d", _convolve, lib=_library)
 torch.library.register_autograd(
-    "groupmixformer::depthwise_conv2d", _backward, setup_context=_save_for_backward, lib=_library
+    "groupmixformer::depthwise_same_conv2d", _backward, setup_context=_save_for_backward, lib=_library
 )
 _library.define(
-    "depthwise_conv2d_backward(Tensor x, Tensor weight, Tensor gradient, bool[] needed) -> (Tensor, Tensor, Tensor)"
+    "depthwise_same_conv2d_backward(Tensor x, Tensor weight, Tensor gradient, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("depthwise_conv2d_backward", gradients, "CPU")
+_library.impl("depthwise_same_conv2d_backward", gradients, "CPU")
 
 
-@torch.library.register_fake("groupmixformer::depthwise_conv2d_backward", lib=_library)
+@torch.library.register_fake("groupmixformer::depthwise_same_conv2d_backward", lib=_library)
 def _(x: Tensor, weight: Tensor, gradient: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     none = x.new_empty(0)
     return (

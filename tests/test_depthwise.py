@@ -137,7 +137,7 @@ def test_a_network_trains_by_them_alone_and_stays_the_same_otherwise() -> None:
             network(x).pow(2).sum().backward()
     assert {width for _, width in seen["plain"].windows} == {3, 5, 7}
     assert {width for _, width in seen["fast"].windows} == {3}
-    assert seen["fast"].names.count("groupmixformer.depthwise_conv2d_backward.default") == len(wide)
+    assert seen["fast"].names.count("groupmixformer.depthwise_same_conv2d_backward.default") == len(wide)
     for got, expected in zip(fast.parameters(), plain.parameters()):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-6, atol=1e-9)
 
@@ -148,9 +148,9 @@ def test_operators_are_what_they_tell_compilers(needed: list[bool], order: torch
     x, weight, bias = torch.randn(2, 6, 9, 8).to(memory_format=order), torch.randn(6, 1, 7, 7), torch.randn(6)
     operators = torch.ops.groupmixformer
     inputs = [value.requires_grad_(which) for value, which in zip((x, weight, bias), needed)]
-    torch.library.opcheck(operators.depthwise_conv2d.default, tuple(inputs))
+    torch.library.opcheck(operators.depthwise_same_conv2d.default, tuple(inputs))
     plain = [value.detach() for value in (x, weight)]
-    torch.library.opcheck(operators.depthwise_conv2d_backward.default, (*plain, torch.randn_like(x), needed))
+    torch.library.opcheck(operators.depthwise_same_conv2d_backward.default, (*plain, torch.randn_like(x), needed))
 
 
 def test_compiled_gradients_are_those_of_the_plain_convolution_and_are_one_operator() -> None:
@@ -170,7 +170,7 @@ def test_compiled_gradients_are_those_of_the_plain_convolution_and_are_one_opera
     got = outcome(fast, x, gradient)
     for name in expected:
         assert relative_error(got[name], expected[name]) < 1e-13, name
-    assert "groupmixformer.depthwise_conv2d_backward" in graphs[-1] and "aten.convolution" not in graphs[-1]
+    assert "groupmixformer.depthwise_same_conv2d_backward" in graphs[-1] and "aten.convolution" not in graphs[-1]
 
 
 def test_a_backward_pass_under_autocast_keeps_the_dtype_of_the_forward_pass() -> None:
