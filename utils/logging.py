@@ -38,7 +38,8 @@ class _ConsoleHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if self.to_stderr else sys.stdout
-        tqdm.write(self.format(record), file=stream)
+        # In one piece with its end, or another process's line could come in between.
+        tqdm.write(f"{self.format(record)}\n", file=stream, end="")
         stream.flush()
 
 
@@ -57,7 +58,7 @@ class _FileHandler(logging.FileHandler):
 
 
 def _tell(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 def create_logger(folder: Path, processes: Processes, name: str = "log", to_stderr: bool = False) -> logging.Logger:
