@@ -2,7 +2,7 @@
 
 oneDNN, which PyTorch convolves with on CPUs, has a kernel for the weight gradient of depthwise convolutions up to three
 columns wide. For wider ones it takes the one for dense convolutions, on weights that are padded with zeros to 16 times
-their size: ten times as slow as the forward pass in float32, fifty times in bfloat16. Here the window is cut into
+their size: ten times as slow as the forward pass in float32, 25 to 60 times in bfloat16. Here the window is cut into
 strips of up to three columns, and the gradient of the input is a forward convolution with the window turned round.
 Outputs keep their bits; gradients differ by rounding.
 """
