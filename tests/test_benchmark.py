@@ -36,6 +36,65 @@ def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.M
     assert row["ways"]["reference"]["ratio"] == 1.0
 
 
+def test_ways_with_batches_of_their_own_are_compared_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+
+    def way(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += seconds
+
+        return run
+
+    ways = {"reference": way(4.0), "ours": way(6.0)}
+    row = benchmark.time_in_turns("a row", ways, 2, {"reference": 64, "ours": 192}, CPU, share_memory=False)
+    assert row["ways"]["ours"]["ratio"] == 2.0, "32 images a second against 16"
+    assert [way["images_per_second"] for way in row["ways"].values()] == [16.0, 32.0]
+
+
+@pytest.mark.parametrize(("room", "expected"), [(63, 0), (64, 64), (700, 640), (1000, 960), (1024, 1024)])
+def test_the_largest_batch_that_fits_is_found(room: int, expected: int) -> None:
+    tried = []
+
+    def run(batch_size: int) -> None:
+        tried.append(batch_size)
+        if batch_size > room:
+            raise torch.OutOfMemoryError("no room")
+
+    assert benchmark.largest_batch(run) == expected
+    assert len(tried) == len(set(tried)) <= 12, "no size is tried twice"
+
+
+def test_a_row_has_the_largest_batch_of_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = benchmark._parse(["--variant", "groupmixformer_miny", "--size", "64", "--trials", "1"])
+    steps = benchmark._training_steps(args, CPU, benchmark._autocast)
+    steps["compiled"] = steps["this network"]  # compiling is another test's
+    images = benchmark._random_batch
+
+    def batch_that_fits(args, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if size > 70:
+            raise torch.OutOfMemoryError("no room")
+        return images(args, 2, device)
+
+    monkeypatch.setattr(benchmark, "_random_batch", batch_that_fits)
+    row = benchmark._row_of_largest_batches(steps, args, CPU)
+    assert row["title"].endswith("64 x 64, largest batches that fit: 64, 64, 64")
+    assert row["items"] == dict.fromkeys(steps, 64)
+    assert "largest batches" in benchmark.format_markdown(benchmark.describe_machine(CPU), [row])
+
+
+def test_batches_fill_the_device() -> None:
+    args, gpu = benchmark._parse([]), torch.device("cuda")
+    assert [benchmark._batch_size(args, device, training) for device in (CPU, gpu) for training in (True, False)] == [
+        8,
+        8,
+        128,
+        256,
+    ]
+    assert benchmark._batch_size(benchmark._parse(["--batch-size", "4"]), gpu, training=True) == 4
+
+
 def test_memory_is_the_largest_sum_of_live_tensors() -> None:
     network = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
     images = torch.randn(512, 256)
@@ -97,6 +156,7 @@ def test_the_rows_that_compile_and_start_processes_run(tmp_path: Path) -> None:
         (["--rows", "nothing"], "--rows: invalid choice: 'nothing'"),
         (["--variant", "resnet50"], "--variant resnet50: one of groupmixformer_miny"),
         (["--trials", "0"], "--trials 0: at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--out", "/proc/benchmark"], "/proc/benchmark"),
         (["--rows", "load", "--data-path", "/nowhere"], "/nowhere"),
     ],

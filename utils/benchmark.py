@@ -5,7 +5,8 @@ not favour one of them; a row gives the median of the ratios turn by turn, with 
 is the reference: the released order of operations (`models/reference.py`), the exact transforms, and so on.
 
     evaluate   forward pass: reference, this network, fused, fused and compiled
-    train      training step (forward, backward, clipping, AdamW, EMA): reference, this network, compiled
+    train      training step (forward, backward, clipping, AdamW, EMA): reference, this network, compiled; on a GPU
+               also with the largest batch of each that fits
     load       an image from JPEG to network input, of --data-path: exact, fast, packed; training and validation
     size       time and memory of the forward pass from 224 x 224 to --largest, beside a ViT of equal size
     processes  a training step of one process, of two side by side, and of two that average their gradients
@@ -13,7 +14,8 @@ is the reference: the released order of operations (`models/reference.py`), the 
     roofline   what parts of the network reach of the machine's arithmetic and memory speed
 
 Uses the GPU if there is one, in bfloat16 (the reference: float16 with loss scaling, as released), else the CPU in
-float32, and training steps by autocast to bfloat16 too where the CPU has it. Writes benchmark.json, benchmark.md and
+float32, and training steps by autocast to bfloat16 too where the CPU has it. Batches of 128 images to train and 256 to
+evaluate on a GPU, 8 on a CPU. Writes benchmark.json, benchmark.md and
 the plots size.png and roofline.png into --out.
 """
 
@@ -64,7 +66,12 @@ SIZES = (224, 320, 448, 640, 768, 1024)
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 def time_in_turns(
-    title: str, ways: dict[str, Callable[[], Any]], trials: int, items: int, device: torch.device
+    title: str,
+    ways: dict[str, Callable[[], Any]],
+    trials: int,
+    items: int | dict[str, int],
+    device: torch.device,
+    share_memory: bool = True,
 ) -> dict[str, Any]:
     """Time the ways in turn; the first is the reference.
 
@@ -72,18 +79,26 @@ def time_in_turns(
         title: of the progress bar and of the row.
         ways: by name; each does the same work once.
         trials: turns that count, behind one that warms up.
-        items: images of one turn, for images/s.
+        items: images of one call, for images/s; by name where ways differ.
         device: is synchronised around every way.
+        share_memory: False for ways that fill a GPU: what the one before has left in PyTorch's cache is given back, and
+            an untimed call goes before the timed one.
 
     Returns {"title", "items", "ways": {name: {"seconds", "images_per_second", "ratio", "quartiles", "first_seconds",
-    "bytes"}}}: medians over the turns; ratio is how many times as fast as the reference; first_seconds is the first
-    call, which pays for compilation; bytes, on GPUs, are what a call needs at its peak beyond what was there before it.
+    "bytes"}}}: medians over the turns; ratio is how many times as fast as the reference, image by image; first_seconds
+    is the first call, which pays for compilation; bytes, on GPUs, are what a call needs at its peak beyond what was
+    there before it.
     """
+    images = items if isinstance(items, dict) else dict.fromkeys(ways, items)
     times: dict[str, list[float]] = {name: [] for name in ways}
     first: dict[str, float] = {}
     peaks: dict[str, int] = {}
     for trial in tqdm(range(trials + 1), desc=title, disable=not sys.stderr.isatty(), leave=False):
         for name, way in ways.items():
+            if not share_memory:
+                _free_cached_memory()
+                if trial:
+                    way()
             if trial == 0:
                 first[name] = _time(way, device)
                 way()  # caches that only a second call fills
@@ -91,14 +106,15 @@ def time_in_turns(
                     peaks[name] = _peak_bytes(way, device)
             else:
                 times[name].append(_time(way, device))
-    reference = times[next(iter(ways))]
+    reference = next(iter(ways))
     row: dict[str, Any] = {"title": title, "items": items, "ways": {}}
     for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(reference, seconds)]
+        more = images[name] / images[reference]
+        ratios = [more * a / b for a, b in zip(times[reference], seconds)]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
         row["ways"][name] = {
             "seconds": statistics.median(seconds),
-            "images_per_second": items / statistics.median(seconds),
+            "images_per_second": images[name] / statistics.median(seconds),
             "ratio": statistics.median(ratios),
             "quartiles": [quartiles[0], quartiles[2]],
             "first_seconds": first[name],
@@ -122,6 +138,32 @@ def _peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     before = torch.cuda.memory_allocated(device)
     function()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def largest_batch(run: Callable[[int], Any], step: int = 64) -> int:
+    """The largest multiple of `step` with which `run` does not run out of GPU memory; 0 where even `step` does."""
+
+    def fits(batch_size: int) -> bool:
+        _free_cached_memory()
+        try:
+            run(batch_size)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    low, high = 0, step  # `low` fits, and so does not `high` once the first loop is done
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    _free_cached_memory()
+    return low
+
+
+def _free_cached_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing, where there is no GPU
 
 
 def _synchronize(device: torch.device) -> None:
@@ -160,7 +202,8 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+    batch_size = _batch_size(args, device, training=False)
+    images = torch.randn(batch_size, 3, args.size, args.size, device=device)
     fused, compiled = fuse(network), fuse(network)
     compile_blocks(compiled)
     candidates = {
@@ -183,8 +226,8 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
         error = ((run(name).float() - expected).norm() / expected.norm()).item()
         if error > (0.05 if device.type == "cuda" else 1e-5):
             raise RuntimeError(f"{name} computes something else than the reference: relative error {error:.1e}")
-    title = f"evaluation, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
-    row = time_in_turns(title, ways, args.trials, args.batch_size, device)
+    title = f"evaluation, {args.variant}, {args.size} x {args.size}, batch {batch_size}"
+    row = time_in_turns(title, ways, args.trials, batch_size, device)
     for name, seconds in first.items():
         row["ways"][name]["first_seconds"] = seconds
     return [row]
@@ -193,20 +236,56 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
 def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Forward, backward, clipping, AdamW and EMA, on random images; the reference's AdamW is not fused, as released.
 
-    Two rows on a CPU that computes in bfloat16: float32, and all ways by autocast.
+    Two rows: on a GPU also with the largest batch of each way that fits; on a CPU that computes in bfloat16, float32
+    and all ways by autocast.
     """
-    title = f"training step, {args.variant}, {args.size} x {args.size}, batch {args.batch_size}"
-    rows = [time_in_turns(title, _training_steps(args, device, _autocast), args.trials, args.batch_size, device)]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    batch_size = _batch_size(args, device, training=True)
+    steps = _training_steps(args, device, _autocast)
+    sizes = dict.fromkeys(steps, batch_size)
+    rows = [_row_of_steps(f"batch {batch_size}", steps, sizes, args, device)]
+    if device.type == "cuda":
+        rows.append(_row_of_largest_batches(steps, args, device))
+    elif torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         steps = _training_steps(args, device, lambda device, name: torch.autocast("cpu", torch.bfloat16))
-        rows.append(time_in_turns(f"{title}, autocast to bfloat16", steps, args.trials, args.batch_size, device))
+        rows.append(_row_of_steps(f"batch {batch_size}, autocast to bfloat16", steps, sizes, args, device))
     return rows
 
 
-def _training_steps(args: argparse.Namespace, device: torch.device, autocast: Callable) -> dict[str, Callable]:
+def _row_of_largest_batches(
+    steps: dict[str, Callable], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    sizes = {}
+    for name in ("released order", "this network"):
+        sizes[name] = largest_batch(lambda size, step=steps[name]: step(*_random_batch(args, size, device)))
+    sizes["compiled"] = sizes["this network"]  # each size that is tried would be compiled anew
+    what = f"largest batches that fit: {', '.join(map(str, sizes.values()))}"
+    return _row_of_steps(what, steps, sizes, args, device, share_memory=False)
+
+
+def _row_of_steps(
+    what: str,
+    steps: dict[str, Callable],
+    sizes: dict[str, int],
+    args: argparse.Namespace,
+    device: torch.device,
+    share_memory: bool = True,
+) -> dict[str, Any]:
+    """Steps with random batches of `sizes`, both by name."""
+    batches = {size: _random_batch(args, size, device) for size in set(sizes.values())}
+    ways = {name: lambda step=step, batch=batches[sizes[name]]: step(*batch) for name, step in steps.items()}
+    title = f"training step, {args.variant}, {args.size} x {args.size}, {what}"
+    return time_in_turns(title, ways, args.trials, sizes, device, share_memory)
+
+
+def _random_batch(args: argparse.Namespace, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    images = torch.randn(batch_size, 3, args.size, args.size, device=device)
+    return images, torch.randint(0, 1000, (batch_size,), device=device)
+
+
+def _training_steps(
+    args: argparse.Namespace, device: torch.device, autocast: Callable
+) -> dict[str, Callable[[Tensor, Tensor], float]]:
     """The ways of `row_train`, each with a network, an optimizer and an average of its own."""
-    images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
-    labels = torch.randint(0, 1000, (args.batch_size,), device=device)
     steps = {}
     for name in ("released order", "this network", "compiled"):
         network = _network(args, device).train()
@@ -219,24 +298,24 @@ def _training_steps(args: argparse.Namespace, device: torch.device, autocast: Ca
         if name == "compiled":
             compile_blocks(network)
         model = ReferenceNetwork(network) if released else network
-        steps[name] = _training_step(name, model, network, optimizer, scaler, ema, images, labels, device, autocast)
+        steps[name] = _training_step(name, model, network, optimizer, scaler, ema, device, autocast)
     return steps
 
 
-def _training_step(
-    name, model, network, optimizer, scaler, ema, images, labels, device, autocast
-) -> Callable[[], float]:
-    def step() -> float:
+def _training_step(name, model, network, optimizer, scaler, ema, device, autocast) -> Callable[[Tensor, Tensor], float]:
+    def step(images: Tensor, labels: Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)  # those of a step that ran out of memory, too
         with autocast(device, name):
             loss = F.cross_entropy(model(images), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        # An update's one wait for a GPU, where train.py has its own: the released code waits more often, and longer.
+        values = torch.stack([loss.detach(), norm]).tolist()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         ema.update(network)
-        return loss.item()
+        return values[0]
 
     return step
 
@@ -325,44 +404,52 @@ def _activation_bytes(network: nn.Module, images: Tensor, device: torch.device, 
 
 def row_roofline(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Speed of the fused network's parts at its third stage, which holds most blocks, against the machine's limits."""
-    network = fuse(_network(args, device).eval())
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    like = {"device": device, "dtype": dtype}
+    network = fuse(_network(args, device).eval()).to(dtype)
     block = network.stages[2][0]
     segment, size = block.segments[3], (args.size // 16, args.size // 16)
-    B, N, C = args.batch_size, size[0] * size[1], block.proj.weight.shape[0]
+    batch_size = _batch_size(args, device, training=False)
+    B, N, C = batch_size, size[0] * size[1], block.proj.weight.shape[0]
     s = C // 5
-    tokens = torch.randn(B, N, C, device=device)
-    hidden = torch.randn(B, N, block.mlp.fc1.weight.shape[0], device=device)
-    maps3 = torch.randn(B, N, 3 * s, device=device).transpose(1, 2).unflatten(2, size)
+    tokens = torch.randn(B, N, C, **like)
+    hidden = torch.randn(B, N, block.mlp.fc1.weight.shape[0], **like)
+    maps3 = torch.randn(B, N, 3 * s, **like).transpose(1, 2).unflatten(2, size)
     maps = tokens.transpose(1, 2).unflatten(2, size)
-    square = torch.randn(2048, 2048, device=device)
-    large = torch.randn(2**25, device=device)  # 128 MiB: more than caches hold
+    # Large enough to show the limits: more than caches hold, and a product that is more than its start.
+    edge, mebibytes = (8192, 1024) if on_gpu else (2048, 128)
+    square = torch.randn(edge, edge, **like)
+    large = torch.ones(mebibytes * 2**20 // square.element_size(), **like)
     parts: dict[str, tuple[Callable[[], Any], float, float]] = {
-        "matrix product 2048": (lambda: square @ square, 2 * 2048**3, 3 * 4 * 2048**2),
-        "copy 128 MiB": (large.clone, 0, 2 * 4 * large.numel()),
+        f"matrix product {edge}": (lambda: square @ square, 2 * edge**3, 3 * square.nbytes),
+        f"copy {mebibytes} MiB": (large.clone, 0, 2 * large.nbytes),
         "MLP 1 with GELU": _linear_part(block.mlp.fc1, tokens),
         "MLP 2": _linear_part(block.mlp.fc2, hidden),
         "q, k, v of a segment": _linear_part(segment.linear, tokens),
-        "pointwise of a segment": _linear_part(segment.pointwise, torch.randn(B, N, 3, s, device=device)),
+        "pointwise of a segment": _linear_part(segment.pointwise, torch.randn(B, N, 3, s, **like)),
         "depthwise 7x7": _conv_part(segment.depthwise, maps3),
         "depthwise 3x3": _conv_part(block.position, maps),
-        "layer norm": (lambda: F.layer_norm(tokens, (C,)), 8 * tokens.numel(), 2 * 4 * tokens.numel()),
+        "layer norm": (lambda: F.layer_norm(tokens, (C,)), 8 * tokens.numel(), 2 * tokens.nbytes),
     }
+    calls = 10 if on_gpu else 1  # a GPU is waited for once: what a wait costs is not the part's
     rows = {}
     with torch.inference_mode():
         for name, (run, flops, size_in_bytes) in parts.items():
-            seconds = statistics.median([_time(run, device) for _ in range(20)][5:])
-            rows[name] = {"flops": flops, "bytes": size_in_bytes, "seconds": seconds}
-    return [{"title": f"parts of {args.variant}'s third stage, batch {args.batch_size}, float32", "parts": rows}]
+            times = [_time(lambda run=run: [run() for _ in range(calls)], device) for _ in range(20)][5:]
+            rows[name] = {"flops": flops, "bytes": size_in_bytes, "seconds": statistics.median(times) / calls}
+    what = str(dtype).removeprefix("torch.")
+    return [{"title": f"parts of {args.variant}'s third stage, batch {batch_size}, {what}", "parts": rows}]
 
 
 def _linear_part(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], float, float]:
     outputs = x.numel() // x.shape[-1] * layer.weight.shape[0]
     moved = x.numel() + outputs + layer.weight.numel()
-    return lambda: layer(x), 2.0 * outputs * x.shape[-1], 4.0 * moved
+    return lambda: layer(x), 2.0 * outputs * x.shape[-1], float(x.element_size() * moved)
 
 
 def _conv_part(layer: nn.Module, x: Tensor) -> tuple[Callable[[], Any], float, float]:
-    return lambda: layer(x), 2.0 * x.numel() * layer.weight[0].numel(), 4.0 * 2 * x.numel()
+    return lambda: layer(x), 2.0 * x.numel() * layer.weight[0].numel(), 2.0 * x.nbytes
 
 
 def row_processes(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -372,12 +459,13 @@ def row_processes(args: argparse.Namespace, device: torch.device) -> list[dict[s
     """
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         raise UserError("processes: needs two GPUs, or a machine without one")
+    batch_size = _batch_size(args, device, training=True)
     commands = {"one process": (1, "alone"), "two, side by side": (2, "alone"), "two, gradients averaged": (2, "ddp")}
     measured: dict[str, list[float]] = {name: [] for name in commands}
     for _ in tqdm(range(max(3, args.trials // 2)), desc="processes", disable=not sys.stderr.isatty(), leave=False):
         for name, (processes, mode) in commands.items():
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            worker = ["-m", "utils.benchmark", "--worker", mode, "--batch-size", str(args.batch_size)]
+            worker = ["-m", "utils.benchmark", "--worker", mode, "--batch-size", str(batch_size)]
             worker += ["--variant", args.variant, "--size", str(args.size)]
             result = subprocess.run(
                 [sys.executable, *launcher, *worker],
@@ -393,7 +481,7 @@ def row_processes(args: argparse.Namespace, device: torch.device) -> list[dict[s
             steps = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("STEP")]
             measured[name].append(max(steps))
     seconds = {name: statistics.median(values) for name, values in measured.items()}
-    title = f"a training step on one and two processes of one thread, {args.variant}, batch {args.batch_size} each"
+    title = f"a training step on one and two processes of one thread, {args.variant}, batch {batch_size} each"
     return [{"title": title, "seconds": seconds}]
 
 
@@ -402,19 +490,22 @@ def _work(args: argparse.Namespace) -> None:
     use_gpu = torch.cuda.is_available()
     torch.distributed.init_process_group("nccl" if use_gpu else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
     network = _network(args, device).train()
     if not use_gpu:
         use_fast_gradients(network)
+    elif args.worker == "ddp":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # as train.py has it
     model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if args.worker == "ddp" else network
-    images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
-    labels = torch.randint(0, 1000, (args.batch_size,), device=device)
+    batch = _random_batch(args, _batch_size(args, device, training=True), device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     scaler, ema = torch.amp.GradScaler(device.type, enabled=False), ModelEmaV3(network)
-    step = _training_step("this network", model, network, optimizer, scaler, ema, images, labels, device, _autocast)
+    step = _training_step("this network", model, network, optimizer, scaler, ema, device, _autocast)
     seconds = []
     for _ in range(5):
         torch.distributed.barrier()
-        seconds.append(_time(step, device))
+        seconds.append(_time(lambda: step(*batch), device))
     print("STEP", statistics.median(seconds[1:]), flush=True)
     torch.distributed.destroy_process_group()
 
@@ -484,6 +575,11 @@ ROWS: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, Any]
     "start": row_start,
     "roofline": row_roofline,
 }
+
+
+def _batch_size(args: argparse.Namespace, device: torch.device, training: bool) -> int:
+    """Images of a step: those asked for, or what fills the device."""
+    return args.batch_size or ((128 if training else 256) if device.type == "cuda" else 8)
 
 
 def _network(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -573,8 +669,7 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def _plot_roofline(row: dict[str, Any], out: Path, pyplot: Any) -> None:
-    parts = dict(row["parts"])
-    product, copied = parts.pop("matrix product 2048"), parts.pop("copy 128 MiB")
+    (_, product), (_, copied), *others = row["parts"].items()
     peak, bandwidth = product["flops"] / product["seconds"], copied["bytes"] / copied["seconds"]
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     intensities = np.geomspace(0.5, 1000, 200)
@@ -584,7 +679,7 @@ def _plot_roofline(row: dict[str, Any], out: Path, pyplot: Any) -> None:
         "k-",
         label="limit: memory, then arithmetic\n(above the slope: from caches)",
     )
-    for number, (name, part) in enumerate(parts.items()):
+    for number, (name, part) in enumerate(others):
         intensity, speed = part["flops"] / part["bytes"], part["flops"] / part["seconds"] / 1e9
         axis.plot(intensity, speed, "os^vDP*X"[number % 8], label=f"{name}: {speed:.0f} GFLOP/s")
     axis.set(xlabel="operations a byte moved", ylabel="GFLOP/s", title=row["title"])
@@ -598,7 +693,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("utils.benchmark", __doc__)
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=None, help="what to measure (all)")
     parser.add_argument("--variant", default="groupmixformer_small", help="network (groupmixformer_small)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images a step (8)")
+    parser.add_argument("--batch-size", type=int, help="images a step (8; GPUs 128 to train, 256 to evaluate)")
     parser.add_argument("--size", type=int, default=224, help="input height and width, pixels (224)")
     parser.add_argument("--largest", type=int, default=1024, help="largest input of the row 'size', pixels (1024)")
     parser.add_argument("--trials", type=int, default=7, help="turns of each row (7)")
@@ -610,7 +705,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.variant not in models.groupmixformer.VARIANTS:
         raise UserError(f"--variant {args.variant}: one of {', '.join(models.groupmixformer.VARIANTS)}")
-    for name, low in (("batch_size", 1), ("size", 32), ("largest", 224), ("trials", 1), ("images", 1)):
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: at least 1")
+    for name, low in (("size", 32), ("largest", 224), ("trials", 1), ("images", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {low}")
     return args
@@ -625,6 +722,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _work(args)
             return 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True  # as train.py and the released code have it
         chosen = args.rows or [name for name in ROWS if name != "load" or args.data_path]
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
