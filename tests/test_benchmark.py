@@ -9,7 +9,9 @@ import torch
 from test_pack import write
 from torch import nn
 
-from utils import benchmark
+from utils.benchmark import measuring, networks, tables
+from utils.benchmark.__main__ import ROWS, _parse, main, measurable_rows
+from utils.benchmark.size import _activation_bytes
 
 CPU = torch.device("cpu")
 
@@ -18,7 +20,7 @@ def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.M
     now, order = 0.0, []
     # A machine that gets slower and slower: each turn takes longer, the ratio stays.
     durations = {"reference": [9.0, 9.0, 2.0, 4.0, 8.0], "ours": [5.0, 5.0, 1.0, 2.0, 4.0]}
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now)
 
     def way(name: str) -> Callable[[], None]:
         def run() -> None:
@@ -28,7 +30,7 @@ def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.M
 
         return run
 
-    row = benchmark.time_in_turns("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
+    row = measuring.time_in_turns("a row", {name: way(name) for name in list(durations)}, 3, 10, CPU)
     assert order[4:] == ["reference", "ours"] * 3, "after the first turn, which warms up"
     ours = row["ways"]["ours"]
     assert (ours["ratio"], ours["quartiles"], ours["seconds"]) == (2.0, [2.0, 2.0], 2.0)
@@ -38,7 +40,7 @@ def test_ways_take_turns_and_ratios_are_taken_turn_by_turn(monkeypatch: pytest.M
 
 def test_ways_with_batches_of_their_own_are_compared_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now)
 
     def way(seconds: float) -> Callable[[], None]:
         def run() -> None:
@@ -48,7 +50,7 @@ def test_ways_with_batches_of_their_own_are_compared_image_by_image(monkeypatch:
         return run
 
     ways = {"reference": way(4.0), "ours": way(6.0)}
-    row = benchmark.time_in_turns("a row", ways, 2, {"reference": 64, "ours": 192}, CPU, share_memory=False)
+    row = measuring.time_in_turns("a row", ways, 2, {"reference": 64, "ours": 192}, CPU, share_memory=False)
     assert row["ways"]["ours"]["ratio"] == 2.0, "32 images a second against 16"
     assert [way["images_per_second"] for way in row["ways"].values()] == [16.0, 32.0]
 
@@ -62,43 +64,48 @@ def test_the_largest_batch_that_fits_is_found(room: int, expected: int) -> None:
         if batch_size > room:
             raise torch.OutOfMemoryError("no room")
 
-    assert benchmark.largest_batch(run) == expected
+    assert measuring.largest_batch(run) == expected
     assert len(tried) == len(set(tried)) <= 12, "no size is tried twice"
 
 
 def test_a_row_has_the_largest_batch_of_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = benchmark._parse(["--variant", "groupmixformer_miny", "--size", "64", "--trials", "1"])
-    steps = benchmark._training_steps(args, CPU, benchmark._autocast)
+    args = _parse(["--variant", "groupmixformer_miny", "--size", "64", "--trials", "1"])
+    steps = networks.training_steps(args, CPU, networks.default_autocast)
     steps["compiled"] = steps["this network"]  # compiling is another test's
-    images = benchmark._random_batch
+    images = networks.random_batch
 
     def batch_that_fits(args, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if size > 70:
             raise torch.OutOfMemoryError("no room")
         return images(args, 2, device)
 
-    monkeypatch.setattr(benchmark, "_random_batch", batch_that_fits)
-    row = benchmark._row_of_largest_batches(steps, args, CPU)
+    monkeypatch.setattr(networks, "random_batch", batch_that_fits)
+    row = networks._row_of_largest_batches(steps, args, CPU)
     assert row["title"].endswith("64 x 64, largest batches that fit: 64, 64, 64")
     assert row["items"] == dict.fromkeys(steps, 64)
-    assert "largest batches" in benchmark.format_markdown(benchmark.describe_machine(CPU), [row])
+    assert "largest batches" in tables.format_markdown(measuring.describe_machine(CPU), [row])
 
 
 def test_batches_fill_the_device() -> None:
-    args, gpu = benchmark._parse([]), torch.device("cuda")
-    assert [benchmark._batch_size(args, device, training) for device in (CPU, gpu) for training in (True, False)] == [
-        8,
-        8,
-        128,
-        256,
-    ]
-    assert benchmark._batch_size(benchmark._parse(["--batch-size", "4"]), gpu, training=True) == 4
+    args, gpu = _parse([]), torch.device("cuda")
+    sizes = [networks.batch_size_of(args, device, training) for device in (CPU, gpu) for training in (True, False)]
+    assert sizes == [8, 8, 128, 256]
+    assert networks.batch_size_of(_parse(["--batch-size", "4"]), gpu, training=True) == 4
+
+
+def test_rows_that_a_machine_cannot_measure_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for gpus, two_processes in ((1, False), (2, True)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert ("processes" in measurable_rows(gpu, True)) == two_processes
+    assert measurable_rows(CPU, True) == list(ROWS)
+    assert set(ROWS) - set(measurable_rows(CPU, False)) == {"load"}
 
 
 def test_memory_is_the_largest_sum_of_live_tensors() -> None:
     network = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
     images = torch.randn(512, 256)
-    bytes_needed = benchmark._activation_bytes(network, images, CPU, "")
+    bytes_needed = _activation_bytes(network, images, CPU, "")
     hidden = 4 * 512 * 1024
     assert 2 * hidden <= bytes_needed < 3 * hidden, "the hidden layer before and after ReLU"
 
@@ -116,7 +123,7 @@ def test_rows_are_written_as_json_tables_and_plots(
     out = tmp_path / "out"
     arguments = ["--rows", "load", "size", "roofline", "--variant", "groupmixformer_miny", "--data-path", str(photos)]
     arguments += ["--batch-size", "1", "--trials", "1", "--largest", "320", "--images", "4", "--out", str(out)]
-    assert benchmark.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     content = json.loads((out / "benchmark.json").read_text())
     assert {"processor", "torch", "date", "commit"} <= set(content["machine"])
@@ -138,7 +145,7 @@ def test_the_rows_that_compile_and_start_processes_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--rows", "evaluate", "train", "processes", "start", "--variant", "groupmixformer_miny"]
     arguments += ["--batch-size", "2", "--size", "32", "--trials", "1", "--out", str(out)]
-    assert benchmark.main(arguments) == 0
+    assert main(arguments) == 0
     evaluate, train, *bfloat16, processes, start = json.loads((out / "benchmark.json").read_text())["rows"]
     assert list(evaluate["ways"]) == ["released order", "this network", "fused", "fused, compiled"]
     assert [row["title"] for row in bfloat16] in ([], [f"{train['title']}, autocast to bfloat16"])  # as the CPU has it
@@ -164,6 +171,6 @@ def test_the_rows_that_compile_and_start_processes_run(tmp_path: Path) -> None:
 def test_wrong_use_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert benchmark.main(["--out", str(tmp_path), *arguments]) == 2
+    assert main(["--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("utils.benchmark: error: ") and message in error and error.count("\n") == 1
