@@ -39,7 +39,9 @@ def _start_once(folder: Path, tag: str) -> dict[str, float]:
         "epoch = train.train_one_epoch; ends = []; "
         "train.train_one_epoch = lambda *a: (ends.append(now()), epoch(*a), ends.append(now()))[1]; "
         "train.main(); "
-        "print('MARKS', start, imported, ends[0], marks[0], marks[1], ends[1], ends[2])"
+        "print('MARKS', start, imported, ends[0], marks[0], marks[1], ends[1], ends[2]); "
+        # As run_script does: Python would ask workers that are left with SIGTERM, which they ignore, and wait.
+        "from utils.faults import end_loader_workers; end_loader_workers()"
     )
     arguments = ["train.py", "--cfg", str(ROOT / "configs" / "groupmixformer_digits.yaml"), "--tag", tag]
     arguments += ["--data-path", str(folder / "data"), "--output", str(folder / "output")]
