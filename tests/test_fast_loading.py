@@ -11,7 +11,7 @@ import runs
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
-from test_data import UNREADABLE, made_images
+from test_sources import UNREADABLE, made_images
 from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
