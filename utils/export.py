@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,10 @@ def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int) 
         return
     count = len(_tuple(network(images[:1])))
     outputs = _output_names(count)
-    onnx_program = torch.onnx.export(
-        program, dynamo=True, opset_version=opset, input_names=["images"], output_names=outputs, verbose=False
-    )
+    with redirect_stdout(sys.stderr):  # some versions of the exporter tell how many rules they applied
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, input_names=["images"], output_names=outputs, verbose=False
+        )
     _name_axes(onnx_program.model)
     onnx_program.save(str(path))
 
