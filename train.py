@@ -22,7 +22,7 @@ from evaluation.run import run_evaluation
 from models import build_model
 from models.depthwise import use_fast_gradients
 from utils.checkpoint import load_pretrained
-from utils.compilation import compile_blocks
+from utils.compilation import check_precision, compile_blocks
 from utils.curves import RunCurves
 from utils.distributed import share_running_statistics, wrap_distributed
 from utils.engine import (
@@ -99,6 +99,7 @@ def main(run_folder: RunFolder | None = None) -> None:
     )
 
     if config.COMPILE:  # after the average, which is a copy
+        check_precision(str(precision), precision.device_type, precision.enabled)
         compile_blocks(network)
 
     # ----------------------------------------------------------------------------------------------------------- resume

@@ -64,9 +64,7 @@ def measurable_rows(device: torch.device, has_images: bool) -> list[str]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("utils.benchmark", __doc__)
-    parser.add_argument(
-        "--rows", nargs="+", choices=tuple(ROWS), default=None, help="what to measure (all)"
-    )
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=None, help="what to measure (all)")
     parser.add_argument("--variant", default="groupmixformer_small", help="network (groupmixformer_small)")
     parser.add_argument("--batch-size", type=int, help="images a step (8; GPUs 128 to train, 256 to evaluate)")
     parser.add_argument("--size", type=int, default=224, help="input height and width, pixels (224)")
