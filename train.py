@@ -22,7 +22,6 @@ from evaluation.run import run_evaluation
 from models import build_model
 from models.depthwise import use_fast_gradients
 from utils.checkpoint import load_pretrained
-from utils.compilation import check_precision, compile_blocks
 from utils.curves import RunCurves
 from utils.distributed import share_running_statistics, wrap_distributed
 from utils.engine import (
@@ -31,6 +30,7 @@ from utils.engine import (
     build_criterion,
     build_precision,
     build_scaler,
+    compile_for_training,
     evaluate,
     train_one_epoch,
 )
@@ -98,9 +98,8 @@ def main(run_folder: RunFolder | None = None) -> None:
         num_updates=config.TRAIN.START_EPOCH * data.updates_per_epoch,
     )
 
-    if config.COMPILE:  # after the average, which is a copy
-        check_precision(str(precision), precision.device_type, precision.enabled)
-        compile_blocks(network)
+    if config.COMPILE:
+        compile_for_training(network, precision)  # after the average, which is a copy
 
     # ----------------------------------------------------------------------------------------------------------- resume
     progress = Progress(next_epoch=config.TRAIN.START_EPOCH)

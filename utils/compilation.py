@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from configs import UserError
 from models.fused import FusedGroupMixFormer, fuse
 from models.groupmixformer import GroupMixFormer
 
@@ -37,23 +36,6 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
         for block in stage.gma_stage:
             block.attention_branch = torch.compile(block.attention_branch, **options)
             block.mlp_branch = torch.compile(block.mlp_branch, **options)
-
-
-def gradients_are_right(device_type: str) -> bool:
-    """Whether this torch compiles the blocks for training under autocast to bfloat16.
-
-    On CPUs the gradients that torch 2.10 and 2.11 compile are not finite (logits are right); those of 2.14 are right.
-    """
-    return device_type != "cpu" or torch.__version__ >= (2, 14)
-
-
-def check_precision(precision: str, device_type: str, autocast: bool) -> None:
-    """Raise UserError where compiled gradients would be wrong."""
-    if autocast and not gradients_are_right(device_type):
-        raise UserError(
-            f"COMPILE with {precision} on a CPU: gradients compiled by torch {torch.__version__} are not finite; "
-            "it needs torch 2.14, or --amp-opt-level O0"
-        )
 
 
 def remove_unfinished_binary(error: Exception) -> str:

@@ -18,8 +18,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from configs import UserError
 from data import TRAINING_STEP, TrainingData, normalize, seed_everything
+from models.groupmixformer import GroupMixFormer
 
+from .compilation import compile_blocks
 from .distributed import sum_over_processes, unwrap
 from .faults import KeptStatistics, StopRequested, UpdateVerdict
 from .logging import ProgressLog, TensorBoard, peak_memory_mib
@@ -51,6 +54,20 @@ def build_precision(config: CfgNode, device: torch.device) -> Precision:
 def build_scaler(precision: Precision) -> torch.amp.GradScaler:
     """Loss scaling for float16; for other precisions it passes everything through."""
     return torch.amp.GradScaler(precision.device_type, enabled=precision.enabled and precision.dtype == torch.float16)
+
+
+def compile_for_training(network: GroupMixFormer, precision: Precision) -> None:
+    """`compile_blocks`; raises UserError under autocast on a CPU.
+
+    Gradients that are compiled so were not finite on some CPUs and right on others, with torch 2.10 to 2.14 (logits are
+    right everywhere).
+    """
+    if precision.enabled and precision.device_type == "cpu":
+        raise UserError(
+            f"COMPILE with {precision} on a CPU: torch {torch.__version__} may compile gradients that are not finite; "
+            "train in float32 (--amp-opt-level O0) or without --compile"
+        )
+    compile_blocks(network)
 
 
 def build_criterion(mixup: Mixup | None, label_smoothing: float) -> nn.Module:
