@@ -80,7 +80,11 @@ def _signal_in_update(patch: pytest.MonkeyPatch, stop_at: int) -> None:
 
 
 def launch(
-    script: str, args: Sequence[str], processes: int = 1, env: dict[str, str] | None = None
+    script: str,
+    args: Sequence[str],
+    processes: int = 1,
+    env: dict[str, str] | None = None,
+    timeout: float = PROCESS_TIMEOUT_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as users do, under torchrun where there are several processes; output is text."""
     return subprocess.run(
@@ -89,7 +93,7 @@ def launch(
         env=environment() | (env or {}),
         capture_output=True,
         text=True,
-        timeout=PROCESS_TIMEOUT_SECONDS,
+        timeout=timeout,
     )
 
 

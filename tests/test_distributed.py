@@ -230,7 +230,7 @@ def test_what_a_killed_compiler_left_is_removed(data, tmp_path):
 @pytest.mark.parametrize("opts", [(), ("TRAIN.USE_CHECKPOINT", "True")], ids=["", "checkpointing"])
 def test_two_compiled_processes_train_as_two_plain_ones(data, tmp_path, two_processes, opts):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", *opts, flags=["--compile"])
-    result = runs.launch("train.py", args, processes=2)
+    result = runs.launch("train.py", args, processes=2, timeout=600)  # most of it is compiling
     assert result.returncode == 0, result.stderr
     losses = [
         [float(loss) for loss in re.findall(r"^.*Train: .*\sloss ([\d.]+)", log.read_text(), re.MULTILINE)]

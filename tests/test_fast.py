@@ -226,6 +226,18 @@ def test_fused_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]
     assert len(eager_compiler) == 4
 
 
+def test_ddp_does_not_cut_large_blocks(eager_compiler: list[int], tmp_path: Path) -> None:
+    """Else those with gradient checkpointing fail: the recomputation is not cut."""
+    network = network_of(embed_dims=(40, 40, 320, 320)).train()  # whose last two stages have more than 1 MB
+    compile_blocks(network)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(network)(images())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(eager_compiler) == 2 * 4
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_many_sizes_are_all_compiled(eager_compiler: list[int], fused: bool) -> None:
     """torch.compile otherwise gives up, silently, at so many variants of one function."""

@@ -27,6 +27,10 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
     # All blocks are one function to the compiler: each stage, batch size and input size counts against its limit of 8,
     # behind which it would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # DDP would cut graphs of more than 1 MB of parameters, so that gradients travel while a whole network's backward
+    # pass goes on. Blocks are small enough for that, and with gradient checkpointing a block that is cut in the forward
+    # pass and not in its recomputation is an error.
+    torch._dynamo.config.optimize_ddp = False
     if isinstance(network, FusedGroupMixFormer):
         for blocks in network.stages:
             for block in blocks:
