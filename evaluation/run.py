@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from yacs.config import CfgNode
 
 from configs import UserError, with_num_classes, with_values
@@ -73,7 +74,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for size in sizes:
         sized = with_values(config, {"DATA.IMG_SIZE": size})
-        folder = session.folder / "evaluation" / _name(sized, weights)
+        folder = session.folder / "evaluation" / _name(sized, weights, session.processes.device)
         decide_on_main(lambda f=folder: _check_weights(f, weights), processes)
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
         predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
@@ -131,7 +132,7 @@ def _conclude(
     return summary
 
 
-def _name(config: CfgNode, weights: str) -> str:
+def _name(config: CfgNode, weights: str, device: torch.device) -> str:
     """The folder of an evaluation: what was evaluated, on what, and how."""
     parts = [Path(weights).stem, config.TEST.VAL_SET or "val", Path(config.DATA.DATA_PATH).resolve().name]
     if config.TEST.WEIGHTS != "best":
@@ -141,6 +142,9 @@ def _name(config: CfgNode, weights: str) -> str:
     parts += ["uncropped"] * (not config.TEST.CROP)
     parts += ["fused"] * config.TEST.FUSE
     parts += ["fast"] * (config.DATA.FAST_LOADING == "all")
+    default = with_values(config, {"AMP_OPT_LEVEL": "", "AMP_DTYPE": "bfloat16"})
+    precision, usual = (str(build_precision(each, device)) for each in (config, default))
+    parts += [precision.split()[-1]] * (precision != usual)
     return "-".join(parts)
 
 

@@ -9,7 +9,7 @@ import torch
 from test_pack import write
 from torch import nn
 
-from utils.benchmark import measuring, networks, tables
+from utils.benchmark import measuring, networks, processes, tables
 from utils.benchmark.__main__ import ROWS, _parse, main, measurable_rows
 from utils.benchmark.size import _activation_bytes
 
@@ -55,7 +55,57 @@ def test_ways_with_batches_of_their_own_are_compared_image_by_image(monkeypatch:
     assert [way["images_per_second"] for way in row["ways"].values()] == [16.0, 32.0]
 
 
-@pytest.mark.parametrize(("room", "expected"), [(63, 0), (64, 64), (700, 640), (1000, 960), (1024, 1024)])
+@pytest.mark.parametrize(
+    "text", ["CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "unable to find an engine to execute this", ""]
+)
+def test_cudas_libraries_may_say_in_their_own_words_that_a_batch_does_not_fit(text: str) -> None:
+    def run(batch_size: int) -> None:
+        if batch_size > 100:
+            raise RuntimeError(text or "something else")
+
+    if text:
+        assert measuring.largest_batch(run) == 64
+    else:
+        with pytest.raises(RuntimeError, match="something else"):
+            measuring.largest_batch(run)
+
+
+def test_what_does_not_fit_is_said_to_be_missing_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(args, device: torch.device) -> list:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    row = {"title": "a start", "seconds": {"all": 0.0123}}
+    monkeypatch.setitem(ROWS, "size", too_large)
+    monkeypatch.setitem(ROWS, "start", lambda args, device: [row])
+    assert main(["--rows", "size", "start", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "benchmark.json").read_text())["rows"][1] == row
+    printed = capsys.readouterr().out
+    assert "**size**\n\nnot measured: it takes more memory than there is" in printed and "| all | 0.0123 |" in printed
+
+
+def test_a_step_that_ran_out_of_memory_spoils_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = _parse(["--variant", "groupmixformer_miny", "--size", "32", "--batch-size", "2"])
+    network = networks.build_network(args, CPU).train()
+    optimizer, scaler = torch.optim.SGD(network.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    step = networks.training_step("", network, network, optimizer, scaler, nn.Module(), CPU, networks.default_autocast)
+    batch = networks.random_batch(args, 2, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+        with pytest.raises(torch.OutOfMemoryError):
+            step(*batch)
+    with pytest.raises(AttributeError, match="update"):  # it gets as far as the average, which is none here
+        step(*batch)
+
+
+def test_the_cause_of_a_failed_process_is_found_in_torchruns_report() -> None:
+    report = "Traceback\n[rank0]: torch.OutOfMemoryError: CUDA out of memory\nE1128 failed\n=====\nFAILED\n====="
+    assert processes.cause_of(report) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory"
+    assert processes.cause_of("killed\n") == "killed"
+
+
+@pytest.mark.parametrize(("room", "expected"), [(7, 0), (63, 56), (64, 64), (700, 640), (1000, 960), (1024, 1024)])
 def test_the_largest_batch_that_fits_is_found(room: int, expected: int) -> None:
     tried = []
 

@@ -455,6 +455,9 @@ def test_an_evaluation_in_another_way_replaces_no_other(evaluate):
     assert sorted(path.name for path in folder.iterdir()) == [
         *("weights-val-data-32-uncropped", "weights-val-data-32-uncropped-fused"),
     ]
+    evaluate(flags=["--amp-opt-level", "O1"])
+    assert (folder / "weights-val-data-32-uncropped-bfloat16").is_dir()
+    assert evaluate(flags=["--amp-opt-level", "O0"]) and len(list(folder.iterdir())) == 3, "O0 is a CPU's default"
     evaluate("TEST.PREDICTIONS", "parquet")  # which replaces the first one whole
     replaced = folder / "weights-val-data-32-uncropped"
     assert [path.name for path in replaced.glob("predictions.*")] == ["predictions.parquet"]

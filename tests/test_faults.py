@@ -893,3 +893,16 @@ def test_evaluation_of_1_to_17_images_is_exact(tmp_path, data, make_config, worl
         assert float(acc1) == 100 * hits[:count, 0].sum().item() / count
         assert float(acc5) == 100 * hits[:count].sum().item() / count
         assert float(loss) == pytest.approx(losses[:count].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer", True),
+        ("Timed out waiting 60000ms for recv operation to complete", True),
+        ("CUDA error: the launch timed out and was terminated", False),
+        ("The size of tensor a must match the size of tensor b", False),
+    ],
+)
+def test_a_failure_of_this_process_is_not_told_as_one_of_another(text: str, others: bool) -> None:
+    assert faults._is_communication_failure(RuntimeError(text)) == others

@@ -147,13 +147,13 @@ def wrap_distributed(network: nn.Module, processes: Processes, notes: nn.Paramet
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if processes.device.type == "cuda":
         network = _WithNotes(nn.SyncBatchNorm.convert_sync_batchnorm(network), notes)
-        return DistributedDataParallel(network, device_ids=[processes.device.index], **_WITHOUT_BUFFERS)
+        return DistributedDataParallel(network, device_ids=[processes.device.index], **WITHOUT_BUFFERS)
     return DistributedDataParallel(_WithNotes(network, notes))
 
 
 # Synchronised running statistics need no broadcast before every forward pass. The option's name depends on torch.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_WITHOUT_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+WITHOUT_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -469,4 +469,7 @@ def _set_parent_death_signal(number: int) -> None:
 def _is_communication_failure(error: RuntimeError) -> bool:
     """Failures of gloo and NCCL; gloo raises plain RuntimeErrors."""
     words = ("gloo", "nccl", "timed out", "timeout", "connection", "closed by peer", "broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    text = str(error).lower()
+    if text.startswith("cuda error"):  # "the launch timed out" among them
+        return False
+    return isinstance(error, dist.DistError) or any(word in text for word in words)

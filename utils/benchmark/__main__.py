@@ -6,7 +6,7 @@ is the reference: the released order of operations (`models/reference.py`), the 
 
     evaluate   forward pass: reference, this network, fused, fused and compiled
     train      training step (forward, backward, clipping, AdamW, EMA): reference, this network, compiled; on a GPU
-               also with the largest batch of each that fits
+               also with the largest batches that fit
     load       an image from JPEG to network input, of --data-path: exact, fast, packed; training and validation
     size       time and memory of the forward pass from 224 x 224 to --largest, beside a ViT of equal size
     processes  a training step of one process, of two side by side, and of two that average their gradients
@@ -15,12 +15,11 @@ is the reference: the released order of operations (`models/reference.py`), the 
 
 Uses the GPU if there is one, in bfloat16 (the reference: float16 with loss scaling, as released), else the CPU in
 float32, and training steps by autocast to bfloat16 too where the CPU has it. Batches of 128 images to train and 256 to
-evaluate on a GPU, 8 on a CPU. Writes benchmark.json, benchmark.md and
-the plots size.png and roofline.png into --out.
+evaluate on a GPU, 8 on a CPU. Writes benchmark.json, benchmark.md and the plots size.png and roofline.png into --out.
+What does not fit into a GPU's memory is said to be missing, and the other rows are measured.
 """
 
 import argparse
-import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from configs import UserError
 from configs.commands import CommandParser, command
 
 from .loading import row_load
-from .measuring import describe_machine
+from .measuring import describe_machine, free_cached_memory, without_memory
 from .networks import row_evaluate, row_train
 from .processes import row_processes, work
 from .roofline import plot_roofline, row_roofline
@@ -91,21 +90,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status. `argv` are the arguments without the program's name."""
     try:
         args = _parse(argv)
+        torch.backends.cudnn.benchmark = True  # as train.py and the released code have it
         if args.worker:
             work(args)
             return 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cudnn.benchmark = True  # as train.py and the released code have it
         chosen = args.rows or measurable_rows(device, bool(args.data_path))
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         machine, rows = describe_machine(device), []
         for name in chosen:
-            rows += ROWS[name](args, device)
-            gc.collect()
+            try:
+                rows += ROWS[name](args, device)
+                if name in PLOTS:
+                    PLOTS[name](rows[-1], out)
+            except torch.OutOfMemoryError:
+                rows.append(without_memory(name))
+            free_cached_memory()  # rows that start processes need it
             # Written behind every row: a run that is stopped keeps what it has.
-            if name in PLOTS:
-                PLOTS[name](rows[-1], out)
             content = {"machine": machine, "command": sys.argv[1:], "rows": rows}
             (out / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
             (out / "benchmark.md").write_text(format_markdown(machine, rows))

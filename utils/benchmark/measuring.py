@@ -92,25 +92,40 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def largest_batch(run: Callable[[int], Any], step: int = 64) -> int:
-    """The largest multiple of `step` with which `run` does not run out of GPU memory; 0 where even `step` does."""
+def largest_batch(run: Callable[[int], Any]) -> int:
+    """The largest multiple of 64 (below it, of 8) with which `run` does not run out of GPU memory; 0 where 8 do."""
 
     def fits(batch_size: int) -> bool:
         free_cached_memory()
         try:
             run(batch_size)
-        except torch.OutOfMemoryError:
-            return False
+        except RuntimeError as error:
+            if _is_lack_of_memory(error):
+                return False
+            raise
         return True
 
-    low, high = 0, step  # `low` fits, and so does not `high` once the first loop is done
+    low, high = 0, 64  # `low` fits, and so does not `high` once the first loop is done
     while fits(high):
         low, high = high, 2 * high
+    step = 64 if low else 8
     while high - low > step:
         middle = (low + high) // 2 // step * step
         low, high = (middle, high) if fits(middle) else (low, middle)
     free_cached_memory()
     return low
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    """CUDA's libraries say it in words of their own: cuBLAS the first, cuDNN the second."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("ALLOC_FAILED", "unable to find an engine to execute")
+    )
+
+
+def without_memory(title: str) -> dict[str, Any]:
+    """The row in place of one that a GPU is too small for."""
+    return {"title": title, "missing": "it takes more memory than there is; a smaller --batch-size may do"}
 
 
 def free_cached_memory() -> None:

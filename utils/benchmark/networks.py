@@ -16,7 +16,7 @@ from models.fused import fuse
 from models.reference import ReferenceNetwork
 
 from ..compilation import compile_blocks
-from .measuring import largest_batch, seconds_of, time_in_turns
+from .measuring import largest_batch, seconds_of, time_in_turns, without_memory
 
 Autocast = Callable[[torch.device, str], AbstractContextManager]  # of the device and the name of a way
 
@@ -64,8 +64,8 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
             return candidates[name](images)
 
     ways = {name: lambda name=name: run(name) for name in candidates}
-    expected = run("released order").float()
     first = {name: seconds_of(way, device) for name, way in ways.items()}  # compiles
+    expected = run("released order").float()
     for name in candidates:
         error = ((run(name).float() - expected).norm() / expected.norm()).item()
         if error > (0.05 if device.type == "cuda" else 1e-5):
@@ -80,7 +80,7 @@ def row_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[st
 def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Forward, backward, clipping, AdamW and EMA, on random images; the reference's AdamW is not fused, as released.
 
-    Two rows: on a GPU also with the largest batch of each way that fits; on a CPU that computes in bfloat16, float32
+    Two rows: on a GPU also with the largest batches that fit; on a CPU that computes in bfloat16, float32
     and all ways by autocast.
     """
     batch_size = batch_size_of(args, device, training=True)
@@ -88,7 +88,10 @@ def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
     sizes = dict.fromkeys(steps, batch_size)
     rows = [_row_of_steps(f"batch {batch_size}", steps, sizes, args, device)]
     if device.type == "cuda":
-        rows.append(_row_of_largest_batches(steps, args, device))
+        try:
+            rows.append(_row_of_largest_batches(steps, args, device))
+        except torch.OutOfMemoryError:
+            rows.append(without_memory("training step, largest batches that fit"))
     elif torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         steps = training_steps(args, device, lambda device, name: torch.autocast("cpu", torch.bfloat16))
         del steps["compiled"]  # which train.py refuses
@@ -100,10 +103,13 @@ def row_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
 def _row_of_largest_batches(
     steps: dict[str, Callable], args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
-    sizes = {}
-    for name in ("released order", "this network"):
-        sizes[name] = largest_batch(lambda size, step=steps[name]: step(*random_batch(args, size, device)))
+    sizes = {
+        name: largest_batch(lambda size, step=steps[name]: step(*random_batch(args, size, device)))
+        for name in ("released order", "this network")
+    }
     sizes["compiled"] = sizes["this network"]  # each size that is tried would be compiled anew
+    if not all(sizes.values()):
+        raise torch.OutOfMemoryError("eight images do not fit")
     what = f"largest batches that fit: {', '.join(map(str, sizes.values()))}"
     return _row_of_steps(what, steps, sizes, args, device, share_memory=False)
 
@@ -117,8 +123,14 @@ def _row_of_steps(
     share_memory: bool = True,
 ) -> dict[str, Any]:
     """Steps with random batches of `sizes`, both by name."""
-    batches = {size: random_batch(args, size, device) for size in set(sizes.values())}
-    ways = {name: lambda step=step, batch=batches[sizes[name]]: step(*batch) for name, step in steps.items()}
+    if share_memory:
+        batches = {size: random_batch(args, size, device) for size in set(sizes.values())}
+        ways = {name: lambda step=step, batch=batches[sizes[name]]: step(*batch) for name, step in steps.items()}
+    else:  # none but a way's own batch while it runs
+        ways = {
+            name: lambda step=step, size=sizes[name]: step(*random_batch(args, size, device))
+            for name, step in steps.items()
+        }
     title = f"training step, {args.variant}, {args.size} x {args.size}, {what}"
     return time_in_turns(title, ways, args.trials, sizes, device, share_memory)
 
@@ -155,11 +167,13 @@ def training_step(name, model, network, optimizer, scaler, ema, device, autocast
             loss = F.cross_entropy(model(images), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        # An update's one wait for a GPU, where train.py has its own: the released code waits more often, and longer.
-        values = torch.stack([loss.detach(), norm]).tolist()
-        scaler.step(optimizer)
-        scaler.update()
+        try:
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            # An update's one wait for a GPU, as in train.py; the released code waits more often, and longer.
+            values = torch.stack([loss.detach(), norm]).tolist()
+            scaler.step(optimizer)
+        finally:
+            scaler.update()  # behind a step that runs out of memory, too: the next one begins anew
         ema.update(network)
         return values[0]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from configs import UserError
 from models.depthwise import use_fast_gradients
 
+from ..distributed import WITHOUT_BUFFERS
 from . import ROOT
 from .measuring import seconds_of
 from .networks import batch_size_of, build_network, default_autocast, random_batch, training_step
@@ -45,12 +47,19 @@ def row_processes(args: argparse.Namespace, device: torch.device) -> list[dict[s
                 check=False,
             )
             if result.returncode:
-                raise RuntimeError(f"the processes failed: {result.stderr.strip().splitlines()[-1]}")
+                raise RuntimeError(f"the processes failed: {cause_of(result.stderr)}")
             steps = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("STEP")]
             measured[name].append(max(steps))
     seconds = {name: statistics.median(values) for name, values in measured.items()}
     title = f"a training step on one and two processes of one thread, {args.variant}, batch {batch_size} each"
     return [{"title": title, "seconds": seconds}]
+
+
+def cause_of(stderr: str) -> str:
+    """The line that names a process's error, which torchrun's report follows."""
+    lines = stderr.strip().splitlines()
+    named = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|error): ", line)]
+    return named[0] if named else "\n".join(lines[-20:])
 
 
 def work(args: argparse.Namespace) -> None:
@@ -65,7 +74,7 @@ def work(args: argparse.Namespace) -> None:
         use_fast_gradients(network)
     elif args.worker == "ddp":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # as train.py has it
-    model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if args.worker == "ddp" else network
+    model = nn.parallel.DistributedDataParallel(network, **WITHOUT_BUFFERS) if args.worker == "ddp" else network
     batch = random_batch(args, batch_size_of(args, device, training=True), device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     scaler, ema = torch.amp.GradScaler(device.type, enabled=False), ModelEmaV3(network)

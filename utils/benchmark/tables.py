@@ -10,7 +10,9 @@ def format_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
     lines = [f"{machine['date']}, {place}, torch {machine['torch']}, commit {machine['commit']}", ""]
     for row in rows:
         lines += [f"**{row['title']}**", ""]
-        if "ways" in row:
+        if "missing" in row:
+            lines.append(f"not measured: {row['missing']}")
+        elif "ways" in row:
             on_gpu = any("bytes" in way for way in row["ways"].values())
             lines += [
                 "| way | images/s | times as fast (quartiles) | first call |" + " memory, MiB |" * on_gpu,
@@ -32,7 +34,7 @@ def format_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
                 for point in points:
                     lines.append(
                         f"| {name} | {point['size']} "
-                        f"| {1e3 * point['seconds']:.0f} | {point['seconds_over_linear']:.2f} "
+                        f"| {1e3 * point['seconds']:.3g} | {point['seconds_over_linear']:.2f} "
                         f"| {point['bytes'] / 2**20:.0f} | {point['bytes_over_linear']:.2f} |"
                     )
         elif "parts" in row:
@@ -42,6 +44,6 @@ def format_markdown(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
                 lines.append(f"| {name} | {speed:.0f} | {memory:.1f} | {part['flops'] / part['bytes']:.1f} |")
         else:
             lines += ["| | seconds |", "|---|---|"]
-            lines += [f"| {name} | {seconds:.2f} |" for name, seconds in row["seconds"].items()]
+            lines += [f"| {name} | {seconds:.3g} |" for name, seconds in row["seconds"].items()]
         lines.append("")
     return "\n".join(lines)
