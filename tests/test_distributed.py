@@ -1,6 +1,7 @@
 """Several processes, really launched: exact evaluation, equal training, agreed stops, lost processes."""
 
 import importlib.util
+import json
 import os
 import re
 import select
@@ -238,6 +239,23 @@ def test_two_compiled_processes_train_as_two_plain_ones(data, tmp_path, two_proc
     ]
     assert len(losses[0]) == 8
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "graphs"),
+    [
+        ([], 0),
+        (["--use-checkpoint"], 0),
+        pytest.param(["--compile"], 2, marks=pytest.mark.long),  # one of each branch: none is cut at a batch norm
+        pytest.param(["--compile", "--use-checkpoint"], 3, marks=pytest.mark.long),  # one more with frozen statistics
+    ],
+)
+def test_traceable_batch_norms_are_those_of_the_whole_batch(flags, graphs):
+    result = runs.launch("tests/sync_batchnorm_check.py", flags, processes=2, timeout=600)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert max(found["errors"]) < 1e-13
+    assert (found["breaks"], found["graphs"]) == (0, graphs)
 
 
 @pytest.mark.long

@@ -28,6 +28,7 @@ from .faults import KeptStatistics, StopRequested, UpdateVerdict
 from .logging import ProgressLog, TensorBoard, peak_memory_mib
 from .optimizer import scheduled_lr
 from .session import Session
+from .sync_batchnorm import use_traceable_batch_norms
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def build_scaler(precision: Precision) -> torch.amp.GradScaler:
 
 
 def compile_for_training(network: GroupMixFormer, precision: Precision) -> None:
-    """`compile_blocks`; raises UserError under autocast on a CPU.
+    """`compile_blocks`, synchronised batch norms included; raises UserError under autocast on a CPU.
 
     Gradients that are compiled so were not finite on some CPUs and right on others, with torch 2.10 to 2.14 (logits are
     right everywhere).
@@ -67,6 +68,7 @@ def compile_for_training(network: GroupMixFormer, precision: Precision) -> None:
             f"COMPILE with {precision} on a CPU: torch {torch.__version__} may compile gradients that are not finite; "
             "train in float32 (--amp-opt-level O0) or without --compile"
         )
+    use_traceable_batch_norms(network.groupmixformer_backbone)
     compile_blocks(network)
 
 
