@@ -288,6 +288,21 @@ def test_all_processes_fall_back_to_the_same_checkpoint(data, tmp_path, two_proc
     assert runs.digest(newest) == runs.digest(runs.run_folder(two_processes) / newest.name)
 
 
+def test_a_process_that_looks_after_others_ends_well(tmp_path):
+    """Its thread may be inside the store whenever it ends: here it always is."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(runs.ROOT)!r})\n"
+        "from utils import faults\n"
+        "from utils.distributed import close_processes, init_processes\n"
+        "faults.POLL_SECONDS = 1e-6\n"
+        "faults.Watch(init_processes(60), 60).listen()\n"
+        "close_processes()\n"
+    )
+    result = runs.launch(str(script), [], processes=2)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_killed_process_is_named_and_nothing_stays_behind(data, tmp_path):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "200")
     with Launched("train.py", args, processes=2) as run:

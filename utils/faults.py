@@ -1,5 +1,6 @@
 """Signals, lost processes and non-finite numbers: how all processes come to the same conclusion, in bounded time."""
 
+import atexit
 import ctypes
 import math
 import multiprocessing
@@ -89,6 +90,7 @@ class Watch:
         self._group = None
         self._store: dist.Store | None = None
         self._last_norm = 0.0  # gradient norm that the others are yet to be told, NOT_FINITE where it is not
+        self._ending = threading.Event()
         self._meetings = 0
         self._beats = 0  # periods of PATIENCE that this process has lived through; a stopped one stays behind
 
@@ -103,9 +105,16 @@ class Watch:
                 self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._store = dist.distributed_c10d._get_default_store()
             self._store.set(f"pid/{self.processes.rank}", f"{os.getpid()} {socket.gethostname()}")
-            threading.Thread(target=self._look_after_others, daemon=True).start()
+            thread = threading.Thread(target=self._look_after_others, daemon=True)
+            thread.start()
+            atexit.register(self._stop_looking, thread)
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+
+    def _stop_looking(self, thread: threading.Thread) -> None:
+        """A thread that is inside the store when the interpreter goes would end the process with SIGABRT."""
+        self._ending.set()
+        thread.join(STORE_SECONDS)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.received and number == signal.SIGINT:
@@ -172,12 +181,13 @@ class Watch:
         period = PATIENCE * self._timeout.total_seconds()
         seen = reported = 0
         try:
-            while True:
+            while not self._ending.is_set():
                 self._beats += 1
                 self._store.set(f"beat/{self.processes.rank}", f"{self._beats} {socket.gethostname()}")
                 next_beat = time.monotonic() + period
                 while (left := next_beat - time.monotonic()) > 0:
-                    time.sleep(min(left, POLL_SECONDS))
+                    if self._ending.wait(min(left, POLL_SECONDS)):
+                        return
                     if self._store.check(["cause"]):
                         self._end_after_failure()
                 if seen == self._meetings != reported and (missing := self._not_come()):
@@ -191,7 +201,8 @@ class Watch:
         """End this process, with the cause of the one that failed, unless it ends by itself in time."""
         cause = self._store.get("cause").decode()
         self._store.add("told", 1)
-        time.sleep(GRACE_SECONDS)
+        if self._ending.wait(GRACE_SECONDS):
+            sys.exit()  # of this thread
         with SAVING:
             report_failure(cause)
             os._exit(2)
