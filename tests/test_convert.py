@@ -292,8 +292,12 @@ def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path, capsys: pytest
     done = convert(checkpoint, "pth", tmp_path)
     before = Path(done.path).stat().st_mtime_ns
     status, out, err = run(capsys, checkpoint, "--to", "pth", "--output", tmp_path)
-    assert status == 2 and out == "" and err.count("\n") == 1 and done.path in err and "--name" in err
+    assert status == 0 and done.path in out, "the same file, which is there already"
     assert Path(done.path).stat().st_mtime_ns == before
+    Path(done.path).write_text("other")
+    status, out, err = run(capsys, checkpoint, "--to", "pth", "--output", tmp_path)
+    assert status == 2 and out == "" and err.count("\n") == 1 and done.path in err and "--name" in err
+    assert Path(done.path).read_text() == "other"
 
 
 def test_what_is_wrong_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

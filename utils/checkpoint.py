@@ -20,6 +20,7 @@ or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as
 come as a safetensors file, and as what timm's train.py writes (`state_dict`, `state_dict_ema`, and its `args`).
 """
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -210,6 +211,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
                     damaged = next(folders, None) or archive.testzip()
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
+        # In timm's checkpoints: its arguments. timm allows it, too, and other libraries take that back.
+        torch.serialization.add_safe_globals([argparse.Namespace])
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -225,7 +228,11 @@ def load_file(path: str | Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded{what}"
         ) from None
     except Exception as error:  # damaged pickles and zip files raise almost anything
-        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {first_line(error)})") from None
+        what = first_line(error).split(". ")[0]
+        size = Path(path).stat().st_size
+        raise UserError(
+            f"{path}: damaged or not a checkpoint, {size:,} bytes ({type(error).__name__}: {what})"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -380,8 +387,8 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
             if names
         ]
         known = _published_variant(state)
-        hint = [f"they are of {known}: use --cfg configs/{known}.yaml"] if known else []
-        raise UserError(f"{origin}: weights of another network than --cfg describes: {'; '.join(parts + hint)}")
+        of = f"{known}, use --cfg configs/{known}.yaml" if known else "another network than --cfg describes"
+        raise UserError(f"{origin}: weights of {of}: {'; '.join(parts)}")
     network.load_state_dict(state)
 
 

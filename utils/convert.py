@@ -153,7 +153,8 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         name: of the new file, before its hash; '' takes the variant's, or else the source's.
         which: of a training checkpoint, 'raw', 'ema', or 'best': those that it was kept for, else raw.
 
-    Raises UserError where the source is not fit, or the new file already exists.
+    Where the very file is there already, it is left and told like a new one. Raises UserError where the source is not
+    fit, or another file has the new one's name.
     """
     checkpoint = load_file(source)
     state, kind = _weights_in(checkpoint, which, str(source))
@@ -163,9 +164,10 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     unhashed = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)  # of a file that this command wrote
     name = name or (label if label in VARIANTS else unhashed)
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
-    if path.exists():
-        raise UserError(f"{path}: already exists and is not overwritten; give another --name or --output")
-    write_file(content, path)
+    if not path.exists():
+        write_file(content, path)
+    elif path.read_bytes() != content:
+        raise UserError(f"{path}: already exists, with other content, and is not overwritten; give another --name")
     try:
         again, _ = read_weights(path, "raw")
         equal = list(again) == list(state) and all(torch.equal(again[key], state[key]) for key in state)
