@@ -156,7 +156,8 @@ class Watch:
         """
         world_size = self.processes.world_size
         values = torch.cat([self.notes.grad, grad_norm.to(self.notes).view(1)])
-        loss, stops, *marks, grad_norm = values.tolist()  # the update's one wait for a GPU
+        # The update's one wait for a GPU, but for those in torch's synchronised batch norms.
+        loss, stops, *marks, grad_norm = values.tolist()
         self.notes.grad = None
         _compare_norms([norm * world_size for norm in marks[world_size:]])
         ranks = tuple(rank for rank, bad in enumerate(marks[:world_size]) if bad)
