@@ -246,8 +246,8 @@ def test_two_compiled_processes_train_as_two_plain_ones(data, tmp_path, two_proc
     [
         ([], 0),
         (["--use-checkpoint"], 0),
-        pytest.param(["--compile"], 2, marks=pytest.mark.long),  # one of each branch: none is cut at a batch norm
-        pytest.param(["--compile", "--use-checkpoint"], 3, marks=pytest.mark.long),  # one more with frozen statistics
+        # One of each branch, which no batch norm cuts, and one more with frozen statistics.
+        pytest.param(["--compile", "--use-checkpoint"], 3, marks=pytest.mark.long),
     ],
 )
 def test_traceable_batch_norms_are_those_of_the_whole_batch(flags, graphs):
