@@ -20,7 +20,6 @@ or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as
 come as a safetensors file, and as what timm's train.py writes (`state_dict`, `state_dict_ema`, and its `args`).
 """
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -44,7 +43,7 @@ from yacs.config import CfgNode
 from configs import UserError, with_num_classes
 from configs.errors import first_line
 from data.class_names import class_names
-from models import VARIANTS, GroupMixFormer, build_model
+from models import PLAIN_TYPES, VARIANTS, GroupMixFormer, build_model
 
 from .faults import SAVING, unwritable
 
@@ -211,8 +210,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
                     damaged = next(folders, None) or archive.testzip()
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
-        # In timm's checkpoints: its arguments. timm allows it, too, and other libraries take that back.
-        torch.serialization.add_safe_globals([argparse.Namespace])
+        torch.serialization.add_safe_globals(PLAIN_TYPES)  # again: a library that allows one for a while takes it back
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
