@@ -1,6 +1,7 @@
 """Faster loading, chosen by DATA.FAST_LOADING: uint8 tensors in the workers, the rest on the batch.
 
-JPEGs are decoded by torchvision (the same pixels as Pillow's, tested), cropped and resized as uint8 tensors, and
+JPEGs are decoded by torchvision (the same pixels as Pillow's, tested), cropped and resized as uint8 tensors, with
+colours side by side as decoders write them; shears and translations of the policy go line by line. Batches of uint8 are
 normalised where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an
 image is drawn from has the same distribution, but not the same bits: antialiased resizing in torch and in Pillow round
 differently, by a few of 255 levels. `transforms.py` is the exact way, which the released numbers were made with.
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
@@ -24,7 +26,8 @@ from yacs.config import CfgNode
 from configs import UserError
 
 from .datasets import IMAGE_FORMATS, decode_image
-from .transforms import CROP_RATIO, SMALL_IMAGE, train_transform
+from .shearing import shear_by_lines
+from .transforms import CROP_RATIO, SMALL_IMAGE, policy_ops, train_transform
 
 try:  # torchvision 0.29 announces that its decoders will go; Pillow's way costs 0.2 ms more an image
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -39,21 +42,23 @@ _MODES = {
 
 
 def decode_to_tensor(encoded: bytes) -> Tensor:
-    """Decode to a uint8 tensor (3, H, W), with the pixels of `decode_image`, and the same errors for damaged files."""
+    """Decode to a uint8 tensor (H, W, 3), with the pixels of `decode_image`, and the same errors for damaged files."""
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")  # CMYK is converted differently
     if plain and decode_jpeg is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             # A bytearray, because torch warns of buffers that cannot be written to.
-            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    return _to_tensor(decode_image(encoded))
+            image = decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return image.permute(1, 2, 0).contiguous()  # which it is already
+    return torch.from_numpy(np.array(decode_image(encoded)))
 
 
 class FastTrainTransform:
-    """uint8 image (3, H, W) -> augmented uint8 image (3, IMG_SIZE, IMG_SIZE), before erasing and normalising.
+    """uint8 image (H, W, 3) -> augmented uint8 image (IMG_SIZE, IMG_SIZE, 3), before erasing and normalising.
 
-    Crop, mirror and RandAugment are those of `train_transform`, with its parameters; RandAugment is timm's on Pillow.
+    Crop, mirror and policy are those of `train_transform`, with its parameters and draws; the policy is timm's on
+    Pillow, but for `shearing.py`.
     """
 
     def __init__(self, config: CfgNode) -> None:
@@ -66,25 +71,29 @@ class FastTrainTransform:
         self.policy = [t for t in exact[1:] if not isinstance(t, transforms.RandomHorizontalFlip)]
         names = [type(t).__name__ for t in self.policy]
         self.policy = self.policy[: names.index("MaybeToTensor")]
+        for step in self.policy:
+            shear_by_lines(policy_ops(step))
+            if isinstance(step, RandAugment):
+                step.ops = np.array(step.ops, dtype=object)  # which NumPy draws from without making one every time
 
     def __call__(self, image: Tensor) -> Tensor:
         if self.size <= SMALL_IMAGE:
-            image = self.crop(image)
+            image = self.crop(image.permute(2, 0, 1)).permute(1, 2, 0)
         else:
-            top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-            image = _resize(image[:, top : top + height, left : left + width], (self.size,) * 2, self.modes)
+            top, left, height, width = self.crop.get_params(image.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
+            image = _resize(image[top : top + height, left : left + width], (self.size,) * 2, self.modes)
         if random.random() < self.hflip:
-            image = image.flip(2)
+            image = image.flip(1)
         if self.policy:
-            augmented = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            augmented = Image.fromarray(image.numpy())
             for step in self.policy:
                 augmented = step(augmented)
-            image = _to_tensor(augmented)
+            image = torch.from_numpy(np.array(augmented))
         return image.contiguous()
 
 
 class FastEvalTransform:
-    """uint8 image (3, H, W) -> resized and cropped uint8 image (3, IMG_SIZE, IMG_SIZE), before normalising."""
+    """uint8 image (H, W, 3) -> resized and cropped uint8 image (IMG_SIZE, IMG_SIZE, 3), before normalising."""
 
     def __init__(self, config: CfgNode) -> None:
         self.size, self.centre_crop = config.DATA.IMG_SIZE, config.TEST.CROP
@@ -92,19 +101,20 @@ class FastEvalTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         if not self.centre_crop:
-            return _resize(image, (self.size, self.size), self.modes).contiguous()
-        return functional.center_crop(self.resize(image), [self.size, self.size]).contiguous()
+            return _resize(image, (self.size, self.size), self.modes)
+        image = functional.center_crop(self.resize(image).permute(2, 0, 1), [self.size, self.size])
+        return image.permute(1, 2, 0).contiguous()
 
     def resize(self, image: Tensor) -> Tensor:
         """Bring the short side to IMG_SIZE * 256 / 224, as torchvision's Resize rounds it."""
-        height, width = image.shape[1:]
+        height, width = image.shape[:2]
         short = int(self.size / CROP_RATIO)
         size = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
         return image if size == (height, width) else _resize(image, size, self.modes)
 
 
 class FastViewsTransform:
-    """uint8 image (3, H, W) -> the views of `views_transform`, uint8 (views, 3, IMG_SIZE, IMG_SIZE)."""
+    """uint8 image (H, W, 3) -> the views of `views_transform`, uint8 (views, IMG_SIZE, IMG_SIZE, 3)."""
 
     def __init__(self, config: CfgNode) -> None:
         self.transform = FastEvalTransform(config)
@@ -114,7 +124,8 @@ class FastViewsTransform:
         if not self.crops:
             return self.transform(image)[None]
         size = [self.transform.size] * 2
-        return torch.stack(functional.five_crop(self.transform.resize(image), size))
+        views = functional.five_crop(self.transform.resize(image).permute(2, 0, 1), size)
+        return torch.stack([view.permute(1, 2, 0) for view in views])
 
 
 def build_erasing(config: CfgNode, device: torch.device) -> RandomErasing | None:
@@ -139,9 +150,6 @@ def _interpolation_modes(config: CfgNode, training: bool) -> list[Any]:
 
 def _resize(image: Tensor, size: tuple[int, int], modes: list[Any]) -> Tensor:
     mode = modes[0] if len(modes) == 1 else random.choice(modes)
-    image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # colours side by side, as they are decoded: faster
-    return functional.resize(image, list(size), mode, antialias=True)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    # Contiguous, so that torch sees a channels-last image, which it resizes faster, into another one.
+    image = functional.resize(image.contiguous().permute(2, 0, 1), list(size), mode, antialias=True)
+    return image.permute(1, 2, 0).contiguous()

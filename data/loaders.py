@@ -87,9 +87,10 @@ class TrainingData:
         return self.order.updates_per_epoch
 
     def batches(self, epoch: int, update: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, 3, H, W) and class indices (B), batch after batch, from this update of this epoch to its end.
+        """Images and class indices (B), batch after batch, from this update of this epoch to its end.
 
-        `finish` makes the network's input of the images.
+        `finish` makes the network's input of the images, which are (B, 3, H, W), or with DATA.FAST_LOADING uint8 and
+        (B, H, W, 3).
 
         An unreadable image is named and replaced by its next readable neighbour; UserError after too many of them.
         """
@@ -149,7 +150,7 @@ def build_eval_loader(
 ) -> DataLoader:
     """Batches of this process's share, every `world_size`-th image: shares differ by one, no image is in two.
 
-    With DATA.FAST_LOADING 'all' images are uint8: `normalize` them on their device.
+    With DATA.FAST_LOADING 'all' images are uint8 (B, H, W, 3): `normalize` them on their device.
     """
     if config.DATA.FAST_LOADING == "all":
         dataset = ImageDataset(source, FastEvalTransform(config), decode_to_tensor)
@@ -163,7 +164,7 @@ def build_prediction_loader(
 ) -> tuple[DataLoader, list[range]]:
     """Every `world_size`-th batch: images (B, views, 3, H, W) and class indices; and the images of all the batches.
 
-    With DATA.FAST_LOADING 'all' images are uint8: `normalize` them on their device.
+    With DATA.FAST_LOADING 'all' images are uint8 (B, views, H, W, 3): `normalize` them on their device.
 
     Which images make up a batch does not depend on the number of processes, and so the bits of a prediction do not.
     """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
-from timm.data.auto_augment import posterize
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 from yacs.config import CfgNode
@@ -35,21 +35,27 @@ def train_transform(config: CfgNode) -> transforms.Compose:
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({error})") from None
-    _allow_zero_bits(transform)
+    for step in transform.transforms:
+        _allow_zero_bits(policy_ops(step))
     if size <= SMALL_IMAGE:
         transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING, pad_if_needed=True)
     return transform
 
 
-def _allow_zero_bits(transform: transforms.Compose) -> None:
-    """Let timm's 'PosterizeIncreasing' keep no bits, which the released policy asks for at magnitude 10.
+def policy_ops(step: Any) -> list[AugmentOp]:
+    """The operations that a step of timm's transforms draws from: a policy's; none of what is no policy."""
+    pairs = getattr(step, "policy", [])  # AutoAugment: pairs of operations
+    return [*getattr(step, "ops", []), *(op for pair in pairs for op in pair)]
+
+
+def _allow_zero_bits(ops: Sequence[AugmentOp]) -> None:
+    """Let timm's 'Posterize' keep no bits, which the released policy asks for at magnitude 10.
 
     That gave a black image until Pillow 13, which raises ValueError instead.
     """
-    for step in transform.transforms:
-        for op in getattr(step, "ops", []):
-            if op.name.startswith("Posterize"):
-                op.aug_fn = _posterize
+    for op in ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -131,9 +137,10 @@ def build_mixup(config: CfgNode) -> Mixup | None:
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 batch (B, 3, H, W) -> normalised float32, on its device; float batches are normalised already and pass.
+    """uint8 batch (B, H, W, 3) -> normalised float32 (B, 3, H, W), on its device; float batches pass, as they are that.
 
-    The arithmetic is that of torchvision's ToTensor and Normalize, bit for bit.
+    Views (B, views, H, W, 3) become (B, views, 3, H, W). The arithmetic is that of torchvision's ToTensor and
+    Normalize, bit for bit.
     """
     if images.dtype != torch.uint8:
         return images
@@ -141,7 +148,8 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
         torch.tensor(values, device=images.device).view(-1, 1, 1)
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    return images.float().div_(255).sub_(mean).div_(std)
+    images = images.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(255).sub_(mean).div_(std)
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
