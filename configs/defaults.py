@@ -259,7 +259,7 @@ def get_config(args: argparse.Namespace, notify: Callable[[str], None] = print) 
 
     Args:
         args: the parsed command line (`configs.arguments.parse_args`).
-        notify: is called with one line for each key that is accepted and ignored.
+        notify: is called with one line for each key or flag that is accepted and ignored.
 
     Raises UserError, one line that names file or option, key and value, for whatever is wrong.
     """
@@ -269,9 +269,12 @@ def get_config(args: argparse.Namespace, notify: Callable[[str], None] = print) 
         raise UserError(f"--opts takes pairs of KEY and VALUE, but {args.opts[-1]!r} has no value")
     for key, value in zip(args.opts[::2], args.opts[1::2]):
         _set(config, key, value, "--opts", notify)
-    for key, value in flag_values(args).items():
+    flags = flag_values(args)
+    for key, value in flags.items():
         _set(config, key, value, "the command line", notify)
     validate(config)
+    if "DATA.CACHE_MODE" in flags and not config.DATA.ZIP_MODE:
+        notify("--cache-mode has no effect without --zip: images are read from folders")
     config.freeze()
     return config
 

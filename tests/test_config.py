@@ -157,6 +157,14 @@ def test_retired_key_is_accepted_with_one_notice_and_no_effect(tmp_path, key, th
     assert to_dict(config) == to_dict(defaults._C)
 
 
+def test_a_cache_mode_without_zip_files_is_told(tmp_path):
+    path = write_yaml(tmp_path, "")
+    for flags, told in ((["--cache-mode", "full"], 1), (["--cache-mode", "full", "--zip"], 0), ([], 0)):
+        notices = []
+        get_config(parse_args(["--cfg", path, *flags]), notices.append)
+        assert len(notices) == told and all("--cache-mode has no effect without --zip" in line for line in notices)
+
+
 def test_retired_and_known_keys_are_different():
     assert set(RETIRED_KEYS) == set(RELEASED_BUT_RETIRED)
     assert not set(RETIRED_KEYS) & set(dict(config_keys()))

@@ -111,7 +111,7 @@ def test_onnxruntime_gives_torchs_logits_for_any_batch_and_size(tmp_path: Path) 
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    network = timm.create_model("groupmixformer_small", num_classes=1000).eval()
+    network = timm.create_model("groupmixformer_miny", num_classes=1000).eval()
     for module in network.modules():  # logits of fresh networks are nearly zero, and would agree too easily
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

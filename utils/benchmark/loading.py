@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs import UserError, get_config, parse_args
+from configs import UserError, get_config, parse_args, with_values
 from data.datasets import decode_image
 from data.fast_loading import FastEvalTransform, FastTrainTransform, decode_to_tensor
 from data.pack import shrink
@@ -29,6 +29,7 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     encoded = [source.read(int(index)) for index in chosen]
     packed = [shrink(content, 256, 95) for content in encoded]
     exact_train, fast_train = train_transform(config), FastTrainTransform(config)
+    no_policy = FastTrainTransform(with_values(config, {"AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0}))
     exact_eval, fast_eval = eval_transform(config), FastEvalTransform(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,6 +40,7 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
             "fast": lambda: _each(encoded, decode_to_tensor, fast_train),
             "exact, packed (256, quality 95)": lambda: _each(packed, decode_image, exact_train),
             "fast, packed (256, quality 95)": lambda: _each(packed, decode_to_tensor, fast_train),
+            "fast, without the policy": lambda: _each(encoded, decode_to_tensor, no_policy),
             "decoding alone": lambda: _each(encoded, decode_to_tensor, lambda image: image),
         }
         validation = {
