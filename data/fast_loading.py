@@ -50,15 +50,15 @@ def decode_to_tensor(encoded: bytes) -> Tensor:
             warnings.simplefilter("ignore", DeprecationWarning)
             # A bytearray, because torch warns of buffers that cannot be written to.
             image = decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        return image.permute(1, 2, 0).contiguous()  # which it is already
+        return image.permute(1, 2, 0)
     return torch.from_numpy(np.array(decode_image(encoded)))
 
 
 class FastTrainTransform:
     """uint8 image (H, W, 3) -> augmented uint8 image (IMG_SIZE, IMG_SIZE, 3), before erasing and normalising.
 
-    Crop, mirror and policy are those of `train_transform`, with its parameters and draws; the policy is timm's on
-    Pillow, but for `shearing.py`.
+    Crop, mirror and policy are those of `train_transform`, with its parameters and its draws from the same random
+    state; the policy is timm's on Pillow, but for `shearing.py`.
     """
 
     def __init__(self, config: CfgNode) -> None:
@@ -82,7 +82,7 @@ class FastTrainTransform:
         else:
             top, left, height, width = self.crop.get_params(image.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
             image = _resize(image[top : top + height, left : left + width], (self.size,) * 2, self.modes)
-        if random.random() < self.hflip:
+        if self.hflip and torch.rand(1) < self.hflip:  # as torchvision draws it, and timm leaves it out
             image = image.flip(1)
         if self.policy:
             augmented = Image.fromarray(image.numpy())
@@ -150,6 +150,8 @@ def _interpolation_modes(config: CfgNode, training: bool) -> list[Any]:
 
 def _resize(image: Tensor, size: tuple[int, int], modes: list[Any]) -> Tensor:
     mode = modes[0] if len(modes) == 1 else random.choice(modes)
+    if not image.numel():  # timm crops nothing from images of a pixel or two, and Pillow makes black of it
+        return image.new_zeros(*size, 3)
     # Contiguous, so that torch sees a channels-last image, which it resizes faster, into another one.
     image = functional.resize(image.contiguous().permute(2, 0, 1), list(size), mode, antialias=True)
     return image.permute(1, 2, 0).contiguous()

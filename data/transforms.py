@@ -148,8 +148,8 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
         torch.tensor(values, device=images.device).view(-1, 1, 1)
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    images = images.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
-    return images.div_(255).sub_(mean).div_(std)
+    # Colours stay side by side in memory, channels last, which the network asks for.
+    return images.movedim(-1, -3).float().div_(255).sub_(mean).div_(std)
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
