@@ -433,7 +433,8 @@ def find_marked(mark: bytes) -> list[int]:
 
 
 def log(message: str) -> None:
-    print(f"multi_machine_start.py: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody may be reading it any more
+        print(f"multi_machine_start.py: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,11 +8,13 @@ other-norm:<rank>:<update>  it finds another gradient norm than the others
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
 interrupt:<rank>:<update>  likewise SIGINT, twice
 raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk', 'binary' or other words
+compiler:<rank>:<update>:<signal>  its compiler fails there; with a signal, which it has got too
 raise-alone:<rank>:<update>:<what>  likewise, and the others then wait without end, as they would in NCCL
 hold:<rank>:<update>     that process waits in that update for the file "go on" in the output folder
 sigterm-in:<place>:<rank>  that process gets SIGTERM when it begins to evaluate, or to save; it prints the time
 slow-save                saving waits for the file "go on" in the output folder
 differ:<rank>:<word>:<other>  that process has another word on its command line
+none                     nothing
 frozen-norms             batch norms use their running statistics in training too
 """
 
@@ -104,6 +106,19 @@ elif kind in ("raise", "raise-alone"):
         return forward_backward(session, trainer, *rest)
 
     engine._accumulate_gradients = raising
+elif kind == "compiler":
+    from torch._inductor.exc import InductorError
+
+    forward_backward = engine._accumulate_gradients
+
+    def uncompiled(session, trainer, *rest):
+        if (session.processes.rank, trainer.num_updates) == (int(where[0]), int(where[1])):
+            if where[2]:
+                signal.raise_signal(signal.Signals[where[2]])
+            raise InductorError(RuntimeError("C++ compile error\nwith many lines"), None)
+        return forward_backward(session, trainer, *rest)
+
+    engine._accumulate_gradients = uncompiled
 elif kind == "hold":
     forward_backward = engine._accumulate_gradients
 

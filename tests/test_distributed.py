@@ -227,6 +227,22 @@ def test_what_a_killed_compiler_left_is_removed(data, tmp_path):
     assert not remove_unfinished_binary(ImportError(f"{other}: file too short")) and other.exists()
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", ""])
+def test_a_compiler_that_got_the_stop_signal_too_is_no_failure(data, tmp_path, number):
+    """Schedulers, `timeout` and terminals signal every process of a job, and a compiler ends of it."""
+    env = {"FAULT": f"compiler:0:2:{number}", "LAUNCHER_EXIT_FILE": str(tmp_path / "code")}
+    result = runs.launch(FAULT_TRAIN, runs.arguments(data, tmp_path), env=env)
+    if number:
+        assert result.returncode == 75 and (tmp_path / "code").read_text() == "75"
+        assert result.stderr.splitlines() == [
+            f"fault_train.py: error: {number} has stopped the run and its compiler; the same command continues from "
+            "the last checkpoint"
+        ]
+    else:
+        assert result.returncode == 1 and not (tmp_path / "code").exists()
+        assert "InductorError" in result.stderr.splitlines()[-1] and "C++ compile error" in result.stderr
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("opts", [(), ("TRAIN.USE_CHECKPOINT", "True")], ids=["", "checkpointing"])
 def test_two_compiled_processes_train_as_two_plain_ones(data, tmp_path, two_processes, opts):

@@ -713,6 +713,26 @@ def test_no_byte_is_free_from_here_on(data, small_disk, straight, place, name, f
     assert final_state(small_disk, 2) == straight
 
 
+@pytest.mark.parametrize(("fault", "status"), [("none", 0), ("raise:0:3:disk", 2)], ids=["", "fault"])
+def test_a_run_outlives_whoever_reads_it(data, tmp_path, straight, fault, status):
+    """A terminal that was closed, a `tee` that was killed: the log file goes on, and so does the status."""
+    command = runs.command("tests/fault_train.py", runs.arguments(data, tmp_path))
+    environment = runs.environment() | {"FAULT": fault, "LAUNCHER_CAUSE_FILE": str(tmp_path / "cause")}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=runs.ROOT, env=environment, **pipes) as process:
+        while "Train: " not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(TIMEOUT_SECONDS) == status
+    log = (runs.run_folder(tmp_path) / "log_rank0.txt").read_text()
+    assert log.count("<stdout> cannot be written any more: Broken pipe") == 1
+    if status:
+        assert (tmp_path / "cause").read_text().endswith("Read-only file system")
+    else:
+        assert "2 epochs done" in log and final_state(tmp_path, 2) == straight
+
+
 def test_read_only_output(data, small_disk, straight):
     args = runs.arguments(data, small_disk, "SAVE_EVERY_UPDATES", "1")
     status, text = train_in_fork(args, lambda: Steps(kill_at=20))

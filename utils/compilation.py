@@ -1,6 +1,7 @@
 """Compilation by torch.compile, one block a stage instead of the whole network."""
 
 import re
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import torch
@@ -40,6 +41,14 @@ def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> 
         for block in stage.gma_stage:
             block.attention_branch = torch.compile(block.attention_branch, **options)
             block.mlp_branch = torch.compile(block.mlp_branch, **options)
+
+
+def is_compiler_failure(error: Exception) -> bool:
+    """Whether the compiler has failed, or one of the processes that it starts was killed."""
+    from torch._dynamo.exc import BackendCompilerFailed  # asked for only now: they import much
+    from torch._inductor.exc import CppCompileError
+
+    return isinstance(error, BackendCompilerFailed | CppCompileError | BrokenExecutor)
 
 
 def remove_unfinished_binary(error: Exception) -> str:

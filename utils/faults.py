@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.errors import first_line
 
+from .compilation import is_compiler_failure
 from .distributed import Processes
 
 # What a stopped and saved run exits with (sysexits' EX_TEMPFAIL): start the same command again to go on.
@@ -48,6 +49,10 @@ class Fault(UserError):
 
     Starting the same command again may help, which multi_machine_start.py does.
     """
+
+
+class CompilerStopped(Fault):
+    """A signal asked this run to stop, and ended the compiler too: the state is not that of a whole update."""
 
 
 class StopRequested(Exception):
@@ -210,7 +215,10 @@ class Watch:
 
     @contextmanager
     def naming_lost_processes(self) -> Iterator[None]:
-        """Turn the failure of a collective operation into one line that names who did not come."""
+        """Turn the failure of a collective operation into one line that names who did not come.
+
+        A compiler that got the signal which asks this run to stop, as each process of a job may, is no failure either.
+        """
         try:
             yield
         except (FloatingPointError, torch.OutOfMemoryError):
@@ -218,6 +226,9 @@ class Watch:
         except UserError as error:
             raise Fault(error.one_line()) from error
         except RuntimeError as error:
+            if self.received and is_compiler_failure(error):
+                what = f"{signal.Signals(self.received).name} has stopped the run and its compiler"
+                raise CompilerStopped(f"{what}; the same command continues from the last checkpoint") from None
             if self._group is None or lost_loader_worker(error) or not _is_communication_failure(error):
                 raise
             raise Fault(f"{self._who_is_missing()}: {first_line(error)}") from None
@@ -364,9 +375,10 @@ def report_failure(message: str) -> None:
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
     line = f"{Path(sys.argv[0]).name}: {who}: {message}"
-    # The line and its end in one piece: print writes them one by one, and another process may write in between.
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody may be reading it any more
+        # The line and its end in one piece: print writes them one by one, and another process may write in between.
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
     tell_launcher(line)
 
 

@@ -30,7 +30,10 @@ GRID_IMAGES = 16
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Prints above a progress bar, where there is one, instead of through it."""
+    """Prints above a progress bar, where there is one, instead of through it; no more once nobody reads it.
+
+    A terminal that was closed, or a `tee` that was killed, must not end a run of days: its log is in a file too.
+    """
 
     def __init__(self, to_stderr: bool) -> None:
         super().__init__()
@@ -38,9 +41,16 @@ class _ConsoleHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if self.to_stderr else sys.stdout
-        # In one piece with its end, or another process's line could come in between.
-        tqdm.write(f"{self.format(record)}\n", file=stream, end="")
-        stream.flush()
+        try:
+            # In one piece with its end, or another process's line could come in between.
+            tqdm.write(f"{self.format(record)}\n", file=stream, end="")
+            stream.flush()
+        except OSError as error:
+            # What is buffered, and whatever else is printed, goes nowhere from now on, instead of failing each time.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            logging.getLogger(record.name).warning(
+                f"{stream.name} cannot be written any more: {error.strerror}; it goes nowhere now"
+            )
 
 
 class _FileHandler(logging.FileHandler):

@@ -26,6 +26,8 @@ from .compilation import remove_unfinished_binary
 from .distributed import Processes, close_processes, decide_on_main, init_processes
 from .faults import (
     EXIT_MISTAKE,
+    EXIT_STOPPED,
+    CompilerStopped,
     Fault,
     Watch,
     die_with_launcher,
@@ -162,6 +164,9 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
             message += "--use-checkpoint"
         message = message or remove_unfinished_binary(error) or failure_of_another(error)
         status = EXIT_MISTAKE if message else 1
+        if isinstance(error, CompilerStopped):
+            status = EXIT_STOPPED
+            leave_exit_code(EXIT_STOPPED)
         if not message:
             traceback.print_exc()
             message = f"{type(error).__name__}: {first_line(error)}"
