@@ -1,6 +1,7 @@
 """From image to network input: the released transforms, made by timm, and mixup."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -144,12 +145,16 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     """
     if images.dtype != torch.uint8:
         return images
-    mean, std = (
-        torch.tensor(values, device=images.device).view(-1, 1, 1)
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = _mean_and_std(images.device)
     # Colours stay side by side in memory, channels last, which the network asks for.
     return images.movedim(-1, -3).float().div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(3, 1, 1) each; kept, because a copy to a GPU waits for all of its work, and this would be one a batch."""
+    mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
