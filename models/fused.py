@@ -12,8 +12,12 @@ What is done, and why it is exact:
 - a segment holds a quarter of the heads, as channels that follow each other. Attention runs on a segment at a time, and
   products of one head with another are masked, which is cheaper than to bring heads into an order of their own;
 - windows of 5x5 positions are padded with zeros where they share a segment with 7x7 ones;
-- on a CPU in float32, Linears run with packed weights and their activation in oneDNN, where PyTorch has it.
+- on a CPU in float32, Linears and convolutions run with packed weights and their activation in oneDNN, where PyTorch
+  has it.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,16 +54,29 @@ _packed_weights = WeakTensorKeyDictionary()
 SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time, 16 MB
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
+def _packed(weight: Tensor, pack: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`pack(weight, *arguments)`, kept until the weight changes or goes."""
     version = 0 if weight.is_inference() else weight._version
     packed_version, packed = _packed_weights.get(weight, (None, None))
     if packed is None or packed_version != version:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
+        packed = pack(weight, *arguments)
         _packed_weights[weight] = version, packed
+    return packed
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
+    packed = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.numel() // x.shape[-1])
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
+
+
+def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str) -> Tensor:
+    """Convolution with 'same' padding, then activation, in one oneDNN call, on maps in channels-last order."""
+    settings = [weight.shape[-1] // 2] * 2, [stride] * 2, [1, 1], groups
+    packed = _packed(weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "")
 
 
 def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
@@ -77,12 +94,16 @@ def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
 
 # Inductor calls the same kernels where it may treat weights as constants ("freezing"); as operators of their own they
 # let one compiled block serve all blocks of its stage. `torch.library.custom_op` would define them in fewer lines, but
-# costs 50 us a call, a twentieth of the whole network: it prepares for gradients, which these do not have.
+# costs 50 us a call, a twentieth of the whole network: it prepares for gradients, which these do not have. The tag
+# allows inputs of any strides: without it, inductor would write a copy for each operator that reads a tensor.
 _library = torch.library.Library("groupmixformer", "DEF")
-_library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual) -> Tensor")
-_library.impl("packed_linear", _packed_linear, "CPU")
-_library.define("packed_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, float eps) -> Tensor")
-_library.impl("packed_mlp", _packed_mlp, "CPU")
+for _signature, _operator in (
+    ("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual)", _packed_linear),
+    ("packed_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int groups, str activation)", _packed_conv2d),
+    ("packed_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, float eps)", _packed_mlp),
+):
+    _library.define(f"{_signature} -> Tensor", tags=(torch.Tag.flexible_layout,))
+    _library.impl(_signature.partition("(")[0], _operator, "CPU")
 
 
 @torch.library.register_fake("groupmixformer::packed_linear", lib=_library)
@@ -90,9 +111,28 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("groupmixformer::packed_conv2d", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str) -> Tensor:
+    size = [(edge - 1) // stride + 1 for edge in x.shape[2:]]
+    return x.new_empty(x.shape[0], weight.shape[0], *size).contiguous(memory_format=torch.channels_last)
+
+
 @torch.library.register_fake("groupmixformer::packed_mlp", lib=_library)
 def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
+
+
+_HAS_PACKED_WEIGHTS = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's library, which has no activations inside of others
+)
+
+
+def _takes_packed_weights(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's kernels for packed weights take `x`: float32 on a CPU, outside autocast."""
+    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return _HAS_PACKED_WEIGHTS and on_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
 
 
 class FusedLinear(nn.Module):
@@ -105,16 +145,11 @@ class FusedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.is_packed_for(x):
+        if _takes_packed_weights(x, self.weight):
             run = torch.ops.groupmixformer.packed_linear if torch.compiler.is_compiling() else _packed_linear
             return run(x, self.weight, self.bias, self.activation, residual)
         x = _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         return x if residual is None else x + residual
-
-    def is_packed_for(self, x: Tensor) -> bool:
-        """Whether oneDNN's kernels for packed weights take `x`: float32 on a CPU, outside autocast."""
-        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return _HAS_PACKED_LINEAR and on_cpu and x.dtype == self.weight.dtype == torch.float32 and x.numel() > 0
 
 
 class FusedMLP(nn.Module):
@@ -127,13 +162,10 @@ class FusedMLP(nn.Module):
         self.fc2 = FusedLinear(mlp.fc2.weight, mlp.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fc1.is_packed_for(x):
+        if _takes_packed_weights(x, self.fc1.weight):
             run = torch.ops.groupmixformer.packed_mlp if torch.compiler.is_compiling() else _packed_mlp
             return run(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.eps)
         return self.fc2(self.fc1(F.layer_norm(x, x.shape[2:], eps=self.eps)), residual=x)
-
-
-_HAS_PACKED_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class FusedConv2d(nn.Module):
@@ -148,6 +180,9 @@ class FusedConv2d(nn.Module):
         self.stride, self.groups, self.activation = stride, groups, activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if _takes_packed_weights(x, self.weight):
+            run = torch.ops.groupmixformer.packed_conv2d if torch.compiler.is_compiling() else _packed_conv2d
+            return run(x, self.weight, self.bias, self.stride, self.groups, self.activation)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.weight.shape[-1] // 2, groups=self.groups)
         return _ACTIVATIONS[self.activation](x)
 
@@ -182,7 +217,7 @@ class FusedSegment(nn.Module):
         q, k, v = x.chunk(3, dim=2)  # each (B, N, s)
         context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v) * self.scaled_mask  # (B, s, s)
         position = _tokens(self.position(_maps(v, size)))
-        return torch.baddbmm(position.mul_(q), q, context)
+        return torch.bmm(q, context).addcmul_(position, q)
 
 
 class FusedLocalBranch(nn.Module):

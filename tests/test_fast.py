@@ -12,6 +12,7 @@ import runs
 import timm
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 import models
 import models.fused
@@ -115,13 +116,15 @@ def test_fused_stage_maps_are_those_of_the_network() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_difference_of_fused_float32_is_rounding(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packed:
-        monkeypatch.setattr(models.fused, "_HAS_PACKED_LINEAR", False)
+        monkeypatch.setattr(models.fused, "_HAS_PACKED_WEIGHTS", False)
     network = network_of()
-    x = images(224, 224)
-    with torch.no_grad():
-        expected = network_of(torch.float64)(x.double())
-        assert relative_error(network(x), expected) < 1e-6
-        assert relative_error(fuse(network)(x), expected) < 1e-6
+    exact, fused = network_of(torch.float64), fuse(network)
+    for size in ((224, 224), (64, 96), (33, 47), (16, 16)):  # weights are packed once, for the first
+        x = images(*size)
+        with torch.no_grad():
+            expected = exact(x.double())
+            assert relative_error(network(x), expected) < 1e-6
+            assert relative_error(fused(x), expected) < 1e-6
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -287,6 +290,16 @@ def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
     compile_blocks(compiled)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         assert relative_error(compiled(x), fused(x)) < 16 * eps
+
+
+@pytest.mark.long
+def test_compiled_segments_read_one_copy_of_the_tokens() -> None:
+    """Inductor writes one for each operator that asks for strides, and each costs a pass over memory."""
+    torch._dynamo.reset()
+    block = fuse(network_of()).stages[0][0]
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(block, dynamic=False), torch.randn(2, 24, 40), (4, 6))
+    assert code.count("empty_strided_cpu((2, 24, 40)") == 2, "normalised tokens, and the segments' joined outputs"
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
