@@ -86,8 +86,9 @@ choose_gpus() {
 
 # run_distributed SCRIPT "$@": what run_train.sh and run_eval.sh do, which differ in SCRIPT only. Replaces this shell.
 # Training goes through multi_machine_start.py, with one machine: torchrun alone would turn the 75 of a saved run into 1.
+# An evaluation by one process needs no torchrun, which would print a traceback of its own below the cause of a failure.
 run_distributed() {
-    local script=$1 code own
+    local script=$1 code own launcher
     shift
     split_arguments 2 "$@"
     code=$(CDPATH='' cd -- "${POSITIONAL[1]:-$ROOT}" && pwd) || die "no such checkout: ${POSITIONAL[1]}"
@@ -110,7 +111,9 @@ run_distributed() {
         exec "$PYTHON" multi_machine_start.py --machine_num 1 --np "$GPUS" --config "$CFG" \
             --data_path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" -- "${own[@]}" "${EXTRA[@]}"
     fi
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$script" --cfg "$CFG" \
+    launcher=()
+    ((GPUS == 1)) || launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+    exec "$PYTHON" "${launcher[@]}" "$script" --cfg "$CFG" \
         --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" "${own[@]}" "${EXTRA[@]}"
 }
 

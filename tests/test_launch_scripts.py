@@ -152,12 +152,15 @@ RUNS = [("launch_scripts/run_train.sh", "train.py"), ("launch_scripts/run_eval.s
 
 
 def started(processes: str, script: str, config: str, data_path: str, output: str = "./output") -> list[str]:
-    """Training goes through the launcher, which ends with 75 once the run has saved; evaluation has no such end."""
+    """Training goes through the launcher, which ends with 75 once the run has saved; evaluation has no such end.
+
+    One process that evaluates runs by itself: torchrun would print a traceback below the cause of a failure.
+    """
     if script == "train.py":
         launch = ["multi_machine_start.py", "--machine_num", "1", "--np", processes, "--config", config]
         return [*launch, "--data_path", data_path, "--output", output, "--"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
-    return [*launch, "--cfg", config, "--data-path", data_path, "--output", output]
+    launch = [] if processes == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return [*launch, script, "--cfg", config, "--data-path", data_path, "--output", output]
 
 
 @pytest.mark.parametrize(("script", "program"), RUNS)
