@@ -222,6 +222,7 @@ def _origin(m: dict[str, Any]) -> str:
         views.get(m.get("tta"), m.get("tta")),
         m.get("precision"),
         m.get("fused") and "fused",
+        m.get("compiled") and "compiled",
         m.get("fast_loading") and "fast loading",
     ]
     return " \N{MIDDLE DOT} ".join(str(value) for value in known if value)
@@ -246,7 +247,7 @@ def _numbers(content: dict[str, Any]) -> str:
     cards = [
         ("Acc@1", f"{_number(m['acc1'], 3)} %", span("acc1_interval")),
         ("Acc@5", f"{_number(m['acc5'], 3)} %", span("acc5_interval")),
-        ("Mean over classes", f"{_number(m['mean_class_acc1'], 3)} %", f"Acc@1 of {m['classes']} classes"),
+        ("Class mean", f"{_number(m['mean_class_acc1'], 3)} %", f"Acc@1, averaged over {m['classes']} classes"),
         ("NLL", _number(m["nll"], 4), "nats; smaller is better"),
         ("Calibration error", _number(m["ece"], 4), "expected, 0 to 1"),
         ("Images", f"{m['counted']:,}", f"{content['num_mistakes']:,} predicted wrongly"),
@@ -278,6 +279,8 @@ def _calibration(m: dict[str, Any]) -> str:
     verdict = "more sure than it is right" if gap > 0 else "less sure than it is right"
     fitted = m.get("temperature")
     note = f" A temperature of {fitted['value']:.3f} would fit these images best." if fitted else ""
+    if fitted and fitted.get("at_limit"):
+        note = f" The temperature that would fit these images best lies beyond {fitted['value']:g}."
     return (
         "<section><h2>Calibration</h2><p>Of the images that are predicted with a given confidence, how many are "
         f"correct. On average the network is {verdict}. Bars below the dashed line say: too sure.{_text(note)} Faint "

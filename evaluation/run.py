@@ -89,6 +89,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             "tta": config.TEST.TTA,
             "precision": str(precision),
             "fused": config.TEST.FUSE,
+            "compiled": config.COMPILE,
             "fast_loading": config.DATA.FAST_LOADING == "all",
         }
         results.append(
@@ -141,6 +142,7 @@ def _name(config: CfgNode, weights: str, device: torch.device) -> str:
     parts += [config.TEST.TTA] * (config.TEST.TTA != "none")
     parts += ["uncropped"] * (not config.TEST.CROP)
     parts += ["fused"] * config.TEST.FUSE
+    parts += ["compiled"] * config.COMPILE
     parts += ["fast"] * (config.DATA.FAST_LOADING == "all")
     default = with_values(config, {"AMP_OPT_LEVEL": "", "AMP_DTYPE": "bfloat16"})
     precision, usual = (str(build_precision(each, device)) for each in (config, default))
@@ -184,15 +186,16 @@ def report_throughput(session: Session) -> None:
 
 
 def report_flops(session: Session) -> None:
-    """Log FLOPs and parameters, by module and in all; needs neither data nor weights."""
+    """Log FLOPs and parameters, by module and in all, for MODEL.GMA.NUM_CLASSES; needs neither data nor weights."""
     config = session.config
+    classes = config.MODEL.GMA.NUM_CLASSES
     flops, parameters, table = count_flops(build_model(config), _input_shape(config))
     session.logger.info(table)
     session.logger.info(
-        f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}: {flops / 1e9:.3f} GFLOPs, "
-        f"{parameters:,} parameters"
+        f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {classes} classes: "
+        f"{flops / 1e9:.3f} GFLOPs, {parameters:,} parameters"
     )
-    _write_measurement(session, {"flops": flops, "parameters": parameters})
+    _write_measurement(session, {"num_classes": classes, "flops": flops, "parameters": parameters})
 
 
 def _write_measurement(session: Session, content: dict[str, Any]) -> None:

@@ -17,11 +17,12 @@ from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import UserError, get_config, parse_args
 from models import VARIANTS, GroupMixFormer, build_model
 from utils import checkpoint
 from utils.checkpoint import (
     BEST_NAME,
+    CONFIGS_FOLDER,
     checkpoint_path,
     checkpoints_of,
     keep_as_best,
@@ -481,6 +482,12 @@ def test_weights_of_another_published_variant_are_named(make_network, variant):
     message = message_of(load_exactly, make_network(7), weights, "f.pth")
     assert f": weights of {variant}, use --cfg configs/{variant}.yaml: " in message
     assert (Path(__file__).parents[1] / "configs" / f"{variant}.yaml").is_file()
+
+
+def test_weights_of_the_digits_network_are_named(make_network):
+    config = get_config(parse_args(["--cfg", str(CONFIGS_FOLDER / "groupmixformer_digits.yaml")]))
+    message = message_of(load_exactly, make_network(7), build_model(config).state_dict(), "f.pth")
+    assert ": weights of groupmixformer_digits, use --cfg configs/groupmixformer_digits.yaml: " in message
 
 
 def test_half_precision_weights_load(tmp_path, make_network):

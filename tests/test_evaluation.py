@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import re
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -461,6 +462,22 @@ def test_an_evaluation_in_another_way_replaces_no_other(evaluate):
     evaluate("TEST.PREDICTIONS", "parquet")  # which replaces the first one whole
     replaced = folder / "weights-val-data-32-uncropped"
     assert [path.name for path in replaced.glob("predictions.*")] == ["predictions.parquet"]
+
+
+def test_a_compiled_evaluation_has_a_folder_of_its_own(make_config):
+    names = [run._name(make_config(*flags), "w.pth", torch.device("cpu")) for flags in ([], ["--compile"])]
+    assert names[1] == f"{names[0]}-compiled"
+
+
+def test_a_temperature_at_the_end_of_what_is_tried_is_told(data, make_config):
+    config = make_config("--data-path", data, "--opts", *runs.TINY)
+    source = open_split(config, "val", 0, 1)
+    source.classes = list("abcde")
+    predictions = predict(make_session(config), config, Pixels(), source, FLOAT32)
+    for labels, limit in ((predictions.top[:, 0], "0.010 (the limit of what is tried)"), (predictions.labels, None)):
+        summary = outputs.summarize(replace(predictions, labels=labels))
+        assert summary["temperature"]["at_limit"] == (limit is not None)
+        assert any(f"at temperature {limit}" in line for line in outputs.describe(summary)) == (limit is not None)
 
 
 def test_what_an_evaluation_writes(evaluate, capsys):

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from configs import UserError, get_config, parse_args, with_num_classes
-from data.class_names import class_names
+from data.class_names import class_names, in_words
 from data.transforms import eval_transform
 from evaluation import run
 from evaluation.pictures import find_pictures
@@ -152,6 +152,13 @@ def test_several_processes_are_refused(pictures, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- class names
+def test_wordnet_ids_become_words_beside_numbers_of_classes_that_no_image_has():
+    ids = ["n01440764", "1", "n02123045"]
+    assert in_words(ids, short=True) == ["tench (n01440764)", "1", "tabby (n02123045)"]
+    for names in (["1", "2"], ["n01440764", "ant"], []):
+        assert in_words(names) == names
+
+
 def test_class_names_come_from_the_checkpoint_else_the_data_else_imagenet(make_config, data, tmp_path):
     def names(checkpoint, num_classes, *arguments):
         return class_names(checkpoint, with_num_classes(make_config(*arguments), num_classes))

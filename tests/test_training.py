@@ -288,7 +288,9 @@ def test_measurements_need_neither_data_nor_weights(tmp_path, monkeypatch, flag)
     args = runs.arguments(tmp_path / "nowhere", tmp_path, flags=[flag])
     assert runs.train_here(monkeypatch, args) == 0
     expected = (
-        r"throughput [\d.]+ images/s, peak memory \d+ MiB" if flag == "--throughput" else r"GFLOPs, [\d,]+ parameters"
+        r"throughput [\d.]+ images/s, peak memory \d+ MiB"
+        if flag == "--throughput"
+        else r", 1000 classes: [\d.]+ GFLOPs, [\d,]+ parameters"
     )
     assert re.search(expected, log_of(tmp_path, "log_eval"))
 

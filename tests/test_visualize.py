@@ -80,6 +80,8 @@ def test_the_drawing_is_not_put_beside_the_picture(
     (tmp_path / "elsewhere").mkdir()
     args = ["--cfg", str(Path(CFG[1]).resolve()), "--resume", str(weights), "--image", str(picture), "--opts", *TINY]
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert visualize.main([*args, "--stage", "5"]) == 2
+    assert not any((tmp_path / "elsewhere").iterdir())
     assert visualize.main(args) == 0
     assert set(tmp_path.iterdir()) - before == {tmp_path / "elsewhere"}
     assert (tmp_path / "elsewhere" / "output" / "visualized" / f"{picture.stem}.png").is_file()

@@ -40,15 +40,16 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, with_num_classes
+from configs import UserError, get_config, parse_args, with_num_classes
 from configs.errors import first_line
 from data.class_names import class_names
-from models import PLAIN_TYPES, VARIANTS, GroupMixFormer, build_model
+from models import PLAIN_TYPES, build_model
 
 from .faults import SAVING, unwritable
 
 BEST_NAME = "ckpt_best.pth"
 PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
+CONFIGS_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 _RAW_KEYS = ("model", "state_dict")  # ours and the release's; timm's
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 LOCK_NAME = "run.lock"
@@ -387,7 +388,7 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
-        known = _published_variant(state)
+        known = _configured_network(state)
         of = f"{known}, use --cfg configs/{known}.yaml" if known else "another network than --cfg describes"
         raise UserError(f"{origin}: weights of {of}: {'; '.join(parts)}")
     network.load_state_dict(state)
@@ -415,14 +416,14 @@ def load_classifier(config: CfgNode, path: str) -> tuple[nn.Module, list[str], s
     return network_with(config, state, path), names, f"{kind} of {path}"
 
 
-def _published_variant(state: dict[str, Tensor]) -> str:
-    """The published variant that these weights, whatever their head, are of; '' where they are of none."""
+def _configured_network(state: dict[str, Tensor]) -> str:
+    """The name of the file in configs/ whose network these weights, whatever their head, are of; '' for none."""
     shapes = {name: value.shape for name, value in state.items() if name not in HEAD_KEYS}
-    for name, widths_and_depths in VARIANTS.items():
-        with torch.device("meta"):
-            network = GroupMixFormer(**widths_and_depths)
-        if shapes == {key: value.shape for key, value in network.state_dict().items() if key not in HEAD_KEYS}:
-            return name
+    for file in sorted(CONFIGS_FOLDER.glob("*.yaml")):
+        with contextlib.suppress(UserError), torch.device("meta"):  # a file may be one of the user's, half written
+            network = build_model(get_config(parse_args(["--cfg", str(file)]), notify=lambda line: None))
+            if shapes == {key: value.shape for key, value in network.state_dict().items() if key not in HEAD_KEYS}:
+                return file.stem
     return ""
 
 

@@ -104,7 +104,7 @@ def export(
         try:
             with warnings.catch_warnings(), _quiet_libraries():
                 warnings.simplefilter("ignore")
-                _write(network, images, partial, to, opset)
+                _write(network, images, partial, to, opset, report)
                 compute = _open(partial, to)
         except UserError:
             raise
@@ -125,13 +125,14 @@ def _images(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int) -> None:
+def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int, report: Report) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     with torch.no_grad():
         program = torch.export.export(network, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
     if to == "pt2":
         torch.export.save(program, path)
         return
+    report("traced; converting to ONNX")
     count = len(_tuple(network(images[:1])))
     outputs = _output_names(count)
     names = dict(input_names=["images"], output_names=outputs)

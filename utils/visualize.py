@@ -32,6 +32,7 @@ from .files import STDOUT, check_json_target, write_json
 BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito: for any colour vision
 TOP = 5
+DEFAULT_FOLDER = Path("output", "visualized")
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def draw(
     _draw_maps(bands[1], chosen)
     _draw_depth(bands[2], result.branches, chosen)
     try:
+        if path.parent == DEFAULT_FOLDER:  # another one that is missing is a mistake
+            path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {path}: cannot be written: {error}") from None
@@ -166,8 +169,8 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
     h, w = result.cam.shape
     note = f"from a {w} x {h} map" if h * w > 1 else "a 1 x 1 map tells no place"
     pictures[1].set_title(f"Grad-CAM: what speaks for\n{_short(names[order[0]])} ({note})")
-    bar = band.colorbar(overlay, ax=pictures[1], shrink=0.75, ticks=(0, 1))
-    bar.ax.set_yticklabels(("little", "much"))
+    bar = band.colorbar(overlay, ax=pictures[1], shrink=0.7, location="bottom", ticks=(0, 1))
+    bar.ax.set_xticklabels(("little", "much"))
     for axis in pictures[:2]:
         axis.set_axis_off()
     shares = 100 * result.probabilities[order]
@@ -275,9 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = parse_args(rest)
     check_json_target(common.json)
     # Not beside the picture: in a data set it would be one more image.
-    out = args.out or Path("output", "visualized", f"{args.image.stem}.png")
-    if args.out is None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out or DEFAULT_FOLDER / f"{args.image.stem}.png"
     config = get_config(common, lambda line: print(line, file=sys.stderr))
     result = visualize(config, args.image, args.stage, args.block, out)
     stream = sys.stderr if common.json == STDOUT else sys.stdout
