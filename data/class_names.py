@@ -32,7 +32,7 @@ def class_names(checkpoint: dict[str, Any], config: CfgNode) -> list[str]:
 def in_words(names: Sequence[str], short: bool = False) -> list[str]:
     """Class names for people: WordNet ids get the words that they stand for, all or with `short` the first one.
 
-    Names of which any is neither a WordNet id nor a number, as of classes that no image has, stay as they are.
+    Numbers, the names of classes that no image has, may stand among the ids. Other names stay as they are, all of them.
     """
     is_id = [name.startswith("n") and name[1:].isdigit() for name in names]
     if not any(is_id) or not all(known or name.isdigit() for known, name in zip(is_id, names)):

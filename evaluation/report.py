@@ -24,7 +24,7 @@ from configs.commands import CommandParser, command
 from data.class_names import in_words
 from utils.files import STDOUT, check_json_target, whole_file, write_json
 
-from .metrics import class_results, confusion_matrix
+from .metrics import TEMPERATURE_RANGE, class_results, confusion_matrix
 from .predictions import Predictions
 
 WORST_CLASSES, CONFUSED_PAIRS, MATRIX_CLASSES, MISTAKES = 20, 15, 10, 24
@@ -280,7 +280,7 @@ def _calibration(m: dict[str, Any]) -> str:
     fitted = m.get("temperature")
     note = f" A temperature of {fitted['value']:.3f} would fit these images best." if fitted else ""
     if fitted and fitted.get("at_limit"):
-        note = f" The temperature that would fit these images best lies beyond {fitted['value']:g}."
+        note = f" No temperature from {TEMPERATURE_RANGE[0]:g} to {TEMPERATURE_RANGE[1]:g} would fit these images best."
     return (
         "<section><h2>Calibration</h2><p>Of the images that are predicted with a given confidence, how many are "
         f"correct. On average the network is {verdict}. Bars below the dashed line say: too sure.{_text(note)} Faint "

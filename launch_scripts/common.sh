@@ -112,7 +112,11 @@ run_distributed() {
             --data_path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" -- "${own[@]}" "${EXTRA[@]}"
     fi
     launcher=()
-    ((GPUS == 1)) || launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+    if ((GPUS == 1)); then
+        unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE # a pod or shell may have them from another launcher
+    else
+        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+    fi
     exec "$PYTHON" "${launcher[@]}" "$script" --cfg "$CFG" \
         --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" "${own[@]}" "${EXTRA[@]}"
 }

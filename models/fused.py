@@ -41,7 +41,8 @@ _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
 def fuse(network: GroupMixFormer) -> "FusedGroupMixFormer":
     """A network for evaluation with the present weights of `network`: (B, in_chans, H, W) -> logits.
 
-    Its weights are copies: later changes of `network` do not reach it. It gives no gradients, does no dropout, and has
+    Its weights are copies: later changes of `network` do not reach it. Changes of the copies do, but for those that
+    PyTorch does not count, through `.data` or in inference mode. It gives no gradients, does no dropout, and has
     no training mode. Device and dtype are those of `network`.
     """
     with torch.no_grad():
@@ -55,7 +56,7 @@ SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time, 16 MB
 
 
 def _packed(weight: Tensor, pack: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`pack(weight, *arguments)`, kept until the weight changes or goes."""
+    """`pack(weight, *arguments)`, kept until the weight goes, or changes in a way that PyTorch counts."""
     version = 0 if weight.is_inference() else weight._version
     packed_version, packed = _packed_weights.get(weight, (None, None))
     if packed is None or packed_version != version:
@@ -76,7 +77,7 @@ def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     """Convolution with 'same' padding, then activation, in one oneDNN call, on maps in channels-last order."""
     settings = [weight.shape[-1] // 2] * 2, [stride] * 2, [1, 1], groups
     packed = _packed(weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "none")
 
 
 def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
@@ -95,7 +96,8 @@ def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
 # Inductor calls the same kernels where it may treat weights as constants ("freezing"); as operators of their own they
 # let one compiled block serve all blocks of its stage. `torch.library.custom_op` would define them in fewer lines, but
 # costs 50 us a call, a twentieth of the whole network: it prepares for gradients, which these do not have. The tag
-# allows inputs of any strides: without it, inductor would write a copy for each operator that reads a tensor.
+# allows inputs of any strides, which oneDNN's kernels take: without it, inductor would write a copy for each operator
+# that reads a tensor. Strides of outputs do not depend on those of inputs.
 _library = torch.library.Library("groupmixformer", "DEF")
 for _signature, _operator in (
     ("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual)", _packed_linear),
@@ -119,13 +121,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, 
 
 @torch.library.register_fake("groupmixformer::packed_mlp", lib=_library)
 def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 _HAS_PACKED_WEIGHTS = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's library, which has no activations inside of others
+    and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's library takes no activations in
 )
 
 

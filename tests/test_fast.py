@@ -299,7 +299,7 @@ def test_compiled_segments_read_one_copy_of_the_tokens() -> None:
     block = fuse(network_of()).stages[0][0]
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(block, dynamic=False), torch.randn(2, 24, 40), (4, 6))
-    assert code.count("empty_strided_cpu((2, 24, 40)") == 2, "normalised tokens, and the segments' joined outputs"
+    assert code.count("empty_strided_cpu((2, 24, 40)") <= 2, "normalised tokens, and the segments' joined outputs"
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

@@ -200,6 +200,15 @@ def test_run_takes_its_settings_from_the_environment(checkout, script, program):
     assert checkout.calls() == [[*expected, "--batch-size", "64", "--tag", "a b", *METACHARACTERS]]
 
 
+def test_one_process_that_evaluates_is_in_no_group_of_another_launcher(checkout):
+    variables = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    python = write_executable(
+        checkout.log.parent / "bin" / "says", '#!/usr/bin/env bash\necho "${RANK-}${LOCAL_RANK-}${WORLD_SIZE-}"\n'
+    )
+    result = checkout.run("launch_scripts/run_eval.sh", PYTHON=str(python), GPUS="1", **variables)
+    assert (result.returncode, result.stdout) == (0, "\n"), result.stderr
+
+
 def test_run_of_training_ends_with_75_once_it_has_saved(launch, checkout):
     """Not with torchrun's 1; and what the launcher is given reaches torchrun."""
     process = launch(SAY_WHICH_SIGNAL, script="launch_scripts/run_train.sh", GPUS="2", SAVED="1")

@@ -43,7 +43,7 @@ from yacs.config import CfgNode
 from configs import UserError, get_config, parse_args, with_num_classes
 from configs.errors import first_line
 from data.class_names import class_names
-from models import PLAIN_TYPES, build_model
+from models import PLAIN_TYPES, VARIANTS, build_model
 
 from .faults import SAVING, unwritable
 
@@ -419,9 +419,15 @@ def load_classifier(config: CfgNode, path: str) -> tuple[nn.Module, list[str], s
 def _configured_network(state: dict[str, Tensor]) -> str:
     """The name of the file in configs/ whose network these weights, whatever their head, are of; '' for none."""
     shapes = {name: value.shape for name, value in state.items() if name not in HEAD_KEYS}
-    for file in sorted(CONFIGS_FOLDER.glob("*.yaml")):
-        with contextlib.suppress(UserError), torch.device("meta"):  # a file may be one of the user's, half written
-            network = build_model(get_config(parse_args(["--cfg", str(file)]), notify=lambda line: None))
+    last_norm = state.get("norm4.weight")
+    # Published variants first: files of users may build on theirs.
+    for file in sorted(CONFIGS_FOLDER.glob("*.yaml"), key=lambda file: (file.stem not in VARIANTS, file.stem)):
+        with contextlib.suppress(Exception):  # a file may be one of the user's, half written, and this is but a hint
+            config = get_config(parse_args(["--cfg", str(file)]), notify=lambda line: None)
+            if last_norm is None or len(last_norm) != config.MODEL.GMA.EMBEDDING_DIMS[-1]:
+                continue  # to build a network takes a second
+            with torch.device("meta"):
+                network = build_model(config)
             if shapes == {key: value.shape for key, value in network.state_dict().items() if key not in HEAD_KEYS}:
                 return file.stem
     return ""

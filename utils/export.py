@@ -135,10 +135,15 @@ def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int, 
     report("traced; converting to ONNX")
     count = len(_tuple(network(images[:1])))
     outputs = _output_names(count)
-    names = dict(input_names=["images"], output_names=outputs)
     with redirect_stdout(sys.stderr):  # some versions of the exporter tell how many rules they applied
         onnx_program = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, optimize=False, verbose=False, **names
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=outputs,
+            optimize=False,
+            verbose=False,
         )
         _simplify(onnx_program.model)
     _name_axes(onnx_program.model)
@@ -148,8 +153,8 @@ def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int, 
 def _simplify(model: Any) -> None:
     """Fold constants and merge what is the same in an ONNX model, in place.
 
-    As the exporter's own optimizer does, but without its patterns to rewrite: to look for them takes half of the time
-    of an export, and onnxruntime is as fast without.
+    A selection of the passes of the exporter's own optimizer, which also looks for patterns to rewrite: that doubles
+    the time of the conversion, and onnxruntime is as fast without.
     """
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer

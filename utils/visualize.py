@@ -150,11 +150,11 @@ def draw(
     _draw_maps(bands[1], chosen)
     _draw_depth(bands[2], result.branches, chosen)
     try:
-        if path.parent == DEFAULT_FOLDER:  # another one that is missing is a mistake
+        if path.parent == DEFAULT_FOLDER:  # any other one that is missing is a mistake in --out
             path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out {path}: cannot be written: {error}") from None
+        raise UserError(f"{path}: cannot be written: {error}; give another --out") from None
 
 
 def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Explanation) -> None:
