@@ -270,21 +270,20 @@ def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     eps = torch.finfo(dtype).eps
     network, x = network_of().train(), images()
-    compiled = copy.deepcopy(network)
+    compiled, exact = copy.deepcopy(network), copy.deepcopy(network).double()
     compile_blocks(compiled)
-    results = []
-    for candidate in (compiled, network):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = candidate(x)
+    logits = []
+    for candidate in (compiled, network, exact):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and candidate is not exact):
+            logits.append(candidate(x.double() if candidate is exact else x))
         if dtype == torch.float32:  # train.py refuses the other
-            logits.square().sum().backward()
-        results.append((logits, {name: p.grad for name, p in candidate.named_parameters() if p.grad is not None}))
-    (got, got_gradients), (expected, gradients) = results
-    assert relative_error(got, expected) < 16 * eps
-    # Biases before a batch norm have no gradient of their own: rounding only.
-    floor = max((gradient.norm() for gradient in gradients.values()), default=0)
-    for name, gradient in gradients.items():
-        assert (got_gradients[name] - gradient).norm() <= 64 * eps * gradient.norm() + eps * floor, name
+            logits[-1].square().sum().backward()
+    assert relative_error(logits[0], logits[1]) < 16 * eps
+    if dtype == torch.float32:
+        for (name, got), plain, truth in zip(*(each.named_parameters() for each in (compiled, network, exact))):
+            # Biases before a batch norm have no gradient of their own: rounding only, in the plain network too.
+            rounding = 4 * (plain[1].grad - truth[1].grad).norm() + 16 * eps * truth[1].grad.norm()
+            assert (got.grad - truth[1].grad).norm() <= rounding, name
 
     fused, compiled = fuse(network.eval()), fuse(network.eval())
     compile_blocks(compiled)
