@@ -48,7 +48,6 @@ def summarize(predictions: Predictions, label_sets: Sequence[Sequence[int]] | No
         cooled_nll, confidence = metrics.at_temperature(logits, labels, temperature)
         summary["temperature"] = {
             "value": temperature,
-            "at_limit": temperature in metrics.TEMPERATURE_RANGE,
             "nll": float(cooled_nll.mean()),
             "ece": metrics.calibration(confidence, first).ece,
             "note": "fitted on these very images: a diagnosis, not a result",
@@ -65,7 +64,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
     ]
     calibrated = f"NLL {summary['nll']:.4f}, expected calibration error {summary['ece']:.4f}"
     if fitted := summary["temperature"]:
-        limit = " (the limit of what is tried)" if fitted["at_limit"] else ""
+        limit = " (the limit of what is tried)" if fitted["value"] in metrics.TEMPERATURE_RANGE else ""
         at = f"at temperature {fitted['value']:.3f}{limit}, fitted on these images"
         calibrated += f"; {fitted['nll']:.4f} and {fitted['ece']:.4f} {at}"
     lines.append(calibrated)

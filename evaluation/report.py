@@ -279,7 +279,7 @@ def _calibration(m: dict[str, Any]) -> str:
     verdict = "more sure than it is right" if gap > 0 else "less sure than it is right"
     fitted = m.get("temperature")
     note = f" A temperature of {fitted['value']:.3f} would fit these images best." if fitted else ""
-    if fitted and fitted.get("at_limit"):
+    if fitted and fitted["value"] in TEMPERATURE_RANGE:
         note = f" No temperature from {TEMPERATURE_RANGE[0]:g} to {TEMPERATURE_RANGE[1]:g} would fit these images best."
     return (
         "<section><h2>Calibration</h2><p>Of the images that are predicted with a given confidence, how many are "
