@@ -71,10 +71,10 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.load(index)), self.source.samples[index][1]
 
-    def load(self, index: int) -> Any:
-        """The decoded image, before any transform."""
+    def load(self, index: int, decode: Callable[[bytes], Any] | None = None) -> Any:
+        """The decoded image, before any transform; by `decode` rather than the data set's where that is given."""
         try:
-            return self.decode(self.source.read(index))
+            return (decode or self.decode)(self.source.read(index))
         except _DECODING_ERRORS as error:
             path = self.source.samples[index][0]
             raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None

@@ -1,15 +1,13 @@
 """Faster loading, chosen by DATA.FAST_LOADING: uint8 tensors in the workers, the rest on the batch.
 
-JPEGs are decoded by torchvision (the same pixels as Pillow's, tested), cropped and resized as uint8 tensors, with
-colours side by side as decoders write them; shears and translations of the policy go line by line. Batches of uint8 are
-normalised where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an
+Images are decoded to uint8 tensors (`fast_decoding.py`, the pixels of Pillow) and resized as such, with colours side by
+side as decoders write them; shears and translations of the policy go line by line. Batches of uint8 are normalised
+where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an
 image is drawn from has the same distribution, but not the same bits: antialiased resizing in torch and in Pillow round
 differently, by a few of 255 levels. `transforms.py` is the exact way, which the released numbers were made with.
 """
 
-import io
 import random
-import warnings
 from typing import Any
 
 import numpy as np
@@ -25,14 +23,9 @@ from yacs.config import CfgNode
 
 from configs import UserError
 
-from .datasets import IMAGE_FORMATS, decode_image
+from .fast_decoding import EncodedImage
 from .shearing import shear_by_lines
 from .transforms import CROP_RATIO, SMALL_IMAGE, policy_ops, train_transform
-
-try:  # torchvision 0.29 announces that its decoders will go; Pillow's way costs 0.2 ms more an image
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
 
 _MODES = {
     "nearest": InterpolationMode.NEAREST,
@@ -41,24 +34,12 @@ _MODES = {
 }
 
 
-def decode_to_tensor(encoded: bytes) -> Tensor:
-    """Decode to a uint8 tensor (H, W, 3), with the pixels of `decode_image`, and the same errors for damaged files."""
-    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-        plain = image.format == "JPEG" and image.mode in ("RGB", "L")  # CMYK is converted differently
-    if plain and decode_jpeg is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            # A bytearray, because torch warns of buffers that cannot be written to.
-            image = decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        return image.permute(1, 2, 0)
-    return torch.from_numpy(np.array(decode_image(encoded)))
-
-
 class FastTrainTransform:
-    """uint8 image (H, W, 3) -> augmented uint8 image (IMG_SIZE, IMG_SIZE, 3), before erasing and normalising.
+    """uint8 crop (H, W, 3) -> augmented uint8 image (IMG_SIZE, IMG_SIZE, 3), before erasing and normalising.
 
-    Crop, mirror and policy are those of `train_transform`, with its parameters and its draws from the same random
-    state; the policy is timm's on Pillow, but for `shearing.py`.
+    `decode_crop` draws the crop before pixels are decoded, so that it can be all that is decoded. Crop, mirror and
+    policy are those of `train_transform`, with its parameters and its draws from the same random state; the policy is
+    timm's on Pillow, but for `shearing.py`.
     """
 
     def __init__(self, config: CfgNode) -> None:
@@ -76,12 +57,15 @@ class FastTrainTransform:
             if isinstance(step, RandAugment):
                 step.ops = np.array(step.ops, dtype=object)  # which NumPy draws from without making one every time
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def decode_crop(self, encoded: bytes) -> Tensor:
+        """From the bytes of a file to a crop of its image; errors of damaged files as `decode_image` raises them."""
+        image = EncodedImage(encoded)
         if self.size <= SMALL_IMAGE:
-            image = self.crop(image.permute(2, 0, 1)).permute(1, 2, 0)
-        else:
-            top, left, height, width = self.crop.get_params(image.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
-            image = _resize(image[top : top + height, left : left + width], (self.size,) * 2, self.modes)
+            return self.crop(image.whole().permute(2, 0, 1)).permute(1, 2, 0)
+        return image.region(*self.crop.get_params(image.header, self.crop.scale, self.crop.ratio))
+
+    def __call__(self, crop: Tensor) -> Tensor:
+        image = crop if self.size <= SMALL_IMAGE else _resize(crop, (self.size, self.size), self.modes)
         if self.hflip and torch.rand(1) < self.hflip:  # as torchvision draws it, and timm leaves it out
             image = image.flip(1)
         if self.policy:

@@ -16,14 +16,9 @@ from yacs.config import CfgNode
 
 from configs import SPLIT_NAMES, UserError
 
-from .datasets import AugmentedDataset, ImageDataset
-from .fast_loading import (
-    FastEvalTransform,
-    FastTrainTransform,
-    FastViewsTransform,
-    build_erasing,
-    decode_to_tensor,
-)
+from .datasets import AugmentedDataset, ImageDataset, decode_image
+from .fast_decoding import decode_to_tensor
+from .fast_loading import FastEvalTransform, FastTrainTransform, FastViewsTransform, build_erasing
 from .samplers import TrainingOrder
 from .sources import Source, check_same_classes, class_folders, open_source
 from .transforms import eval_transform, normalize, train_transform, views_transform
@@ -64,7 +59,8 @@ class TrainingData:
         if config.DATA.FAST_LOADING == "no":
             self.images = ImageDataset(source, train_transform(config))
         else:
-            self.images = ImageDataset(source, FastTrainTransform(config), decode_to_tensor)
+            transform = FastTrainTransform(config)
+            self.images = ImageDataset(source, transform, transform.decode_crop)
         self.config = config
         self.order = TrainingOrder(
             num_samples=len(self.images),
@@ -128,7 +124,7 @@ class TrainingData:
             return
         self.unreadable.add(index)
         try:
-            self.images.load(index)
+            self.images.load(index, decode_image)  # which draws nothing, as a crop would
             problem = f"{self.images.source.samples[index][0]}: could not be read a moment ago"
         except UserError as error:
             problem = error.one_line()

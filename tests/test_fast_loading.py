@@ -1,8 +1,12 @@
 """DATA.FAST_LOADING: the same pixels, the same distributions, the same guarantees as the exact way."""
 
 import io
+import multiprocessing
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +21,10 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from configs import UserError
-from data import fast_loading, normalize
+from data import fast_decoding, normalize
 from data.datasets import ImageDataset, decode_image
-from data.fast_loading import FastEvalTransform, FastTrainTransform, build_erasing, decode_to_tensor
+from data.fast_decoding import EncodedImage, decode_to_tensor, decodes_regions
+from data.fast_loading import FastEvalTransform, FastTrainTransform, build_erasing
 from data.randomness import seed_everything
 from data.sources import FolderSource
 from data.transforms import eval_transform, train_transform
@@ -47,6 +52,10 @@ def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
+def augment(transform: FastTrainTransform, content: bytes) -> Tensor:
+    return transform(transform.decode_crop(content))
+
+
 JPEGS = {
     "plain": dict(quality=90),
     "progressive": dict(quality=80, progressive=True),
@@ -68,8 +77,107 @@ def test_jpegs_decode_to_the_pixels_of_pillow(kind: str, size: tuple[int, int]) 
 def test_without_torchvisions_decoder_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded(photo())
     expected = decode_to_tensor(content)
-    monkeypatch.setattr(fast_loading, "decode_jpeg", None)
+    monkeypatch.setattr(fast_decoding, "decode_jpeg", None)
     assert torch.equal(decode_to_tensor(content), expected)
+
+
+REGIONS = [
+    (0, 0, 100, 100),
+    (11, 13, 101, 87),
+    (274, 399, 101, 101),
+    (0, 499, 375, 1),
+    (374, 0, 1, 500),
+    (0, 0, 375, 500),
+]
+regions_decoded = pytest.mark.skipif(not decodes_regions(), reason="needs nvImageCodec (requirements-extras.txt)")
+
+
+@regions_decoded
+@pytest.mark.parametrize("kind", [*JPEGS, "grey", "turned by EXIF", "RGB inside"])
+def test_a_region_has_the_pixels_that_the_whole_image_has_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is decoded without the rest: what decodes whole images is taken away."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    options = {**JPEGS, "grey": {}, "turned by EXIF": dict(exif=turned), "RGB inside": dict(keep_rgb=True)}[kind]
+    image = photo().convert("L" if kind == "grey" else "RGB")
+    encoded_image = EncodedImage(encoded(image, **options))
+    whole = encoded_image.whole()
+    monkeypatch.setattr(encoded_image, "whole", None)
+    for top, left, height, width in REGIONS:
+        expected = whole[top : top + height, left : left + width]
+        assert torch.equal(encoded_image.region(top, left, height, width), expected)
+
+
+@pytest.mark.parametrize("content", [encoded(photo(), "PNG"), encoded(photo().convert("CMYK"))], ids=["PNG", "CMYK"])
+def test_regions_of_other_images_are_cut_out_of_the_whole(content: bytes) -> None:
+    image = EncodedImage(content)
+    assert torch.equal(image.region(11, 13, 101, 87), image.whole()[11:112, 13:100])
+
+
+@pytest.mark.parametrize("case", ["not installed", "nothing of NVIDIA", "too old", "not made for this machine"])
+def test_without_nvimagecodec_crops_are_the_same(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    transform = FastTrainTransform(make_config(*RELEASED))
+    content = encoded(photo())
+
+    def crop() -> Tensor:
+        seed_everything(0)
+        return transform.decode_crop(content)
+
+    def nothing_of_nvidia(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'nvidia'")
+
+    expected = crop()
+    if case == "too old":
+        monkeypatch.setattr(pytest.importorskip("nvidia.nvimgcodec"), "__version__", "0.8.0")
+    elif case == "not made for this machine":
+        pytest.importorskip("nvidia.nvimgcodec")
+        monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+        monkeypatch.delattr("nvidia.nvimgcodec")
+    else:
+        find_spec = nothing_of_nvidia if case == "nothing of NVIDIA" else lambda name: None
+        monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", find_spec)
+    fast_decoding._region_decoder.cache_clear()
+    try:
+        assert not decodes_regions() and torch.equal(crop(), expected)
+    finally:
+        fast_decoding._region_decoder.cache_clear()
+
+
+@regions_decoded
+def test_nvimagecodec_is_quiet_and_loads_no_decoder_for_gpus(tmp_path: Path) -> None:
+    """They print which libraries they miss, and a forked worker must leave CUDA alone."""
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encoded(photo()))
+    code = f"""
+import os
+from data.fast_decoding import EncodedImage
+EncodedImage.whole = None
+EncodedImage(open({str(path)!r}, "rb").read()).region(0, 0, 50, 60)
+assert "NVIMGCODEC_EXTENSIONS_PATH" not in os.environ and "PYNVIMGCODEC_VERBOSITY" not in os.environ
+assert not [line for line in open("/proc/self/maps") if "nvimgcodec/extensions" in line and "jpeg_turbo" not in line]
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@regions_decoded
+def test_threads_and_forked_processes_may_decode_regions() -> None:
+    image = EncodedImage(encoded(photo()))
+    expected = image.whole()[10:110, 20:120]
+
+    def check(_: int = 0) -> bool:
+        return torch.equal(image.region(10, 20, 100, 100), expected)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(check, range(200)))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as processes:
+        assert all(processes.map(_region_is, [image.encoded] * 4, [expected.numpy()] * 4))
+
+
+def _region_is(content: bytes, expected: np.ndarray) -> bool:
+    return np.array_equal(EncodedImage(content).region(10, 20, 100, 100).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", made_images())
@@ -88,11 +196,12 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_pillow_refuses_is_refused_and_named(tmp_path: Path, name: str) -> None:
+def test_what_pillow_refuses_is_refused_and_named(make_config: MakeConfig, tmp_path: Path, name: str) -> None:
     (tmp_path / "c").mkdir()
     path = tmp_path / "c" / name
     path.write_bytes(DAMAGED[name])
-    for decode in (decode_image, decode_to_tensor):
+    crop = FastTrainTransform(make_config(*RELEASED)).decode_crop
+    for decode in (decode_image, decode_to_tensor, *[crop] * 8):
         with pytest.raises(UserError, match="cannot be read as an image") as caught:
             ImageDataset(FolderSource(tmp_path), lambda image: image, decode)[0]
         assert str(path) in caught.value.one_line()
@@ -151,7 +260,8 @@ def test_crops_and_mirroring_are_distributed_as_in_the_exact_way(make_config: Ma
     torch.manual_seed(0)
     exact = transforms.Compose(train_transform(config).transforms[:2])
     expected = crops(exact, coordinates(), 1500)
-    got = crops(FastTrainTransform(config), as_tensor(coordinates()), 1500)
+    fast = FastTrainTransform(config)
+    got = crops(lambda content: augment(fast, content), encoded(coordinates(), "PNG"), 1500)
     for column, name in enumerate(("left", "top", "width", "height")):
         assert ks_2samp(got[:, column], expected[:, column]).pvalue > 1e-3, name
     assert got[:, 4].mean() == pytest.approx(0.5, abs=0.05) and expected[:, 4].mean() == pytest.approx(0.5, abs=0.05)
@@ -165,12 +275,13 @@ def test_the_same_random_state_gives_the_image_of_the_exact_way(
     opts = ("AUG.REPROB", "0.0", "AUG.HFLIP", hflip, "DATA.INTERPOLATION", interpolation)
     config = make_config(*RELEASED, "--opts", "DATA.IMG_SIZE", "128", *opts)
     exact, fast = train_transform(config), FastTrainTransform(config)
-    image, far = photo(), 0
+    content, far = encoded(photo(), quality=95), 0
+    ways = (lambda: exact(decode_image(content)), lambda: augment(fast, content))
     for number in range(40):
         results, states = [], []
-        for transform, source in ((exact, image), (fast, as_tensor(image))):
+        for way in ways:
             seed_everything(0, number)
-            results.append(transform(source))
+            results.append(way())
             states.append((random.random(), np.random.rand(), torch.rand(1).item()))
         assert states[0] == states[1]
         levels = (results[0] - normalize(results[1][None])[0]).abs() * 255 * 0.225
@@ -183,7 +294,8 @@ def test_images_of_a_pixel_are_no_error(make_config: MakeConfig, size: tuple[int
     transform = FastTrainTransform(make_config(*RELEASED))
     for number in range(30):
         seed_everything(0, number)
-        assert transform(as_tensor(Image.new("RGB", size, (9, 8, 7)))).shape == (224, 224, 3)
+        for form in ("PNG", "JPEG"):
+            assert augment(transform, encoded(Image.new("RGB", size, (9, 8, 7)), form)).shape == (224, 224, 3)
 
 
 def test_the_policy_is_that_of_the_exact_way(make_config: MakeConfig) -> None:
@@ -201,7 +313,7 @@ def test_the_policy_is_that_of_the_exact_way(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
 def test_training_images_are_uint8_of_the_right_size(make_config: MakeConfig, size: int, interpolation: str) -> None:
     config = make_config(*RELEASED, "--opts", "DATA.IMG_SIZE", str(size), "DATA.INTERPOLATION", interpolation)
-    image = FastTrainTransform(config)(as_tensor(photo(48, 40)))
+    image = augment(FastTrainTransform(config), encoded(photo(48, 40)))
     assert image.dtype == torch.uint8 and image.shape == (size, size, 3)
 
 

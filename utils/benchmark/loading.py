@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs import UserError, get_config, parse_args, with_values
 from data.datasets import decode_image
-from data.fast_loading import FastEvalTransform, FastTrainTransform, decode_to_tensor
+from data.fast_decoding import EncodedImage, decode_to_tensor, decodes_regions
+from data.fast_loading import FastEvalTransform, FastTrainTransform
 from data.pack import shrink
 from data.randomness import seed_everything
 from data.sources import FolderSource
@@ -37,10 +39,15 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
         cpu = torch.device("cpu")
         training = {
             "exact": lambda: _each(encoded, decode_image, exact_train),
-            "fast": lambda: _each(encoded, decode_to_tensor, fast_train),
+            "fast": lambda: _each(encoded, fast_train.decode_crop, fast_train),
+        }
+        if decodes_regions():
+            whole = _whole_then_crop(fast_train)
+            training["fast, whole images decoded"] = lambda: _each(encoded, whole, fast_train)
+        training |= {
             "exact, packed (256, quality 95)": lambda: _each(packed, decode_image, exact_train),
-            "fast, packed (256, quality 95)": lambda: _each(packed, decode_to_tensor, fast_train),
-            "fast, without the policy": lambda: _each(encoded, decode_to_tensor, no_policy),
+            "fast, packed (256, quality 95)": lambda: _each(packed, fast_train.decode_crop, fast_train),
+            "fast, without the policy": lambda: _each(encoded, no_policy.decode_crop, no_policy),
             "decoding alone": lambda: _each(encoded, decode_to_tensor, lambda image: image),
         }
         validation = {
@@ -59,3 +66,14 @@ def _each(encoded: Sequence[bytes], decode: Callable, transform: Callable) -> No
     for index, content in enumerate(encoded):
         seed_everything(0, index)
         transform(decode(content))
+
+
+def _whole_then_crop(transform: FastTrainTransform) -> Callable[[bytes], Tensor]:
+    """`transform.decode_crop` as it is where nvImageCodec is not installed."""
+
+    def decode(encoded: bytes) -> Tensor:
+        image = EncodedImage(encoded)
+        top, left, height, width = transform.crop.get_params(image.header, transform.crop.scale, transform.crop.ratio)
+        return image.whole()[top : top + height, left : left + width]
+
+    return decode

@@ -1,0 +1,128 @@
+"""Decode images to uint8 tensors: whole, or only the region that a crop shows.
+
+Whole JPEGs are decoded by torchvision, regions by nvImageCodec where it is installed (requirements-extras.txt; CPU
+only): libjpeg-turbo then skips what lies outside, and stops below. Pixels are Pillow's in all of these ways, which is
+tested, and what none of them can do is left to Pillow.
+"""
+
+import importlib.util
+import io
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .datasets import IMAGE_FORMATS, decode_image
+
+try:  # torchvision 0.29 announces that its decoders will go; Pillow's way costs 0.2 ms more an image
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+_EXTENSIONS = "NVIMGCODEC_EXTENSIONS_PATH"
+_VERBOSITY = "PYNVIMGCODEC_VERBOSITY"
+_END_OF_JPEG = b"\xff\xd9"
+
+
+class EncodedImage:
+    """A file's bytes, of which only the header is read yet: `header` is Pillow's image, which tells the size.
+
+    The same errors as `decode_image` for damaged files, if need be when pixels are asked for.
+    """
+
+    def __init__(self, encoded: bytes) -> None:
+        self.encoded = encoded
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as self.header:
+            # CMYK is converted differently.
+            self.plain_jpeg = self.header.format == "JPEG" and self.header.mode in ("RGB", "L")
+
+    def whole(self) -> Tensor:
+        """uint8 (H, W, 3), with the pixels of `decode_image`."""
+        if self.plain_jpeg and decode_jpeg is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                # A bytearray, because torch warns of buffers that cannot be written to.
+                image = decode_jpeg(torch.frombuffer(bytearray(self.encoded), dtype=torch.uint8), ImageReadMode.RGB)
+            return image.permute(1, 2, 0)
+        return torch.from_numpy(np.array(decode_image(self.encoded)))
+
+    def region(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """uint8 (height, width, 3): this part of `whole`."""
+        # A file that was cut off must be refused, even where the region lies above the cut.
+        if self.plain_jpeg and height and width and self.encoded.endswith(_END_OF_JPEG):
+            decode = _region_decoder(os.getpid())
+            pixels = decode and decode(self.encoded, (top, left), (top + height, left + width))
+            if pixels is not None:
+                return torch.from_numpy(pixels)
+        return self.whole()[top : top + height, left : left + width]
+
+
+def decode_to_tensor(encoded: bytes) -> Tensor:
+    """Decode to a uint8 tensor (H, W, 3), with the pixels of `decode_image`, and the same errors for damaged files."""
+    return EncodedImage(encoded).whole()
+
+
+def decodes_regions() -> bool:
+    """Whether nvImageCodec is there, without which `region` decodes whole images."""
+    return _region_decoder(os.getpid()) is not None
+
+
+@cache
+def _region_decoder(process: int) -> Callable[[bytes, tuple[int, int], tuple[int, int]], np.ndarray | None] | None:
+    """From a JPEG, and the first and last + 1 row and column, to pixels (None: it cannot); None without nvImageCodec.
+
+    One for each process, made when that first needs it: what a process made before it forked is not for its child.
+    """
+    nvimgcodec = _import_nvimgcodec()
+    if nvimgcodec is None:
+        return None
+    no_gpu = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY of its C interface
+    backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
+    decoder = nvimgcodec.Decoder(device_id=no_gpu, max_num_cpu_threads=1, backends=backends)
+    # Pillow does not turn images as their EXIF asks, either.
+    params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
+    one_at_a_time = threading.Lock()  # threads that share a decoder break it
+
+    def decode(encoded: bytes, start: tuple[int, int], end: tuple[int, int]) -> np.ndarray | None:
+        region = nvimgcodec.Region(start=start, end=end)
+        with one_at_a_time:
+            image = decoder.decode(nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region), params=params)
+        return None if image is None else np.asarray(image.cpu())
+
+    return decode
+
+
+def _import_nvimgcodec() -> Any | None:
+    """nvImageCodec with its decoder for JPEGs alone: the others, for GPUs, print which libraries they miss.
+
+    None where there is none, or one before 0.9: those ask the CUDA driver, which forked workers must not.
+    """
+    try:
+        found = importlib.util.find_spec("nvidia.nvimgcodec")
+    except ModuleNotFoundError:  # no package of NVIDIA at all
+        return None
+    if found is None:
+        return None
+    before = {name: os.environ.get(name) for name in (_EXTENSIONS, _VERBOSITY)}
+    with tempfile.TemporaryDirectory() as folder:
+        for library in (Path(found.origin).parent / "extensions").glob("libjpeg_turbo_ext*"):
+            (Path(folder) / library.name).symlink_to(library)
+        os.environ.update({_EXTENSIONS: folder, _VERBOSITY: "0"})  # read when it is imported
+        try:
+            from nvidia import nvimgcodec
+        except ImportError:  # made for another machine
+            return None
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+    version = tuple(int(part) for part in nvimgcodec.__version__.split(".")[:2])
+    return nvimgcodec if version >= (0, 9) else None
