@@ -1,4 +1,4 @@
-"""Shears and translations of timm's policies, computed line by line: Pillow's pixels in half of its time.
+"""Shears and translations of timm's policies, computed line by line: Pillow's pixels in less than half of its time.
 
 Each of them moves every row (or column) of an image along itself, by a distance of its own. Pillow's transform treats
 them as any affine map, with sixteen neighbours for a pixel; four along the line are enough, with weights that all
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
+from torch import Tensor
 
 _NAMES = ("ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "TranslateX", "TranslateY")
 SMALLEST_EDGE = 100  # pixels; below, the calls cost more than Pillow does
@@ -57,19 +59,21 @@ def shift_lines(image: Image.Image, distances: np.ndarray, along_rows: bool, fil
     Pixel i of a line becomes the image at i + distance by Pillow's cubic, whose a is -1; neighbours beyond the border
     are the border's, and `fillcolor` is what lies outside.
     """
-    width, height = image.size
-    lines, length = (height, width) if along_rows else (width, height)
-    packed = _packed_pixels(image)
-    whole = np.floor(distances)
-    neighbours = np.arange(-1, length + 2) + whole.astype(np.int64)[:, None]
-    neighbours.clip(0, length - 1, out=neighbours)
-    number = np.arange(lines)[:, None]
-    gathered = packed.take(neighbours + number * width if along_rows else neighbours * width + number)
+    packed = _packed_pixels(image) if along_rows else np.ascontiguousarray(_packed_pixels(image).T)
+    lines, length = packed.shape
+    whole = np.floor(distances).clip(-length, length)  # further on is nothing of the image
+    # Lines that are longer by their borders' pixels, of which each gives the piece that it is weighted from.
+    before, after = (int(max(0, shift)) for shift in (1 - whole.min(), 2 + whole.max()))
+    longer = np.empty((lines, before + length + after), np.uint32)
+    longer[:, :before], longer[:, before + length :] = packed[:, :1], packed[:, -1:]
+    longer[:, before : before + length] = packed
+    starts = longer.shape[1] * np.arange(lines) + before - 1 + whole.astype(np.int64)
+    pieces = sliding_window_view(longer.ravel(), length + 3)[starts]
 
-    weights = torch.from_numpy(_cubic(distances - whole).astype(np.float32))
-    pixels = _filter(gathered, weights.T[..., None], 1, length)
-    middles = np.arange(length) + 0.5 + distances[:, None]
-    pixels[(middles < 0) | (middles >= length)] = _packed_colour(fillcolor)
+    pixels = _filter(pieces, torch.from_numpy(_cubic(distances - whole))[..., None], 1, length)
+    first, end = np.ceil([-distances - 0.5, length - distances - 0.5]).astype(np.int32)[..., None]
+    number = np.arange(length, dtype=np.int32)
+    pixels[(number < first) | (number >= end)] = _packed_colour(fillcolor)
     return _to_image(pixels if along_rows else pixels.T)
 
 
@@ -82,7 +86,7 @@ def translate(image: Image.Image, distance: float, along_rows: bool, fillcolor: 
     if len(inside):
         first, end, whole = inside[0], inside[-1] + 1, math.floor(distance)
         neighbours = (np.arange(first - 1, end + 2) + whole).clip(0, length - 1)
-        weights = _cubic(np.array([distance - whole]))[0].tolist()
+        weights = torch.from_numpy(_cubic(np.array(distance - whole)))
         filtered = _filter(_packed_pixels(image).take(neighbours, axis), weights, axis, end - first)
         pixels[(slice(None),) * axis + (slice(first, end),)] = filtered
     return _to_image(pixels)
@@ -101,17 +105,18 @@ def _to_image(packed: np.ndarray) -> Image.Image:
     return Image.frombytes("RGB", packed.shape[::-1], packed.tobytes(), "raw", "RGBX")
 
 
-def _filter(packed: np.ndarray, weights: Sequence[Any], axis: int, length: int) -> np.ndarray:
+def _filter(packed: np.ndarray, weights: Tensor, axis: int, length: int) -> np.ndarray:
     """Sums of four neighbours along an axis, which is `length` + 3 long before, of packed pixels for each band."""
     bands = torch.from_numpy(packed.view(np.uint8)).float()
     step = 4 if axis == 1 else 1  # from one pixel to the next
     shifted = torch.full_like(bands.narrow(axis, 0, length * step), _ROUNDING)
     for neighbour, weight in enumerate(weights):
-        shifted.addcmul_(bands.narrow(axis, neighbour * step, length * step), torch.as_tensor(weight))
+        shifted.addcmul_(bands.narrow(axis, neighbour * step, length * step), weight)
     # Cut off, not rounded, as Pillow does; by NumPy, which takes a fifth of torch's time.
     return shifted.clamp_(0, 255).numpy().astype(np.uint8).view(np.uint32)
 
 
 def _cubic(d: np.ndarray) -> np.ndarray:
-    """Weights (lines, 4) of the neighbours at -1, 0, 1 and 2, for a point at d of [0, 1) between 0 and 1."""
-    return np.stack([-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2], axis=1)
+    """Weights (4, ...) of the neighbours at -1, 0, 1 and 2, for points at d of [0, 1) between 0 and 1, as float32."""
+    square, cube = d * d, d * d * d
+    return np.array([2 * square - cube - d, 1 - 2 * square + cube, d + square - cube, cube - square], np.float32)

@@ -1,5 +1,6 @@
 """DATA.FAST_LOADING: the same pixels, the same distributions, the same guarantees as the exact way."""
 
+import importlib.util
 import io
 import multiprocessing
 import random
@@ -133,7 +134,9 @@ def test_without_nvimagecodec_crops_are_the_same(
         monkeypatch.setattr(pytest.importorskip("nvidia.nvimgcodec"), "__version__", "0.8.0")
     elif case == "not made for this machine":
         pytest.importorskip("nvidia.nvimgcodec")
-        monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+        found = importlib.util.find_spec("nvidia.nvimgcodec")
+        monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: found)
+        monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)  # which makes importing it an ImportError
         monkeypatch.delattr("nvidia.nvimgcodec")
     else:
         find_spec = nothing_of_nvidia if case == "nothing of NVIDIA" else lambda name: None
