@@ -48,7 +48,7 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
             "exact, packed (256, quality 95)": lambda: _each(packed, decode_image, exact_train),
             "fast, packed (256, quality 95)": lambda: _each(packed, fast_train.decode_crop, fast_train),
             "fast, without the policy": lambda: _each(encoded, no_policy.decode_crop, no_policy),
-            "decoding alone": lambda: _each(encoded, decode_to_tensor, lambda image: image),
+            "decoding whole images alone": lambda: _each(encoded, decode_to_tensor, lambda image: image),
         }
         validation = {
             "exact": lambda: _each(encoded, decode_image, exact_eval),
