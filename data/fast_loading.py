@@ -57,12 +57,16 @@ class FastTrainTransform:
             if isinstance(step, RandAugment):
                 step.ops = np.array(step.ops, dtype=object)  # which NumPy draws from without making one every time
 
+    def draw_box(self, image: EncodedImage) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop that is to be resized."""
+        return self.crop.get_params(image.header, self.crop.scale, self.crop.ratio)
+
     def decode_crop(self, encoded: bytes) -> Tensor:
         """From the bytes of a file to a crop of its image; errors of damaged files as `decode_image` raises them."""
         image = EncodedImage(encoded)
-        if self.size <= SMALL_IMAGE:
+        if self.size <= SMALL_IMAGE:  # which is padded and cropped to its final size
             return self.crop(image.whole().permute(2, 0, 1)).permute(1, 2, 0)
-        return image.region(*self.crop.get_params(image.header, self.crop.scale, self.crop.ratio))
+        return image.region(*self.draw_box(image))
 
     def __call__(self, crop: Tensor) -> Tensor:
         image = crop if self.size <= SMALL_IMAGE else _resize(crop, (self.size, self.size), self.modes)

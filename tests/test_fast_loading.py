@@ -1,6 +1,6 @@
 """DATA.FAST_LOADING: the same pixels, the same distributions, the same guarantees as the exact way."""
 
-import importlib.util
+import errno
 import io
 import multiprocessing
 import random
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from scipy.stats import ks_2samp
 from test_sources import UNREADABLE, made_images
 from torch import Tensor
 from torchvision import transforms
+from torchvision.io import decode_jpeg
 from yacs.config import CfgNode
 
 from configs import UserError
@@ -55,6 +57,12 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 def augment(transform: FastTrainTransform, content: bytes) -> Tensor:
     return transform(transform.decode_crop(content))
+
+
+def with_marker(jpeg: bytes, marker: bytes) -> bytes:
+    """A marker where four fifths of the file are over, behind most crops."""
+    place = len(jpeg) * 4 // 5
+    return jpeg[:place] + marker + jpeg[place:]
 
 
 JPEGS = {
@@ -94,7 +102,9 @@ regions_decoded = pytest.mark.skipif(not decodes_regions(), reason="needs nvImag
 
 
 @regions_decoded
-@pytest.mark.parametrize("kind", [*JPEGS, "grey", "turned by EXIF", "RGB inside"])
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in JPEGS if kind != "progressive"), "grey", "turned by EXIF", "RGB inside"]
+)
 def test_a_region_has_the_pixels_that_the_whole_image_has_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is decoded without the rest: what decodes whole images is taken away."""
     turned = Image.Exif()
@@ -109,15 +119,61 @@ def test_a_region_has_the_pixels_that_the_whole_image_has_there(kind: str, monke
         assert torch.equal(encoded_image.region(top, left, height, width), expected)
 
 
-@pytest.mark.parametrize("content", [encoded(photo(), "PNG"), encoded(photo().convert("CMYK"))], ids=["PNG", "CMYK"])
-def test_regions_of_other_images_are_cut_out_of_the_whole(content: bytes) -> None:
-    image = EncodedImage(content)
-    assert torch.equal(image.region(11, 13, 101, 87), image.whole()[11:112, 13:100])
+def cut_short(progressive: bool) -> bytes:
+    """A JPEG that ends too early, in its one scan or before the last of several; decoders make up what lacks."""
+    content = encoded(photo(), quality=95, progressive=progressive)
+    end = content.rindex(b"\xff\xda") if progressive else len(content) // 2
+    return content[:end] + b"\xff\xd9"
 
 
-@pytest.mark.parametrize("case", ["not installed", "nothing of NVIDIA", "too old", "not made for this machine"])
+OTHER_REGIONS = {
+    "PNG": encoded(photo(), "PNG"),
+    "CMYK": encoded(photo().convert("CMYK")),
+    "progressive": encoded(photo(), progressive=True),
+    "progressive, cut short": cut_short(progressive=True),
+    "cut short": cut_short(progressive=False),
+    "wrong restart": with_marker(encoded(photo()), b"\xff\xd3"),
+    "bytes lacking": encoded(photo())[:15000] + encoded(photo())[15300:],
+    "comment behind the image": encoded(photo())[:-2] + b"\xff\xfe\x00\x04ab\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_REGIONS)
+def test_regions_of_all_that_pillow_accepts_are_parts_of_the_whole(kind: str) -> None:
+    image = EncodedImage(OTHER_REGIONS[kind])
+    whole = as_tensor(decode_image(OTHER_REGIONS[kind]))
+    for top, left, height, width in REGIONS:
+        expected = whole[top : top + height, left : left + width]
+        assert torch.equal(image.region(top, left, height, width), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_torchvision_alone_refuses_is_decoded_by_pillow() -> None:
+    content = encoded(photo())[:-2] + bytes(400)
+    with pytest.raises(RuntimeError, match="truncated"):
+        decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    assert torch.equal(decode_to_tensor(content), as_tensor(decode_image(content)))
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+@regions_decoded
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("importlib.util.find_spec", lambda name: None),
+        ("importlib.util.find_spec", lambda name: raise_(ModuleNotFoundError("No module named 'nvidia'"))),
+        ("importlib.util.find_spec", lambda name: ModuleSpec(name, None)),
+        ("tempfile.TemporaryDirectory", lambda: raise_(OSError(errno.ENOSPC, "No space left on device"))),
+        ("nvidia.nvimgcodec.__version__", "0.8.0"),
+        ("nvidia.nvimgcodec.Decoder", lambda **options: raise_(RuntimeError("no decoder"))),
+    ],
+    ids=["not installed", "nothing of NVIDIA", "a folder left", "no room", "too old", "does not start"],
+)
 def test_without_nvimagecodec_crops_are_the_same(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, case: str
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
     transform = FastTrainTransform(make_config(*RELEASED))
     content = encoded(photo())
@@ -126,21 +182,8 @@ def test_without_nvimagecodec_crops_are_the_same(
         seed_everything(0)
         return transform.decode_crop(content)
 
-    def nothing_of_nvidia(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'nvidia'")
-
     expected = crop()
-    if case == "too old":
-        monkeypatch.setattr(pytest.importorskip("nvidia.nvimgcodec"), "__version__", "0.8.0")
-    elif case == "not made for this machine":
-        pytest.importorskip("nvidia.nvimgcodec")
-        found = importlib.util.find_spec("nvidia.nvimgcodec")
-        monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: found)
-        monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)  # which makes importing it an ImportError
-        monkeypatch.delattr("nvidia.nvimgcodec")
-    else:
-        find_spec = nothing_of_nvidia if case == "nothing of NVIDIA" else lambda name: None
-        monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(name, value)
     fast_decoding._region_decoder.cache_clear()
     try:
         assert not decodes_regions() and torch.equal(crop(), expected)
@@ -150,14 +193,22 @@ def test_without_nvimagecodec_crops_are_the_same(
 
 @regions_decoded
 def test_nvimagecodec_is_quiet_and_loads_no_decoder_for_gpus(tmp_path: Path) -> None:
-    """They print which libraries they miss, and a forked worker must leave CUDA alone."""
+    """They print which libraries they miss, and a forked worker must leave CUDA alone. Four threads need it first."""
     path = tmp_path / "image.jpg"
     path.write_bytes(encoded(photo()))
     code = f"""
 import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from data.fast_decoding import EncodedImage
 EncodedImage.whole = None
-EncodedImage(open({str(path)!r}, "rb").read()).region(0, 0, 50, 60)
+together = Barrier(4)
+def decode(_):
+    image = EncodedImage(open({str(path)!r}, "rb").read())
+    together.wait()
+    return image.region(0, 0, 50, 60)
+with ThreadPoolExecutor(4) as threads:
+    assert len(list(threads.map(decode, range(4)))) == 4
 assert "NVIMGCODEC_EXTENSIONS_PATH" not in os.environ and "PYNVIMGCODEC_VERBOSITY" not in os.environ
 assert not [line for line in open("/proc/self/maps") if "nvimgcodec/extensions" in line and "jpeg_turbo" not in line]
 """
@@ -195,6 +246,7 @@ DAMAGED = {
     "half.jpg": encoded(photo())[:20000],
     "headers.jpg": encoded(photo())[:300],
     "last_bytes.jpg": encoded(photo())[:-400],
+    "unknown_marker.jpg": with_marker(encoded(photo()), b"\xff\xaf"),
 }
 
 
@@ -203,8 +255,9 @@ def test_what_pillow_refuses_is_refused_and_named(make_config: MakeConfig, tmp_p
     (tmp_path / "c").mkdir()
     path = tmp_path / "c" / name
     path.write_bytes(DAMAGED[name])
-    crop = FastTrainTransform(make_config(*RELEASED)).decode_crop
-    for decode in (decode_image, decode_to_tensor, *[crop] * 8):
+    decode_crop = FastTrainTransform(make_config(*RELEASED)).decode_crop
+    for number, decode in enumerate((decode_image, decode_to_tensor, *[decode_crop] * 8)):
+        seed_everything(number)
         with pytest.raises(UserError, match="cannot be read as an image") as caught:
             ImageDataset(FolderSource(tmp_path), lambda image: image, decode)[0]
         assert str(path) in caught.value.one_line()

@@ -73,7 +73,7 @@ def _whole_then_crop(transform: FastTrainTransform) -> Callable[[bytes], Tensor]
 
     def decode(encoded: bytes) -> Tensor:
         image = EncodedImage(encoded)
-        top, left, height, width = transform.crop.get_params(image.header, transform.crop.scale, transform.crop.ratio)
+        top, left, height, width = transform.draw_box(image)
         return image.whole()[top : top + height, left : left + width]
 
     return decode
