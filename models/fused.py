@@ -12,6 +12,7 @@ What is done, and why it is exact:
 - a segment holds a quarter of the heads, as channels that follow each other. Attention runs on a segment at a time, and
   products of one head with another are masked, which is cheaper than to bring heads into an order of their own;
 - windows of 5x5 positions are padded with zeros where they share a segment with 7x7 ones;
+- on a CPU, a stage takes a few images at a time, which stay in its caches;
 - on a CPU in float32, Linears and convolutions run with packed weights and their activation in oneDNN, where PyTorch
   has it.
 """
@@ -52,7 +53,7 @@ def fuse(network: GroupMixFormer) -> "FusedGroupMixFormer":
 # Weights in oneDNN's own layout, with the version of the weight that they were made from. They cannot be buffers: such
 # tensors have no storage that could be saved, moved or handed to a compiled graph.
 _packed_weights = WeakTensorKeyDictionary()
-SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time, 16 MB
+SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time on a CPU, 16 MB: of images, or rows of one
 
 
 def _packed(weight: Tensor, pack: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -83,8 +84,8 @@ def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
 def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
     """x + MLP(layer norm of x) with packed Linears: (B, N, C) -> (B, N, C), float32 on a CPU.
 
-    Hidden values are made a slab at a time: 32 MB of them, as in small's first stage at batch 8, go back to the system
-    when they are freed, and every page of them is then faulted in anew at each call.
+    Hidden values are made a slab at a time: 32 MB of them, which one large image may need, go back to the system when
+    they are freed, and every page of them is then faulted in anew at each call.
     """
     results = []
     for rows in x.flatten(0, 1).split(max(1, SLAB_VALUES // weight1.shape[0])):
@@ -292,17 +293,32 @@ class FusedGroupMixFormer(nn.Module):
     @torch.no_grad()
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W) -> the maps of all stages, in channels-last order."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         maps = []
-        for embed, blocks in zip(self.patch_embeds, self.stages):
-            x = embed(x)
-            size = (x.shape[2], x.shape[3])
-            x = _tokens(x)
-            for block in blocks:
-                x = block(x, size)
-            x = _maps(x, size)
+        for index in range(len(self.stages)):
+            parts = [self._run_stage(index, part) for part in x.split(self._images_at_a_time(index, x))]
+            # Joined as tokens: torch.cat may give maps another order.
+            x = parts[0] if len(parts) == 1 else _maps(torch.cat([_tokens(part) for part in parts]), parts[0].shape[2:])
             maps.append(x)
         return maps
+
+    def _run_stage(self, index: int, x: Tensor) -> Tensor:
+        """The map before (in the first stage: images) -> the map of this stage."""
+        if index == 0:
+            x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embeds[index](x)
+        size = (x.shape[2], x.shape[3])
+        x = _tokens(x)
+        for block in self.stages[index]:
+            x = block(x, size)
+        return _maps(x, size)
+
+    def _images_at_a_time(self, index: int, x: Tensor) -> int:
+        """Images of `x` that a stage takes together: on a CPU as many as its caches, and the allocator's heap, hold."""
+        if x.device.type != "cpu":
+            return max(1, len(x))
+        stride = 4 if index == 0 else 2
+        tokens = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+        return max(1, SLAB_VALUES // (tokens * self.stages[index][0].mlp.fc1.weight.shape[0]))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the normalised last map."""

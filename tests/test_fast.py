@@ -182,6 +182,24 @@ def test_fused_gives_no_gradients_and_has_no_training_mode() -> None:
         fused.train()
 
 
+def test_fused_stages_take_as_many_images_at_a_time_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of(torch.float64)
+    fused, batch = fuse(network), images(64, 96, batch=5).double()
+    together = fused.forward_stages(batch)
+    taken: list[list[int]] = [[] for _ in fused.stages]
+    for stage, sizes in zip(fused.stages, taken):
+        stage[0].register_forward_pre_hook(lambda block, arguments, sizes=sizes: sizes.append(len(arguments[0])))
+    tokens, hidden = 16 * 24, 4 * WIDE["embed_dims"][0]
+    monkeypatch.setattr(models.fused, "SLAB_VALUES", 2 * tokens * hidden)
+    maps = fused.forward_stages(batch)
+    assert taken[0] == [2, 2, 1] and taken[1] == [4, 1] and taken[2] == taken[3] == [5]
+    for got, expected in zip(maps, together):
+        assert relative_error(got, expected) < 1e-13
+        assert got.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(models.fused, "SLAB_VALUES", 1)
+    assert relative_error(fused(batch), network(batch)) < 1e-12
+
+
 def test_fused_runs_on_an_empty_batch() -> None:
     assert fuse(network_of())(images()[:0]).shape == (0, 7)
 
