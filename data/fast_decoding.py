@@ -1,8 +1,8 @@
 """Decode images to uint8 tensors: whole, or only the region that a crop shows.
 
 Whole JPEGs are decoded by torchvision, regions by nvImageCodec where it is installed (requirements-extras.txt; CPU
-only): libjpeg-turbo then skips what lies outside, and stops below. Pixels are Pillow's in all of these ways, which is
-tested, and what none of them can do is left to Pillow, whose errors are those of `decode_image`.
+only): libjpeg-turbo then skips what lies outside, and stops below. Pixels of intact files are Pillow's in all of these
+ways, which is tested, and what none of them can do is left to Pillow, whose errors are those of `decode_image`.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 Images are decoded to uint8 tensors (`fast_decoding.py`, the pixels of Pillow) and resized as such, with colours side by
 side as decoders write them; shears and translations of the policy go line by line. Batches of uint8 are normalised
-where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an
-image is drawn from has the same distribution, but not the same bits: antialiased resizing in torch and in Pillow round
+where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an image is
+drawn from has the same distribution, but not the same bits: antialiased resizing in torch and in Pillow round
 differently, by a few of 255 levels. `transforms.py` is the exact way, which the released numbers were made with.
 """
 

@@ -12,7 +12,7 @@ What is done, and why it is exact:
 - a segment holds a quarter of the heads, as channels that follow each other. Attention runs on a segment at a time, and
   products of one head with another are masked, which is cheaper than to bring heads into an order of their own;
 - windows of 5x5 positions are padded with zeros where they share a segment with 7x7 ones;
-- on a CPU, a stage takes a few images at a time, which stay in its caches;
+- on a CPU, the blocks of a stage take a few images at a time, which stay in its caches;
 - on a CPU in float32, Linears and convolutions run with packed weights and their activation in oneDNN, where PyTorch
   has it.
 """
@@ -293,32 +293,15 @@ class FusedGroupMixFormer(nn.Module):
     @torch.no_grad()
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W) -> the maps of all stages, in channels-last order."""
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         maps = []
-        for index in range(len(self.stages)):
-            parts = [self._run_stage(index, part) for part in x.split(self._images_at_a_time(index, x))]
-            # Joined as tokens: torch.cat may give maps another order.
-            x = parts[0] if len(parts) == 1 else _maps(torch.cat([_tokens(part) for part in parts]), parts[0].shape[2:])
+        for embed, blocks in zip(self.patch_embeds, self.stages):
+            x = embed(x)
+            size = (x.shape[2], x.shape[3])
+            parts = [_run_blocks(blocks, part, size) for part in _tokens(x).split(_images_at_a_time(blocks, x))]
+            x = _maps(parts[0] if len(parts) == 1 else torch.cat(parts), size)
             maps.append(x)
         return maps
-
-    def _run_stage(self, index: int, x: Tensor) -> Tensor:
-        """The map before (in the first stage: images) -> the map of this stage."""
-        if index == 0:
-            x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        x = self.patch_embeds[index](x)
-        size = (x.shape[2], x.shape[3])
-        x = _tokens(x)
-        for block in self.stages[index]:
-            x = block(x, size)
-        return _maps(x, size)
-
-    def _images_at_a_time(self, index: int, x: Tensor) -> int:
-        """Images of `x` that a stage takes together: on a CPU as many as its caches, and the allocator's heap, hold."""
-        if x.device.type != "cpu":
-            return max(1, len(x))
-        stride = 4 if index == 0 else 2
-        tokens = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-        return max(1, SLAB_VALUES // (tokens * self.stages[index][0].mlp.fc1.weight.shape[0]))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the normalised last map."""
@@ -332,6 +315,20 @@ class FusedGroupMixFormer(nn.Module):
         if self.return_interm_layers:
             return self.forward_stages(x)
         return self.forward_head(self.forward_features(x))
+
+
+def _run_blocks(blocks: nn.ModuleList, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, C) -> (B, N, C)."""
+    for block in blocks:
+        x = block(x, size)
+    return x
+
+
+def _images_at_a_time(blocks: nn.ModuleList, x: Tensor) -> int:
+    """Images of `x` (B, C, H, W) that blocks take together: on a CPU as many as its caches hold."""
+    if x.device.type != "cpu":
+        return max(1, len(x))
+    return max(1, SLAB_VALUES // (x.shape[2] * x.shape[3] * blocks[0].mlp.fc1.weight.shape[0]))
 
 
 def _maps(x: Tensor, size: tuple[int, int]) -> Tensor:
