@@ -6,7 +6,7 @@ python test.py --cfg configs/groupmixformer_small.yaml --flops                  
 python test.py --cfg configs/groupmixformer_small.yaml --resume FILE --images a.jpg folder/    top-5 of pictures
 """
 
-from evaluation.run import run_evaluation
+from tasks.classification.evaluate import run_evaluation
 from utils.session import RunFolder, run_script, start_session
 
 

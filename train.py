@@ -10,20 +10,13 @@ import torch
 from timm.utils import ModelEmaV3
 
 from configs import with_num_classes
-from data import (
-    TrainingData,
-    build_eval_loader,
-    build_mixup,
-    check_val_classes,
-    open_split,
-    usable_workers,
-)
-from evaluation.run import run_evaluation
-from models import build_model
-from models.depthwise import use_fast_gradients
+from data import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
+from models.cpu.depthwise import use_fast_gradients
+from tasks.classification.evaluate import run_evaluation
+from tasks.classification.transforms import build_mixup
+from tasks.networks import build_model
+from tools.curves import RunCurves
 from utils.checkpoint import load_pretrained
-from utils.curves import RunCurves
-from utils.distributed import share_running_statistics, wrap_distributed
 from utils.engine import (
     Progress,
     Trainer,
@@ -34,12 +27,13 @@ from utils.engine import (
     evaluate,
     train_one_epoch,
 )
-from utils.faults import StopRequested, exit_stopped, quiet_loader_worker
-from utils.logging import TensorBoard
 from utils.optimizer import build_optimizer
+from utils.processes import share_running_statistics, wrap_distributed
 from utils.resume import Saver, check_same_everywhere, identify_images, load_resume, restore, set_rest_aside
+from utils.run_log import TensorBoard
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.session import RunFolder, describe_run, run_script, start_session
+from utils.supervision import StopRequested, exit_stopped, quiet_loader_worker
 
 
 def main(run_folder: RunFolder | None = None) -> None:

@@ -16,7 +16,7 @@ class CommandParser(OneLineParser):
     """A parser that shows a module's docstring as it stands, and raises UserError, one line, for wrong use.
 
     Args:
-        name: the module, such as 'data.check'.
+        name: the module, such as 'tools.check'.
         description: its docstring.
     """
 

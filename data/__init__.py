@@ -9,9 +9,9 @@ from .loaders import (
     open_split,
     usable_workers,
 )
+from .normalization import denormalize, normalize
 from .randomness import TRAINING_STEP, seed_everything
 from .sources import Source, class_folders, fingerprint
-from .transforms import build_mixup, denormalize, normalize, views_transform
 
 __all__ = [
     "TRAINING_STEP",
@@ -19,7 +19,6 @@ __all__ = [
     "Source",
     "TrainingData",
     "build_eval_loader",
-    "build_mixup",
     "build_prediction_loader",
     "check_val_classes",
     "class_folders",
@@ -29,5 +28,4 @@ __all__ = [
     "open_split",
     "seed_everything",
     "usable_workers",
-    "views_transform",
 ]

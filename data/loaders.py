@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from yacs.config import CfgNode
 
 from configs import SPLIT_NAMES, UserError
+from data.fast.decoding import decode_to_tensor
+from data.fast.transforms import FastEvalTransform, FastTrainTransform, FastViewsTransform, build_erasing
+from tasks.classification.transforms import eval_transform, train_transform, views_transform
 
 from .datasets import AugmentedDataset, ImageDataset, decode_image
-from .fast_decoding import decode_to_tensor
-from .fast_loading import FastEvalTransform, FastTrainTransform, FastViewsTransform, build_erasing
+from .normalization import normalize
 from .samplers import TrainingOrder
 from .sources import Source, check_same_classes, class_folders, open_source
-from .transforms import eval_transform, normalize, train_transform, views_transform
 
 
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
@@ -132,7 +133,7 @@ class TrainingData:
         if len(self.unreadable) > self.max_unreadable:
             raise UserError(
                 f"{len(self.unreadable)} unreadable training images, the last: {problem}; more than "
-                f"DATA.MAX_UNREADABLE = {self.max_unreadable}, see python -m data.check"
+                f"DATA.MAX_UNREADABLE = {self.max_unreadable}, see python -m tools.check"
             )
 
 

@@ -23,7 +23,7 @@ TAG=${TAG:-quickstart}
 run_folder=$OUTPUT/groupmixformer_digits/$TAG
 flags=(--cfg configs/groupmixformer_digits.yaml --data-path "$DATA_PATH" --output "$OUTPUT" --tag "$TAG" "$@")
 
-"$PYTHON" -m data.digits --output "$DATA_PATH"
+"$PYTHON" -m tools.digits --output "$DATA_PATH"
 "$PYTHON" train.py "${flags[@]}"
 "$PYTHON" test.py "${flags[@]}" --resume "$run_folder/ckpt_best.pth"
 

@@ -5,10 +5,9 @@ from collections import OrderedDict
 
 from torch.serialization import add_safe_globals
 
-from .build import build_model
 from .groupmixformer import VARIANTS, GroupMixFormer
 
-__all__ = ["PLAIN_TYPES", "VARIANTS", "GroupMixFormer", "build_model"]
+__all__ = ["PLAIN_TYPES", "VARIANTS", "GroupMixFormer"]
 
 # Files are opened with weights_only=True, here and by timm, which refuses released training checkpoints for the yacs
 # CfgNode in them: read as the mapping that it is, it runs no code. The Namespace in timm's own is a bag of values.

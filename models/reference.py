@@ -1,7 +1,7 @@
 """The network in the released order of operations: oracle of the tests, and the other side of the benchmark.
 
 It computes with the modules, and so with the weights, of a `GroupMixFormer`: q, k and v are stacked on the batch axis
-by a copy, segments are slices of it, and heads lie before tokens. `models/groupmixformer.py` and `models/fused.py`
+by a copy, segments are slices of it, and heads lie before tokens. `models/groupmixformer.py` and `models/cpu/fused.py`
 order memory differently; what they compute must be this.
 """
 

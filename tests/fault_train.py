@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-from utils import engine, faults, resume
+from utils import engine, resume
+from utils import supervision as faults
 from utils.session import run_script
 
 kind, *where = os.environ["FAULT"].split(":")

@@ -1,6 +1,6 @@
 """What the safeguards cost: one run of train.py, in which blocks of updates with and without them take turns.
 
-    python -m data.digits --output DIGITS
+    python -m tools.digits --output DIGITS
     OMP_NUM_THREADS=1 python tests/measure_overhead.py --data DIGITS
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 tests/measure_overhead.py --data DIGITS
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 tests/measure_overhead.py --data DIGITS \
@@ -40,7 +40,8 @@ import torch
 
 import train
 from data import TrainingData
-from utils import engine, faults, resume
+from utils import engine, resume
+from utils import supervision as faults
 from utils.checkpoint import save_checkpoint
 from utils.session import run_script
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import GroupMixFormer
 from utils.compilation import compile_blocks
-from utils.distributed import WITHOUT_BUFFERS
+from utils.processes import WITHOUT_BUFFERS
 from utils.sync_batchnorm import TraceableSyncBatchNorm, use_traceable_batch_norms
 
 

@@ -42,10 +42,11 @@ from yacs.config import CfgNode
 
 from configs import UserError, get_config, parse_args, with_num_classes
 from configs.errors import first_line
-from data.class_names import class_names
-from models import PLAIN_TYPES, VARIANTS, build_model
+from models import PLAIN_TYPES, VARIANTS
+from tasks.classification.class_names import class_names
+from tasks.networks import build_model
 
-from .faults import SAVING, unwritable
+from .supervision import SAVING, unwritable
 
 BEST_NAME = "ckpt_best.pth"
 PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
@@ -276,7 +277,7 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
         state = next((checkpoint[k] for k in _RAW_KEYS if isinstance(checkpoint.get(k), dict)), checkpoint)
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         hint = (
-            "; birder's files go through python -m utils.convert" if {"state", "signature"} <= set(checkpoint) else ""
+            "; birder's files go through python -m tools.convert" if {"state", "signature"} <= set(checkpoint) else ""
         )
         raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)}){hint}")
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"

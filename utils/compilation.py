@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from models.fused import FusedGroupMixFormer, fuse
+from models.cpu.fused import FusedGroupMixFormer, fuse
 from models.groupmixformer import GroupMixFormer
 
 

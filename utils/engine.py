@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from configs import UserError
-from data import TRAINING_STEP, TrainingData, normalize, seed_everything
+from data import TRAINING_STEP, TrainingData, seed_everything
+from data.normalization import normalize
 from models.groupmixformer import GroupMixFormer
 
 from .compilation import compile_blocks
-from .distributed import sum_over_processes, unwrap
-from .faults import KeptStatistics, StopRequested, UpdateVerdict
-from .logging import ProgressLog, TensorBoard, peak_memory_mib
 from .optimizer import scheduled_lr
+from .processes import sum_over_processes, unwrap
+from .run_log import ProgressLog, TensorBoard, peak_memory_mib
 from .session import Session
+from .supervision import KeptStatistics, StopRequested, UpdateVerdict
 from .sync_batchnorm import use_traceable_batch_norms
 
 
@@ -288,7 +289,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every process's share; counts are summed over the processes once and divided once.
 
-    `evaluation.predictions.predict` is test.py's loop. It gathers a prediction for every image on the main process and
+    `predictions.predict` is test.py's loop. It gathers a prediction for every image on the main process and
     keeps its bits on any number of processes; an epoch of training needs neither, and sums cost no memory. That both
     give the same accuracy is tested.
 

@@ -29,11 +29,11 @@ from .checkpoint import (
     select_weights,
     set_aside,
 )
-from .distributed import decide_on_main
 from .engine import Progress, Trainer
-from .faults import StopRequested
+from .processes import decide_on_main
 from .schedule import global_batch_size
 from .session import Session
+from .supervision import StopRequested
 
 # Keys that may differ between stop and continuation: they decide where things are and how often they are said, not
 # what is computed. Batch size and accumulation are judged by the global batch that they make together.

@@ -23,8 +23,10 @@ from configs.errors import first_line
 
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .compilation import remove_unfinished_binary
-from .distributed import Processes, close_processes, decide_on_main, init_processes
-from .faults import (
+from .files import whole_file
+from .processes import Processes, close_processes, decide_on_main, init_processes
+from .run_log import create_logger, log_provenance
+from .supervision import (
     EXIT_MISTAKE,
     EXIT_STOPPED,
     CompilerStopped,
@@ -40,8 +42,6 @@ from .faults import (
     tell_others,
     unwritable,
 )
-from .files import whole_file
-from .logging import create_logger, log_provenance
 
 # What disks do to a program that is in order.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES}

@@ -1,1 +1,0 @@
-"""Evaluation worth publishing: predictions per image, what follows from them, and what test.py writes."""

@@ -1,0 +1,208 @@
+"""What test.py does, and train.py with --eval, --throughput, --flops or --images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from yacs.config import CfgNode
+
+from configs import UserError, with_num_classes, with_values
+from data import check_val_classes, fingerprint, open_split, usable_workers
+from tasks.measurement import count_flops
+from tasks.networks import build_model
+from utils.checkpoint import find_weights, load_weights
+from utils.compilation import inference_network
+from utils.engine import build_precision, measure_throughput
+from utils.files import check_json_target, write_json
+from utils.processes import decide_on_main
+from utils.resume import check_same_everywhere
+from utils.run_log import peak_memory_mib
+from utils.session import Session
+
+from .outputs import describe, summarize, write_outputs
+from .pictures import label_pictures
+from .predictions import Predictions, check_suffix, predict
+from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
+
+
+def run_evaluation(session: Session) -> None:
+    """Do what the command line asks for."""
+    check_json_target(session.args.json)
+    if session.args.flops:
+        report_flops(session)
+    elif session.config.THROUGHPUT_MODE:
+        report_throughput(session)
+    elif session.args.images:
+        label_pictures(session, find_weights(session.config))
+    else:
+        evaluate_weights(session)
+
+
+def evaluate_weights(session: Session) -> list[dict[str, Any]]:
+    """Evaluate given weights on the validation images, at one size or several; logs and writes the numbers.
+
+    Returns one dictionary per size; keys as in `summarize`; the same on every process. The last line logged is
+    ` * Acc@1 ... Acc@5 ...`, of the last size.
+    """
+    config, processes, logger = session.config, session.processes, session.logger
+    weights = find_weights(config)
+    check_suffix(Path(f"predictions.{config.TEST.PREDICTIONS}"))
+    images = _open_images(config)
+    check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
+    num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
+    config = with_num_classes(config, num_outputs)
+
+    network = build_model(config).to(processes.device)
+    classes = [] if config.TEST.VAL_SET else images.source.classes
+    loaded = load_weights(network, weights, config.TEST.WEIGHTS, classes, logger.warning)
+    logger.info(f"evaluating {loaded}")
+    network = inference_network(config, network)
+    precision = build_precision(config, processes.device)
+    logger.info(
+        f"{len(images.source.samples)} images of {len(images.source.classes)} classes, {precision}, "
+        f"{usable_workers(config)} workers"
+    )
+    present = len({label for _, label in images.source.samples})
+    if config.TEST.VAL_SET and present < len(images.source.classes):
+        logger.warning(
+            f"only {present} of the {len(images.source.classes)} classes of ImageNet's set {config.TEST.VAL_SET!r} are "
+            f"in {config.DATA.DATA_PATH}: numbers are over these, and mean nothing where it is another data set"
+        )
+    sizes = config.TEST.SIZES or [config.DATA.IMG_SIZE]
+    results: list[dict[str, Any]] = []
+    for size in sizes:
+        sized = with_values(config, {"DATA.IMG_SIZE": size})
+        folder = session.folder / "evaluation" / _name(sized, weights, session.processes.device)
+        decide_on_main(lambda f=folder: _check_weights(f, weights), processes)
+        title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
+        predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
+        about = {
+            "weights": loaded,
+            "file": str(Path(weights).resolve()),
+            "model": config.MODEL.NAME,
+            "data": config.DATA.DATA_PATH,
+            "val_set": config.TEST.VAL_SET,
+            "image_size": size,
+            "crop": config.TEST.CROP,
+            "tta": config.TEST.TTA,
+            "precision": str(precision),
+            "fused": config.TEST.FUSE,
+            "compiled": config.COMPILE,
+            "fast_loading": config.DATA.FAST_LOADING == "all",
+        }
+        results.append(
+            decide_on_main(lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes)
+        )
+    if len(results) > 1:
+        logger.info(f"{'size':>5} {'Acc@1':>8} {'Acc@5':>8} {'NLL':>8} {'ECE':>7}")
+        for row in results:
+            numbers = f"{row['acc1']:8.3f} {row['acc5']:8.3f} {row['nll']:8.4f} {row['ece']:7.4f}"
+            logger.info(f"{row['image_size']:5d} {numbers}")
+    if session.args.json and processes.is_main:
+        write_json(session.args.json, results if config.TEST.SIZES else results[0])
+    logger.info(f" * Acc@1 {results[-1]['acc1']:.3f} Acc@5 {results[-1]['acc5']:.3f}")
+    return results
+
+
+def _open_images(config: CfgNode) -> ValidationSet:
+    """The validation images of the data set, or those of ImageNet's other set that TEST.VAL_SET names."""
+    if config.TEST.VAL_SET:
+        return open_validation_set(config)
+    # A single pass gains nothing from a cache.
+    source = open_split(with_values(config, {"DATA.CACHE_MODE": "no"}), "val", rank=0, world_size=1)
+    check_val_classes(config, None, source)
+    return ValidationSet(source, None, None)
+
+
+def _conclude(
+    session: Session, predictions: Predictions, images: ValidationSet, about: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Compute, log and write what follows from the predictions; on the main process."""
+    if not np.isfinite(predictions.nll[predictions.labelled]).all():
+        raise UserError(f"{about['weights']}: gives outputs that are not finite; the weights or AMP_DTYPE are at fault")
+    summary = about | summarize(predictions, images.label_sets)
+    for line in describe(summary):
+        session.logger.info(line)
+    try:
+        write_outputs(folder, predictions, summary, session.config.TEST.PREDICTIONS)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    session.logger.info(f"predictions, accuracy by class, confusion and metrics are in {folder}")
+    return summary
+
+
+def _name(config: CfgNode, weights: str, device: torch.device) -> str:
+    """The folder of an evaluation: what was evaluated, on what, and how."""
+    parts = [Path(weights).stem, config.TEST.VAL_SET or "val", Path(config.DATA.DATA_PATH).resolve().name]
+    if config.TEST.WEIGHTS != "best":
+        parts.insert(1, config.TEST.WEIGHTS)
+    parts.append(str(config.DATA.IMG_SIZE))
+    parts += [config.TEST.TTA] * (config.TEST.TTA != "none")
+    parts += ["uncropped"] * (not config.TEST.CROP)
+    parts += ["fused"] * config.TEST.FUSE
+    parts += ["compiled"] * config.COMPILE
+    parts += ["fast"] * (config.DATA.FAST_LOADING == "all")
+    default = with_values(config, {"AMP_OPT_LEVEL": "", "AMP_DTYPE": "bfloat16"})
+    precision, usual = (str(build_precision(each, device)) for each in (config, default))
+    parts += [precision.split()[-1]] * (precision != usual)
+    return "-".join(parts)
+
+
+def _check_weights(folder: Path, weights: str) -> None:
+    """Raise UserError where the folder holds an evaluation of another file, which would be lost."""
+    try:
+        other = json.loads((folder / "metrics.json").read_text())["file"]
+    except (OSError, ValueError, KeyError):
+        return
+    if other != str(Path(weights).resolve()):
+        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
+
+
+def report_throughput(session: Session) -> None:
+    """Log images/s and peak memory of the evaluation forward pass on random images; needs neither data nor weights."""
+    config, device = session.config, session.processes.device
+    network = inference_network(config, build_model(config).to(device))
+    precision = build_precision(config, device)
+    # A batch takes a GPU some milliseconds, and a CPU many seconds.
+    steps = {"warmup_steps": 10, "steps": 30} if device.type == "cuda" else {"warmup_steps": 1, "steps": 5}
+    speed = measure_throughput(network, _input_shape(config), config.DATA.BATCH_SIZE, precision, device, **steps)
+    memory = peak_memory_mib(device)
+    session.logger.info(
+        f"batch size {config.DATA.BATCH_SIZE}, {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {precision}: "
+        f"throughput {speed:.1f} images/s, peak memory {memory:.0f} MiB"
+    )
+    _write_measurement(
+        session,
+        {
+            "batch_size": config.DATA.BATCH_SIZE,
+            "precision": str(precision),
+            "device": str(device),
+            "images_per_second": speed,
+            "peak_memory_mib": memory,
+        },
+    )
+
+
+def report_flops(session: Session) -> None:
+    """Log FLOPs and parameters, by module and in all, for MODEL.GMA.NUM_CLASSES; needs neither data nor weights."""
+    config = session.config
+    classes = config.MODEL.GMA.NUM_CLASSES
+    flops, parameters, table = count_flops(build_model(config), _input_shape(config))
+    session.logger.info(table)
+    session.logger.info(
+        f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {classes} classes: "
+        f"{flops / 1e9:.3f} GFLOPs, {parameters:,} parameters"
+    )
+    _write_measurement(session, {"num_classes": classes, "flops": flops, "parameters": parameters})
+
+
+def _write_measurement(session: Session, content: dict[str, Any]) -> None:
+    if session.args.json and session.processes.is_main:
+        about = {"model": session.config.MODEL.NAME, "image_size": session.config.DATA.IMG_SIZE}
+        write_json(session.args.json, about | content)
+
+
+def _input_shape(config: CfgNode) -> tuple[int, int, int]:
+    return config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE

@@ -1,0 +1,187 @@
+"""Every command and every promise of names in README.md."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import runs
+import timm
+import torch
+
+import models  # noqa: F401 - registers the variants with timm
+from configs import get_config, parse_args
+from tasks.classification import evaluate as run
+
+README = (runs.ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.strip().startswith("#")
+]
+
+
+def script_arguments(command):
+    """What train.py or test.py gets: everything after its name, placeholders replaced."""
+    script = next(word for word in command if word in ("train.py", "test.py"))
+    return script, command[command.index(script) + 1 :]
+
+
+PYTHON_COMMANDS = [c for c in COMMANDS if "train.py" in c or "test.py" in c]
+
+
+@pytest.mark.parametrize("command", PYTHON_COMMANDS, ids=" ".join)
+def test_commands_of_both_scripts_are_accepted(command):
+    args = parse_args(script_arguments(command)[1])
+    assert get_config(args).MODEL.NAME.startswith("groupmixformer_")
+
+
+@pytest.mark.parametrize("command", PYTHON_COMMANDS, ids=" ".join)
+def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypatch):
+    """Run as they stand, but for paths, on one process and with a network that trains in a second."""
+    script, rest = script_arguments(command)
+    released = tmp_path / "weights.pth"
+    tiny = [*runs.TINY, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    smaller = ["--batch-size", "4", "--output", str(tmp_path), "--opts", *tiny]
+    torch.save({"model": tiny_network(tmp_path, image_folder).state_dict()}, released)
+    quickstart = "output/groupmixformer_digits/quickstart/ckpt_best.pth"
+    places = {"datasets/digits": str(image_folder), quickstart: str(released)}
+    places |= {
+        "<ImageNet>": str(image_folder),
+        "<checkpoint>": str(released),
+        "groupmixformer_small.pth": str(released),
+    }
+    picture = next((image_folder / "val").rglob("*.png"))
+    places |= {"<picture>": str(picture), "<folder>": str(picture.parent), "224": "32", "256": "48", "288": "64"}
+    args = [places.get(word, word) for word in rest] + smaller
+    if script == "train.py":
+        assert runs.train_here(monkeypatch, args) == 0
+        assert list(tmp_path.glob("tiny/*/ckpt_best.pth"))
+        assert not list(tmp_path.glob("tiny/*/evaluation")), "validation within training writes none of test.py's files"
+    else:
+        monkeypatch.setattr(sys, "argv", ["test.py", *args])
+        results = []
+        evaluate = run.evaluate_weights
+        monkeypatch.setattr(run, "evaluate_weights", lambda *a: results.append(evaluate(*a)))
+        run.run_evaluation(evaluation_session())
+        if "--images" in args:
+            assert len(list(picture.parent.glob("*.png.top5.json"))) == 2
+        else:
+            assert {result["counted"] for result in results[0]} == {6}
+            assert len(list(tmp_path.glob("tiny/*/evaluation/*/predictions.csv"))) == len(results[0])
+
+
+def evaluation_session():
+    from utils.session import start_session
+
+    return start_session("")
+
+
+def tiny_network(tmp_path, data):
+    from configs import with_num_classes
+    from models import build_model
+
+    args = runs.arguments(data, tmp_path)
+    return build_model(with_num_classes(get_config(parse_args(args)), 3))
+
+
+QUICK_MODULES = (
+    *("tools.check", "tools.compare", "tools.report"),
+    *("tools.convert", "tools.curves", "tools.visualize"),
+)
+MODULE_COMMANDS = [c for c in COMMANDS if c[1:2] == ["-m"] and c[2] in QUICK_MODULES]
+
+
+@pytest.fixture(scope="module")
+def finished_run(data, tmp_path_factory):
+    """The folder of a run of one epoch, and that of its evaluation."""
+    output = tmp_path_factory.mktemp("finished")
+    args = runs.arguments(data, output, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        assert runs.train_here(patch, args) == 0
+        folder = runs.run_folder(output)
+        patch.setattr(sys, "argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
+        run.run_evaluation(evaluation_session())
+    return folder, next(folder.glob("evaluation/*"))
+
+
+@pytest.mark.parametrize("command", MODULE_COMMANDS, ids=" ".join)
+def test_commands_of_modules_work(command, finished_run, data, tmp_path, monkeypatch):
+    """Run as they stand, but for paths, on a run of the tiny network."""
+    folder, evaluation = finished_run
+    default = "output/groupmixformer_small/default"
+    places = {"<ImageNet>": data, "DIR": data, default: folder, "output/groupmixformer_small/other": folder}
+    places |= {f"{name}/predictions.csv": evaluation / "predictions.csv" for name in "AB"}
+    places |= {f"{default}/evaluation/NAME": evaluation, "a.jpg": next((data / "val").rglob("*.png"))}
+    places |= dict.fromkeys(("FILE", "<checkpoint>"), folder / "ckpt_best.pth")
+    args = [str(places.get(word, runs.ROOT / word if word.startswith("configs/") else word)) for word in command[3:]]
+    monkeypatch.chdir(tmp_path)  # most write to the folder that they are started in
+    assert importlib.import_module(command[2]).main(args + ["--opts", *runs.TINY] * ("--cfg" in args)) == 0
+
+
+SHELL_SCRIPTS = [c for c in COMMANDS if c[0] == "bash"]
+
+
+@pytest.mark.parametrize("command", SHELL_SCRIPTS, ids=" ".join)
+def test_shell_scripts_exist_and_explain_themselves(command):
+    result = subprocess.run([*command[:2], "--help"], cwd=runs.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and command[1] in result.stdout
+
+
+def test_the_multi_node_command():
+    (command,) = (c for c in COMMANDS if "multi_machine_start.py" in c)
+    places = {"<address of node 0>": "127.0.0.1", "<ImageNet>": "imagenet", "python": sys.executable}
+    line = " ".join(command).replace("<address of node 0>", "127.0.0.1")
+    words = [places.get(word, word) for word in line.split()]
+    words.insert(words.index("--"), "--dry_run")
+    result = subprocess.run(words, cwd=runs.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "torch.distributed.run" in result.stdout and "--opts TRAIN.EPOCHS 300" in result.stdout
+
+
+def test_every_command_is_one_that_is_tested_or_named_here():
+    tested = [*PYTHON_COMMANDS, *MODULE_COMMANDS, *SHELL_SCRIPTS]
+    others = [c for c in COMMANDS if c not in tested]
+    assert sorted(" ".join(c[:3]) for c in others) == [
+        "pip install -r",  # launch_scripts/setup_env.sh does it
+        "python -m tools.benchmark",  # tests/test_benchmark.py
+        "python -m tools.export",  # tests/test_export.py
+        "python multi_machine_start.py --machine_num",
+    ]
+    assert {command[2] for command in MODULE_COMMANDS} == set(QUICK_MODULES)
+
+
+def test_no_command_stands_outside_a_bash_block():
+    fences = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", README, re.MULTILINE)
+    lines = [line for language, block in fences if language != "bash" for line in block.splitlines()]
+    starts = ("python ", "python3 ", "bash ", "pip ", "torchrun ", "sbatch ")
+    (timms_own,) = (line for line in lines if line.startswith(starts))
+    assert "<clone of timm>/validate.py" in timms_own, "which no test can run"
+
+
+def test_the_python_example():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example, names)
+    maps = names["backbone"](torch.zeros(1, 3, 64, 96))
+    assert [64 // m.shape[2] for m in maps] == [4, 8, 16, 32] == [96 // m.shape[3] for m in maps]
+    assert names["classifier"](torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_the_model_zoo_counts():
+    rows = re.findall(r"\| GroupMixFormer-\w \| `(\w+)\.yaml` \| ([\d,]+) \|", README)
+    assert len(rows) == 5
+    for name, parameters in rows:
+        network = timm.create_model(name)
+        assert sum(p.numel() for p in network.parameters()) == int(parameters.replace(",", ""))
+
+
+def test_every_file_that_is_named_exists():
+    for path in re.findall(
+        r"`((?:launch_scripts|models|configs|data|evaluation|utils|pretrained)/[\w./]+\.\w+)`", README
+    ):
+        assert (runs.ROOT / path).is_file() or path.endswith(".pth"), path

@@ -1,0 +1,119 @@
+"""What is drawn of a picture: contributions that add up to the projection's output, Grad-CAM, errors in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TINY
+
+from models.groupmixformer import GroupMixFormer
+from tools import visualize
+
+CFG = ("--cfg", str(Path(__file__).resolve().parents[2] / "configs" / "groupmixformer_digits.yaml"))
+
+
+@pytest.fixture
+def network() -> GroupMixFormer:
+    torch.manual_seed(0)
+    return GroupMixFormer(3, 3, (10, 10, 20, 20), (1, 2, 1, 1), (2, 2, 2, 2)).eval()
+
+
+def test_responses_are_those_of_each_segment_alone(network: GroupMixFormer) -> None:
+    image = torch.randn(3, 70, 101)
+    attention = network.groupmixformer_backbone[1].gma_stage[1].att
+    seen = []
+    handle = attention.proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    result = visualize.explain(network, image)
+    handle.remove()
+    chosen = visualize.choose_block(result.branches, 2, -1)
+    assert (chosen.stage, chosen.block, chosen.responses.shape) == (2, 2, (5, 9, 13))
+    for branch in range(5):
+        alone = torch.zeros_like(seen[0])
+        alone[..., 2 * branch : 2 * branch + 2] = seen[0][..., 2 * branch : 2 * branch + 2]
+        expected = (attention.proj(alone) - attention.proj.bias).norm(dim=-1).reshape(9, 13)
+        np.testing.assert_allclose(chosen.responses[branch], expected.detach(), rtol=1e-4, atol=1e-6)
+    assert chosen.shares.sum() == pytest.approx(1, abs=1e-5)
+    assert not attention.proj._forward_hooks, "hooks are removed"
+
+
+def test_a_branch_that_is_switched_off_contributes_nothing(network: GroupMixFormer) -> None:
+    """Each of the first four segments fills whole heads: one without weight shows in its own map only."""
+    aggregator = network.groupmixformer_backbone[2].gma_stage[0].att.aggregator
+    torch.nn.init.zeros_(aggregator.norm2.weight)
+    torch.nn.init.zeros_(aggregator.norm2.bias)
+    block = visualize.choose_block(visualize.explain(network, torch.randn(3, 64, 64)).branches, 3, 1)
+    assert block.responses[2].max() == block.proxies[2].max() == 0
+    assert (block.norms[[0, 1, 3, 4]] > 0).all()
+
+
+def test_grad_cam_is_the_class_activation_map(network: GroupMixFormer) -> None:
+    """After mean pooling and one linear layer, Grad-CAM is the weights of the class times the map."""
+    image = torch.randn(3, 96, 128)
+    maps = []
+    handle = network.norm4.register_forward_hook(lambda module, args, output: maps.append(output.detach()))
+    result = visualize.explain(network, image)
+    handle.remove()
+    weights = network.head.weight[int(result.probabilities.argmax())].detach()
+    expected = torch.einsum("c,chw->hw", weights, maps[0][0]).relu()
+    np.testing.assert_allclose(result.cam, expected / expected.max().clamp(min=1e-30), rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    network = GroupMixFormer(3, 3, (10, 10, 20, 20), (1, 1, 1, 1), (2, 2, 2, 2))
+    weights, picture = tmp_path / "weights.pth", tmp_path / "a $x$.png"
+    torch.save({"model": network.state_dict()}, weights)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 333, 3), dtype=np.uint8)).save(picture)
+    return weights, picture
+
+
+def test_the_drawing_is_not_put_beside_the_picture(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a data set it would be one more image of the class."""
+    weights, picture = files
+    before = set(tmp_path.iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    args = ["--cfg", str(Path(CFG[1]).resolve()), "--resume", str(weights), "--image", str(picture), "--opts", *TINY]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert visualize.main([*args, "--stage", "5"]) == 2
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert visualize.main(args) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "elsewhere"}
+    assert (tmp_path / "elsewhere" / "output" / "visualized" / f"{picture.stem}.png").is_file()
+
+
+def test_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, picture = files
+    out, numbers = tmp_path / "out.png", tmp_path / "numbers.json"
+    args = [*CFG, "--resume", str(weights), "--image", str(picture), "--out", str(out), "--json", str(numbers)]
+    assert visualize.main([*args, "--opts", *TINY]) == 0
+    content = json.loads(numbers.read_text())
+    assert len(content["blocks"]) == 4 and len(content["top"]) == 3
+    assert f"{100 * content['blocks'][0]['shares'][0]:.1f}" in capsys.readouterr().out
+    with Image.open(out) as drawn:
+        assert drawn.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--resume", ""], "no weights"),
+        (["--image", "missing.png"], "missing.png: no such file"),
+        (["--stage", "5"], "stages 1 to 4"),
+        (["--block", "2"], "blocks 1 to 1"),
+        (["--block", "0"], "blocks 1 to 1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    files: tuple[Path, Path], tmp_path: Path, change: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, picture = files
+    args = [*CFG, "--resume", str(weights), "--image", str(picture), "--out", str(tmp_path / "out.png"), *change]
+    assert visualize.main([*args, "--opts", *TINY]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert said in lines[-1] and not (tmp_path / "out.png").exists()

@@ -1,0 +1,391 @@
+"""One HTML page about an evaluation, which holds all that it shows and opens without a network.
+
+    python -m tools.report FOLDER [--data-path DIR] [--out FILE] [--json FILE]
+
+FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and predictions.csv (or .parquet). The pictures
+of mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json; without them the page says so.
+"""
+
+import base64
+import html
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from configs import SPLIT_NAMES, UserError
+from configs.commands import CommandParser, command
+from tasks.classification.class_names import in_words
+from tasks.classification.metrics import TEMPERATURE_RANGE, class_results, confusion_matrix
+from tasks.classification.predictions import Predictions
+from utils.files import STDOUT, check_json_target, whole_file, write_json
+
+WORST_CLASSES, CONFUSED_PAIRS, MATRIX_CLASSES, MISTAKES = 20, 15, 10, 24
+THUMBNAIL_PIXELS, JPEG_QUALITY = 192, 80
+
+# Nothing here names another file; the policy has the browser refuse what a class name might try to fetch.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --page: #fff; --card: #f3f5f7; --line: #d5dbe1;
+  --main: #0072B2; --bad: #b8400a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #9aa5b1; --page: #14171a; --card: #1f2428;
+  --line: #3a424a; --main: #56B4E9; --bad: #f0995f; } }
+@media print { :root { --ink: #000; --soft: #444; --page: #fff; --card: #fff; --line: #bbb; --main: #0072B2;
+  --bad: #b8400a; color-scheme: light; } section, figure { break-inside: avoid-page; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+p { max-width: 46rem; } .soft, figcaption, small { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
+.card b { display: block; font-size: 1.6rem; line-height: 1.2; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; }
+th.name, td.name { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
+.matrix { width: auto; }
+.matrix td { print-color-adjust: exact; text-align: center; border: 1px solid var(--line); min-width: 2.6rem; }
+.matrix th.name { max-width: 12rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; }
+figure img, .missing { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; }
+.missing { border: 1px dashed var(--line); padding: 1rem; text-align: center; color: var(--soft); }
+figcaption { font-size: .82rem; overflow-wrap: anywhere; } .wrong { color: var(--bad); font-weight: 600; }
+.right { color: var(--ink); font-weight: 600; } svg { width: 100%; max-width: 34rem; height: auto; }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg rect { print-color-adjust: exact; }
+svg .bar { fill: var(--main); }
+svg .few { fill-opacity: .35; } svg .axis { stroke: var(--soft); fill: none; }
+svg .ideal { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 2; }
+"""
+
+
+@dataclass(frozen=True)
+class WrittenEvaluation:
+    """What test.py wrote about one evaluation."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    predictions: Predictions
+    images_root: Path | None  # the folder that the predictions' paths are relative to; None where it is not known
+
+
+def read_evaluation(folder: str | Path, data_path: str | None = None) -> WrittenEvaluation:
+    """Read a folder of test.py. Raises UserError where something is missing or damaged, or no image has a label."""
+    folder = Path(folder)
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        # KeyError where one is missing
+        _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]
+    except OSError:
+        raise UserError(f"{folder}: not an evaluation of test.py: it holds no metrics.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'metrics.json'}: damaged, or not written by test.py") from None
+    files = [folder / f"predictions.{suffix}" for suffix in ("csv", "parquet")]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise UserError(f"{folder}: holds no predictions.csv or predictions.parquet")
+    predictions = Predictions.load(found[0])
+    if not predictions.labelled.any():
+        raise UserError(f"{found[0]}: no image has a label, so there is nothing to report")
+    return WrittenEvaluation(folder, metrics, predictions, _images_root(folder, data_path, predictions.paths))
+
+
+def _images_root(folder: Path, data_path: str | None, paths: Sequence[str]) -> Path | None:
+    """Where the images lie: the data folder itself or its validation split. UserError where --data-path has none."""
+    given, dataset = data_path, "imagenet"
+    try:
+        config = json.loads((folder.absolute().parents[1] / "config.json").read_text(encoding="utf-8"))["DATA"]
+        given, dataset = given or config["DATA_PATH"], config["DATASET"]
+    except (OSError, ValueError, KeyError, IndexError):
+        pass  # an evaluation that was copied elsewhere
+    if not given:
+        return None
+    names = [SPLIT_NAMES[dataset]["val"]] if dataset in SPLIT_NAMES else []
+    for root in [*(Path(given) / name for name in (*names, "val")), Path(given)]:
+        if any((root / path).is_file() for path in paths[:100]):
+            return root
+    if data_path:
+        raise UserError(f"--data-path {data_path}: holds none of the images, such as {paths[0]}")
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- content
+def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
+    """What the page shows, without its pictures: worst classes, confused pairs, most confident mistakes."""
+    predictions = evaluation.predictions
+    known = np.flatnonzero(predictions.labelled)
+    labels, top = predictions.labels[known], predictions.top[known]
+    names = in_words(predictions.classes, short=True)
+    by_class = class_results(labels, top, predictions.nll[known].astype(np.float64), len(names))
+    present = np.flatnonzero(by_class.images)
+    worst = present[np.lexsort((-by_class.images[present], by_class.acc1[present]))][:WORST_CLASSES]
+    cells = confusion_matrix(labels, top[:, 0], len(names)).tocoo()
+    wrong = cells.row != cells.col
+    rows, columns, counts = cells.row[wrong], cells.col[wrong], cells.data[wrong]
+    pairs = np.lexsort((columns, rows, -counts))[:CONFUSED_PAIRS]
+    mistakes = np.flatnonzero(top[:, 0] != labels)
+    confidence = predictions.top_probabilities[known, 0]
+    surest = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:MISTAKES]
+    return {
+        "metrics": evaluation.metrics,
+        "worst_classes": [
+            {
+                "name": names[i],
+                "images": int(by_class.images[i]),
+                "acc1": float(by_class.acc1[i]),
+                "precision": float(by_class.precision[i]),
+                "confused_with": names[by_class.confused_with[i]] if by_class.confused[i] else None,
+                "confused": int(by_class.confused[i]),
+            }
+            for i in worst
+        ],
+        "confused_pairs": [
+            {
+                "label": names[rows[i]],
+                "predicted": names[columns[i]],
+                "images": int(counts[i]),
+                "of": int(by_class.images[rows[i]]),
+            }
+            for i in pairs
+        ],
+        "matrix": _matrix(cells.toarray() if len(names) <= 64 else cells.tocsr(), rows[pairs], columns[pairs], names),
+        "mistakes": [
+            {
+                "path": predictions.paths[known[i]],
+                "label": names[labels[i]],
+                "predicted": names[top[i, 0]],
+                "probability": float(confidence[i]),
+                "label_probability": float(predictions.probabilities[known[i]]),
+            }
+            for i in surest
+        ],
+        "num_mistakes": len(mistakes),
+    }
+
+
+def _matrix(counts: Any, rows: np.ndarray, columns: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """The confusion matrix of the classes in the most confused pairs."""
+    chosen: dict[int, None] = {}
+    for row, column in zip(rows.tolist(), columns.tolist()):
+        if len(chosen | {row: None, column: None}) <= MATRIX_CLASSES:
+            chosen |= {row: None, column: None}
+    order = sorted(chosen)
+    return {"names": [names[i] for i in order], "counts": [[int(counts[i, j]) for j in order] for i in order]}
+
+
+def thumbnail(path: Path) -> str | None:
+    """The picture as a small JPEG in a data URI; None where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            small = ImageOps.exif_transpose(picture).convert("RGB")
+        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
+    """The page as HTML. Every text that comes from files is escaped."""
+    title = f"Evaluation {evaluation.folder.resolve().name}"
+    sections = [_numbers(content), _calibration(content["metrics"]), _mistakes(content, evaluation.images_root)]
+    sections += [_worst(content["worst_classes"]), _confusion(content)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>\n"
+        f'<p class="soft">{_text(_origin(content["metrics"]))}</p>\n' + "\n".join(sections) + "\n</body></html>\n"
+    )
+
+
+def _origin(m: dict[str, Any]) -> str:
+    """What was evaluated, on what and how, as one line; older folders know less."""
+    size = m.get("image_size")
+    views = {"none": "one centre crop" if m.get("crop", True) else "the whole image", None: None}
+    known = [
+        m.get("model"),
+        m.get("weights"),
+        m.get("data") and f"data {m['data']}",
+        m.get("val_set") and f"validation set {m['val_set']}",
+        size and f"{size} x {size} pixels",
+        views.get(m.get("tta"), m.get("tta")),
+        m.get("precision"),
+        m.get("fused") and "fused",
+        m.get("compiled") and "compiled",
+        m.get("fast_loading") and "fast loading",
+    ]
+    return " \N{MIDDLE DOT} ".join(str(value) for value in known if value)
+
+
+def _text(value: Any) -> str:
+    """Escaped; bytes of a name that are no text are shown as such."""
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _numbers(content: dict[str, Any]) -> str:
+    m = content["metrics"]
+
+    def span(key: str) -> str:
+        low, high = m[key]
+        return f"95 % interval {_number(low)} to {_number(high)}"
+
+    cards = [
+        ("Acc@1", f"{_number(m['acc1'], 3)} %", span("acc1_interval")),
+        ("Acc@5", f"{_number(m['acc5'], 3)} %", span("acc5_interval")),
+        ("Class mean", f"{_number(m['mean_class_acc1'], 3)} %", f"Acc@1, averaged over {m['classes']} classes"),
+        ("NLL", _number(m["nll"], 4), "nats; smaller is better"),
+        ("Calibration error", _number(m["ece"], 4), "expected, 0 to 1"),
+        ("Images", f"{m['counted']:,}", f"{content['num_mistakes']:,} predicted wrongly"),
+    ]
+    body = "".join(f'<div class="card">{_text(a)}<b>{_text(b)}</b><small>{_text(c)}</small></div>' for a, b, c in cards)
+    return f'<section><div class="cards">{body}</div></section>'
+
+
+def _calibration(m: dict[str, Any]) -> str:
+    """A reliability diagram as inline SVG, which takes the page's colours; faint bars stand for few images."""
+    bins, left, top, size = m["calibration"], 52, 12, 300
+    few = 0.01 * sum(bins["counts"])
+    shapes = []
+    edges = zip(bins["edges"], bins["edges"][1:], bins["counts"], bins["accuracy"], bins["confidence"])
+    for low, high, count, accuracy, confidence in edges:
+        if count and accuracy is not None:
+            hint = f"confidence {confidence:.3f}, correct {100 * accuracy:.1f} %, {count} images"
+            shapes.append(
+                f'<rect class="bar{" few" if count < few else ""}" x="{left + size * low + 1:.1f}" '
+                f'y="{top + size * (1 - accuracy):.1f}" width="{size * (high - low) - 2:.1f}" '
+                f'height="{size * accuracy:.1f}"><title>{_text(hint)}</title></rect>'
+            )
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        shapes.append(f'<text x="{left + size * tick}" y="{top + size + 18}" text-anchor="middle">{tick:g}</text>')
+        shapes.append(f'<text x="{left - 6}" y="{top + size * (1 - tick) + 4}" text-anchor="end">{100 * tick:g}</text>')
+    gap = np.nansum(
+        [n * (c - a) for n, c, a in zip(bins["counts"], bins["confidence"], bins["accuracy"]) if n and a is not None]
+    )
+    verdict = "more sure than it is right" if gap > 0 else "less sure than it is right"
+    fitted = m.get("temperature")
+    note = f" A temperature of {fitted['value']:.3f} would fit these images best." if fitted else ""
+    if fitted and fitted["value"] in TEMPERATURE_RANGE:
+        note = f" No temperature from {TEMPERATURE_RANGE[0]:g} to {TEMPERATURE_RANGE[1]:g} would fit these images best."
+    return (
+        "<section><h2>Calibration</h2><p>Of the images that are predicted with a given confidence, how many are "
+        f"correct. On average the network is {verdict}. Bars below the dashed line say: too sure.{_text(note)} Faint "
+        "bars hold less than 1 % of the images.</p>"
+        f'<svg viewBox="0 0 {left + size + 20} {top + size + 44}" role="img" aria-label="calibration plot">'
+        f'<rect class="axis" x="{left}" y="{top}" width="{size}" height="{size}"/>{"".join(shapes)}'
+        f'<line class="ideal" x1="{left}" y1="{top + size}" x2="{left + size}" y2="{top}"/>'
+        f'<text x="{left + size / 2}" y="{top + size + 38}" text-anchor="middle">confidence</text>'
+        f'<text transform="translate(14 {top + size / 2}) rotate(-90)" text-anchor="middle">correct, %</text>'
+        "</svg></section>"
+    )
+
+
+def _mistakes(content: dict[str, Any], root: Path | None) -> str:
+    figures = []
+    for mistake in content["mistakes"]:
+        # A predictions file may name any path; only pictures below the data folder go into the page.
+        path = None if root is None else (root / mistake["path"])
+        inside = path is not None and path.resolve().is_relative_to(root.resolve())
+        source = thumbnail(path) if inside else None
+        picture = (
+            f'<img src="{source}" alt="{_text(mistake["path"])}">'
+            if source
+            else '<div class="missing">no picture</div>'
+        )
+        figures.append(
+            f'<figure>{picture}<figcaption><span class="wrong">{_text(mistake["predicted"])}</span> '
+            f'{100 * mistake["probability"]:.1f} %<br>is <span class="right">{_text(mistake["label"])}</span> '
+            f"({100 * mistake['label_probability']:.1f} %)<br>{_text(mistake['path'])}</figcaption></figure>"
+        )
+    note = "" if root is not None else " The pictures were not found: give their folder with --data-path."
+    body = f'<div class="gallery">{"".join(figures)}</div>' if figures else "<p>There are none.</p>"
+    return (
+        "<section><h2>Most confident mistakes</h2><p>What the network was surest of and had wrong; some of these may "
+        f"be wrong labels.{note}</p>{body}</section>"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: Sequence[int]) -> str:
+    def cell(kind: str, index: int, value: Any) -> str:
+        style = ' class="name"' if index in names else ""
+        return f"<{kind}{style}>{_text(value)}</{kind}>"
+
+    lines = ["".join(cell("th", i, v) for i, v in enumerate(head))]
+    lines += ["".join(cell("td", i, v) for i, v in enumerate(row)) for row in rows]
+    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def _worst(classes: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            *(c["name"], c["images"], _number(c["acc1"], 1), _number(c["precision"], 1)),
+            f"{c['confused_with']} ({c['confused']})" if c["confused"] else "-",
+        )
+        for c in classes
+    ]
+    head = ("class", "images", "Acc@1, %", "precision, %", "most often taken for")
+    return f"<section><h2>Worst classes</h2>{_table(head, rows, (0, 4))}</section>"
+
+
+def _confusion(content: dict[str, Any]) -> str:
+    pairs = content["confused_pairs"]
+    if not pairs:
+        return "<section><h2>Most confused pairs</h2><p>There are none.</p></section>"
+    rows = [(p["label"], p["predicted"], p["images"], f"{100 * p['images'] / p['of']:.1f}") for p in pairs]
+    table = _table(("label", "predicted as", "images", "% of the label"), rows, (0, 1))
+    names, counts = content["matrix"]["names"], content["matrix"]["counts"]
+    largest = max((v for i, row in enumerate(counts) for j, v in enumerate(row) if i != j), default=1) or 1
+    lines = ["<tr><th></th>" + "".join(f"<th>({i})</th>" for i in range(1, len(names) + 1)) + "</tr>"]
+    for i, (name, row) in enumerate(zip(names, counts)):
+        cells = ""
+        for j, value in enumerate(row):
+            # The diagonal is not coloured: it would outshine the mistakes.
+            share = 0 if i == j else 60 * value // largest
+            colour = f"color-mix(in srgb, var(--bad) {share}%, transparent)"
+            cells += f'<td style="background:{colour}">{value or ""}</td>'
+        lines.append(f'<tr><th class="name">({i + 1}) {_text(name)}</th>{cells}</tr>')
+    return (
+        f"<section><h2>Most confused pairs</h2>{table}</section><section><h2>Confusion among their classes</h2>"
+        "<p>Rows are labels, columns predictions in the same order; the stronger the colour, the more mistakes.</p>"
+        f'<div class="scroll"><table class="matrix">{"".join(lines)}</table></div></section>'
+    )
+
+
+@command("tools.report")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page of a command line."""
+    parser = CommandParser("tools.report", __doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="an evaluation of test.py, <run>/evaluation/<name>")
+    parser.add_argument("--data-path", metavar="DIR", help="where the images lie, as for test.py")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write; default FOLDER/report.html")
+    parser.add_argument("--json", metavar="FILE", help="write the content for programs; - is standard output")
+    args = parser.parse_args(argv)
+    check_json_target(args.json)
+    evaluation = read_evaluation(args.folder, args.data_path)
+    content = page_content(evaluation)
+    out = args.out or Path(args.folder) / "report.html"
+    try:
+        with whole_file(out) as partial:
+            partial.write_text(render(evaluation, content), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    if args.json:
+        write_json(args.json, content)
+    print(f"wrote {out}", file=sys.stderr if args.json == STDOUT else sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,0 @@
-"""How fast this code is: python -m utils.benchmark."""
-
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
