@@ -1,4 +1,4 @@
-"""Evaluate weights of a GroupMixFormer, on one process or many, or measure its speed and size.
+"""Evaluate weights, on one process or many, or measure the speed and size of a network.
 
 python test.py --cfg configs/groupmixformer_small.yaml --data-path DIR --resume FILE     Acc@1 and Acc@5
 python test.py --cfg configs/groupmixformer_small.yaml --throughput                      images/s
@@ -6,12 +6,12 @@ python test.py --cfg configs/groupmixformer_small.yaml --flops                  
 python test.py --cfg configs/groupmixformer_small.yaml --resume FILE --images a.jpg folder/    top-5 of pictures
 """
 
-from tasks.classification.evaluate import run_evaluation
+import tasks
 from utils.session import RunFolder, run_script, start_session
 
 
 def main(run_folder: RunFolder | None = None) -> None:
-    run_evaluation(start_session(__doc__, run_folder))
+    tasks.evaluate(start_session(__doc__, run_folder))
 
 
 if __name__ == "__main__":

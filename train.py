@@ -1,4 +1,4 @@
-"""Train a GroupMixFormer, on one process or many.
+"""Train a network, on one process or many. The key TASK says what for: classification by default.
 
 python train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
 torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path DIR
@@ -6,138 +6,102 @@ torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --d
 
 import dataclasses
 
-import torch
 from timm.utils import ModelEmaV3
 
-from configs import with_num_classes
-from data import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
-from models.cpu.depthwise import use_fast_gradients
-from tasks.classification.evaluate import run_evaluation
-from tasks.classification.transforms import build_mixup
-from tasks.networks import build_model
+import tasks
+from configs.errors import StopRequested
 from tools.curves import RunCurves
-from utils.checkpoint import load_pretrained
-from utils.engine import (
-    Progress,
-    Trainer,
-    build_criterion,
-    build_precision,
-    build_scaler,
-    compile_for_training,
-    evaluate,
-    train_one_epoch,
-)
+from utils.engine import LoopState, TrainState, images_per_update, train_one_epoch
+from utils.failures import exit_stopped
 from utils.optimizer import build_optimizer
-from utils.processes import share_running_statistics, wrap_distributed
-from utils.resume import Saver, check_same_everywhere, identify_images, load_resume, restore, set_rest_aside
-from utils.run_log import TensorBoard
-from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
+from utils.precision import build_precision, build_scaler
+from utils.processes import broadcast_batchnorm_stats, wrap_distributed
+from utils.resume import Saver, check_same_everywhere, identify_data, load_resume, quarantine_checkpoints, restore
+from utils.run_log import EpochLog, TensorBoard
+from utils.schedule import build_scheduler, scaled_learning_rates
 from utils.session import RunFolder, describe_run, run_script, start_session
-from utils.supervision import StopRequested, exit_stopped, quiet_loader_worker
 
 
 def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------ configuration, processes, run folder, log
     session = start_session(__doc__, run_folder, may_train=True)
-    config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     if not session.trains:
-        run_evaluation(session)
+        tasks.evaluate(session)
         return
-    session.watch.listen()
+    session.supervisor.listen()
 
-    # ------------------------------------------------------------------------------------------------------------- data
-    share = (processes.rank, processes.world_size)
-    train_source, val_source = open_split(config, "train", *share), open_split(config, "val", *share)
-    check_val_classes(config, train_source, val_source)
-    config = with_num_classes(config, len(train_source.classes))
-    session = dataclasses.replace(session, config=config)
-    pin_memory = processes.device.type == "cuda"
-    samples_log = folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
-    data = TrainingData(
-        config, train_source, *share, pin_memory, logger.warning, quiet_loader_worker, samples_log=samples_log
-    )
-    val_loader = build_eval_loader(config, val_source, *share, pin_memory, quiet_loader_worker)
-    images = identify_images(config, data, val_source, processes.world_size)
-    check_same_everywhere(session, images)
-    mixup = build_mixup(config)
-    logger.info(
-        f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
-        f"{len(train_source.classes)} classes, {usable_workers(config)} loader workers per process"
-    )
-
-    # ------------------------------------------------------------------------------------------------------------ model
-    torch.manual_seed(config.SEED + processes.rank)
-    network = build_model(config).to(processes.device)
-    if processes.device.type == "cpu":
-        use_fast_gradients(network)
-    resume_path, state = load_resume(session)
-    if config.MODEL.PRETRAINED and state is None:
-        pretrained, class_map = config.MODEL.PRETRAINED, config.MODEL.CLASS_MAP
-        logger.info(f"starting from {load_pretrained(network, pretrained, class_map, train_source.classes)}")
-    model = wrap_distributed(network, processes, session.watch.notes)
+    # ------------------------------------------------------------------------------- the task: data, network, loss, ...
+    task = tasks.build(session)
+    session = dataclasses.replace(session, config=task.config)
+    config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
+    identity = identify_data(session, task)
+    check_same_everywhere(session, identity)
+    logger.info(task.about)
+    resume_path, checkpoint = load_resume(session)
+    if config.MODEL.PRETRAINED and checkpoint is None:
+        logger.info(f"starting from {task.load_pretrained(config.MODEL.PRETRAINED)}")
 
     # ------------------------------------------------------------------------------ optimizer, schedule, precision, EMA
+    network, updates_per_epoch = task.network, task.data.updates_per_epoch
     rates = scaled_learning_rates(config, processes.world_size)
+    model = wrap_distributed(network, processes)
     optimizer = build_optimizer(config, network, rates.base)
     precision = build_precision(config, processes.device)
-    trainer = Trainer(
+    state = TrainState(
         model=model,
         optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, rates, data.updates_per_epoch),
+        scheduler=build_scheduler(config, optimizer, rates, updates_per_epoch),
         scaler=build_scaler(precision),
         ema=ModelEmaV3(network, decay=config.EMA.DECAY, use_warmup=config.EMA.WARMUP) if config.EMA.ENABLED else None,
-        mixup=mixup,
-        criterion=build_criterion(mixup, config.MODEL.LABEL_SMOOTHING),
         precision=precision,
-        num_updates=config.TRAIN.START_EPOCH * data.updates_per_epoch,
+        num_updates=config.TRAIN.START_EPOCH * updates_per_epoch,
     )
-
     if config.COMPILE:
-        compile_for_training(network, precision)  # after the average, which is a copy
+        task.compile(precision)  # after the average, which is a copy
 
     # ----------------------------------------------------------------------------------------------------------- resume
-    progress = Progress(next_epoch=config.TRAIN.START_EPOCH)
-    if state is not None:
-        progress = restore(session, resume_path, state, trainer, data.updates_per_epoch, images)
-        del state  # as large as the network, its average and the optimizer together
+    loop = LoopState(next_epoch=config.TRAIN.START_EPOCH)
+    if checkpoint is not None:
+        loop = restore(session, resume_path, checkpoint, state, updates_per_epoch, identity)
+        del checkpoint  # as large as the network, its average and the optimizer together
     if processes.is_main:
-        set_rest_aside(session, resume_path)
-    saver = Saver(session, trainer, progress, images)
-    board = TensorBoard(folder, processes.is_main, trainer.num_updates)
-    curves = RunCurves(folder, processes.is_main, logger)
-    if processes.is_main:
+        quarantine_checkpoints(session, resume_path)
         describe_run(config, folder)
+    saver = Saver(session, state, loop, identity)
+    board = TensorBoard(folder, processes.is_main, state.num_updates)
+    epochs = EpochLog(folder, processes.is_main, loop.next_epoch)
+    curves = RunCurves(folder, processes.is_main, logger)
     logger.info(
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
         f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
-        f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
-        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {data.updates_per_epoch} updates per epoch"
+        f"{images_per_update(session)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} processes x "
+        f"{config.TRAIN.ACCUMULATION_STEPS} accumulated; {updates_per_epoch} updates per epoch"
     )
 
     # ------------------------------------------------------------------------------------------------------------- loop
-    networks = {"raw": network} | ({"ema": trainer.ema.module} if trainer.ema is not None else {})
+    networks = {"raw": network} | ({"ema": state.ema.module} if state.ema is not None else {})
     try:
-        with session.watch.naming_lost_processes():
-            if session.watch.stop_agreed():  # during all of the above
+        with session.supervisor.explain_lost_ranks():
+            if session.supervisor.stop_agreed():  # during all of the above
                 raise StopRequested
-            for epoch in range(progress.next_epoch, config.TRAIN.EPOCHS):
-                train_loss = train_one_epoch(session, trainer, progress, data, board, saver.after_update)
+            for epoch in range(loop.next_epoch, config.TRAIN.EPOCHS):
+                numbers = train_one_epoch(session, state, loop, task, board, saver.after_update)
                 results = {}
-                with saver.keeping_epoch():
-                    for name, candidate in networks.items():
-                        share_running_statistics(candidate, processes)
-                        results[name] = evaluate(session, candidate, val_loader, precision, f"Test ({name}): ")
-                is_best = False
-                for name, result in results.items():
-                    is_best |= progress.record(result.acc1, name)
-                logger.info(f"Max accuracy: {progress.max_accuracy:.3f}% ({progress.best_weights} weights)")
-                board.epoch(train_loss, results, trainer.num_updates)
+                with saver.save_epoch_on_error():
+                    for weights, candidate in networks.items():
+                        broadcast_batchnorm_stats(candidate, processes)
+                        results[weights] = task.validate(candidate)
+                is_best = loop.record({w: r[task.decides] for w, r in results.items()}, task.higher_is_better)
+                logger.info(f"Best {task.decides}: {loop.best:.3f} ({loop.best_weights} weights)")
+                validation = {f"{name}_{w}": value for w, r in results.items() for name, value in r.items()}
+                epochs.append(numbers | validation | {"best": task.decides})
+                board.epoch(numbers["train_loss"], validation, state.num_updates)
                 curves.after_epoch()
-                progress.begin_epoch(epoch + 1)
+                loop.begin_epoch(epoch + 1)
                 saver.after_epoch(epoch, is_best)
     except StopRequested:
         done = saver.stop()
-        logger.info(f"stopped by request at update {trainer.num_updates}, {done}; the same command continues")
+        logger.info(f"stopped by request at update {state.num_updates}, {done}; the same command continues")
         exit_stopped()
     finally:
         board.close()
@@ -145,7 +109,7 @@ def main(run_folder: RunFolder | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ close
     logger.info(
-        f"{config.TRAIN.EPOCHS} epochs done: best Acc@1 {progress.max_accuracy:.3f} ({progress.best_weights} weights), "
+        f"{config.TRAIN.EPOCHS} epochs done: best {task.decides} {loop.best:.3f} ({loop.best_weights} weights), "
         f"run folder {folder}"
     )
 

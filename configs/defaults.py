@@ -27,6 +27,7 @@ SPLIT_NAMES = {
 _C = CfgNode()
 
 _C.BASE = [""]  # YAML files that this one builds on; paths relative to it
+_C.TASK = "classification"  # what is trained: a name in tasks.TASKS
 
 # ---------------------------------------------------------------------------------------------------------------- data
 _C.DATA = CfgNode()

@@ -1,17 +1,11 @@
-"""Data: sources (folders, zip files), datasets, transforms, the order of samples, loaders."""
+"""Data, for any task: sources (folders, zip files), decoding, the order of samples, seeding, loaders."""
 
 from .datasets import ImageDataset
-from .loaders import (
-    TrainingData,
-    build_eval_loader,
-    build_prediction_loader,
-    check_val_classes,
-    open_split,
-    usable_workers,
-)
+from .loaders import TrainingData, build_eval_loader
 from .normalization import denormalize, normalize
 from .randomness import TRAINING_STEP, seed_everything
 from .sources import Source, class_folders, fingerprint
+from .workers import end_loader_workers, lost_loader_worker, usable_workers
 
 __all__ = [
     "TRAINING_STEP",
@@ -19,13 +13,12 @@ __all__ = [
     "Source",
     "TrainingData",
     "build_eval_loader",
-    "build_prediction_loader",
-    "check_val_classes",
     "class_folders",
     "denormalize",
+    "end_loader_workers",
     "fingerprint",
+    "lost_loader_worker",
     "normalize",
-    "open_split",
     "seed_everything",
     "usable_workers",
 ]

@@ -71,40 +71,42 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.load(index)), self.source.samples[index][1]
 
-    def load(self, index: int, decode: Callable[[bytes], Any] | None = None) -> Any:
-        """The decoded image, before any transform; by `decode` rather than the data set's where that is given."""
+    def load(self, index: int) -> Any:
+        """The decoded image, before any transform."""
         try:
-            return (decode or self.decode)(self.source.read(index))
+            return self.decode(self.source.read(index))
         except _DECODING_ERRORS as error:
-            path = self.source.samples[index][0]
-            raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
+            raise UserError(f"{self.name(index)}: cannot be read as an image: {one_line(error)}") from None
+
+    def name(self, index: int) -> str:
+        """The path of an image, for messages."""
+        return self.source.samples[index][0]
 
 
 class AugmentedDataset(Dataset):
-    """The training view of a dataset: `dataset[SampleKey(epoch, index)]` -> (augmented image, class index, index).
+    """The training view of any dataset: `dataset[SampleKey(epoch, index)]` -> (augmented sample, index).
 
     Augmentation depends on (seed, epoch, index) alone, so the same sample of the same epoch looks the same whichever
     process, worker or restarted run loads it.
 
-    In place of an image that cannot be read comes the next readable one of the data set, with its own label; the index
-    that is returned tells which. The caller reports it.
+    A sample that cannot be read (UserError) is replaced by the next readable one of the data set. The index that is
+    returned says which one it is; the caller reports it.
     """
 
-    def __init__(self, dataset: ImageDataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
-        self.classes = dataset.classes
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Any, int, int]:
+    def __getitem__(self, key: SampleKey) -> tuple[Any, int]:
         epoch, index = key
         for attempt in range(MAX_SUBSTITUTES):
             candidate = (index + attempt) % len(self.dataset)
             seed_everything(AUGMENTATION, self.seed, epoch, candidate)
             try:
-                return *self.dataset[candidate], candidate
+                return self.dataset[candidate], candidate
             except UserError:
                 if attempt == MAX_SUBSTITUTES - 1:
                     raise

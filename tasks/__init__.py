@@ -1,1 +1,33 @@
-"""What is trained: the data, network, loss, validation and evaluation of each task."""
+"""What is trained. Each task is a folder; a new task is a folder and a line in TASKS.
+
+Its module holds `KEYS` (the configuration keys of its own), `build(session)`, which returns a `utils.task.Task`, and
+`evaluate(session)`, which does what test.py asks for.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from configs import UserError
+from utils.session import Session
+from utils.task import Task
+
+TASKS = {"classification": "tasks.classification"}  # value of the key TASK -> module
+
+
+def build(session: Session) -> Task:
+    """The data, network, loss and validation of the configured task; weights are drawn from SEED + rank."""
+    torch.manual_seed(session.config.SEED + session.processes.rank)
+    return _module(session.config.TASK).build(session)
+
+
+def evaluate(session: Session) -> None:
+    """Evaluate or measure, as the command line asks for."""
+    _module(session.config.TASK).evaluate(session)
+
+
+def _module(task: str) -> ModuleType:
+    if task not in TASKS:
+        raise UserError(f"TASK = {task!r}: must be one of {', '.join(map(repr, TASKS))}")
+    return import_module(TASKS[task])

@@ -1,9 +1,14 @@
-"""From configuration to network."""
+"""From configuration to network: built, compiled, or fused for inference."""
 
+import torch
+from torch import nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from models.groupmixformer import GroupMixFormer
+from models import GroupMixFormer
+from models.cpu.fused import FusedGroupMixFormer, fuse
+from utils.precision import Precision
+from utils.sync_batchnorm import use_traceable_batch_norms
 
 
 def build_model(config: CfgNode) -> GroupMixFormer:
@@ -27,3 +32,56 @@ def build_model(config: CfgNode) -> GroupMixFormer:
         raise UserError(f"MODEL.GMA: {error}") from None
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model
+
+
+def inference_network(config: CfgNode, network: GroupMixFormer) -> nn.Module:
+    """The network that evaluates: fused with TEST.FUSE, compiled with COMPILE, else `network` itself."""
+    network = fuse(network.eval()) if config.TEST.FUSE else network
+    if config.COMPILE:
+        compile_blocks(network)
+    return network
+
+
+def compile_for_training(network: GroupMixFormer, precision: Precision) -> None:
+    """`compile_blocks`, synchronised batch norms included; raises UserError under autocast on a CPU.
+
+    On some CPUs, compiled autocast gradients are non-finite (torch 2.10 to 2.14); logits are right everywhere.
+    """
+    if precision.enabled and precision.device_type == "cpu":
+        raise UserError(
+            f"COMPILE with {precision} on a CPU: torch {torch.__version__} may compile gradients that are not finite; "
+            "train in float32 (--amp-opt-level O0) or without --compile"
+        )
+    use_traceable_batch_norms(network.groupmixformer_backbone)
+    compile_blocks(network)
+
+
+def compile_blocks(network: GroupMixFormer | FusedGroupMixFormer, **options) -> None:
+    """Compile the blocks of a network in place; its names, weights and state dict stay as they are.
+
+    All blocks of a stage share one compilation, so that small's 22 blocks cost four. What compiles is the two branches
+    of a block: the drop path between them stays outside, because every block has a rate of its own. Call it once moving
+    average and checkpoints have their copies of the network: compiled functions cannot be copied. `options` go to
+    torch.compile, with its inductor backend. The first forward pass, and the first with another input size, pay for the
+    compilation.
+    """
+    options = {"dynamic": False, **options}
+    # The network keeps its maps in channels-last order. Left to itself, the compiler orders gradients of convolutions
+    # the other way in backward passes on a CPU, where depthwise ones then take five times as long.
+    options["options"] = {"force_layout_optimization": True, **options.get("options", {})}
+    # All blocks are one function to the compiler: each stage, batch size and input size counts against its limit of 8,
+    # beyond which it would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # DDP would cut graphs of more than 1 MB of parameters, so that gradients travel while a whole network's backward
+    # pass goes on. Blocks are small enough for that, and with gradient checkpointing a block that is cut in the forward
+    # pass and not in its recomputation is an error.
+    torch._dynamo.config.optimize_ddp = False
+    if isinstance(network, FusedGroupMixFormer):
+        for blocks in network.stages:
+            for block in blocks:
+                block.compile(**options)
+        return
+    for stage in network.groupmixformer_backbone:
+        for block in stage.gma_stage:
+            block.attention_branch = torch.compile(block.attention_branch, **options)
+            block.mlp_branch = torch.compile(block.mlp_branch, **options)

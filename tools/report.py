@@ -24,7 +24,7 @@ from configs.commands import CommandParser, command
 from tasks.classification.class_names import in_words
 from tasks.classification.metrics import TEMPERATURE_RANGE, class_results, confusion_matrix
 from tasks.classification.predictions import Predictions
-from utils.files import STDOUT, check_json_target, whole_file, write_json
+from utils.files import STDOUT, atomic_write, check_json_target, write_json
 
 WORST_CLASSES, CONFUSED_PAIRS, MATRIX_CLASSES, MISTAKES = 20, 15, 10, 24
 THUMBNAIL_PIXELS, JPEG_QUALITY = 192, 80
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = page_content(evaluation)
     out = args.out or Path(args.folder) / "report.html"
     try:
-        with whole_file(out) as partial:
+        with atomic_write(out) as partial:
             partial.write_text(render(evaluation, content), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None

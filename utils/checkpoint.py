@@ -7,9 +7,9 @@ A training checkpoint is a dict with
     lr_scheduler       likewise, for readers of released files: here the learning rate is a function of the update
     epoch              the epoch it was taken in, counted from 0
     num_updates        updates since the start of the run
-    max_accuracy       best top-1 so far, percent; best_weights says of which weights ('raw', 'ema')
+    max_accuracy       best number so far of those that decide (top-1, percent); best_weights: of 'raw' or 'ema' weights
     is_best            whether it is the run's best one so far
-    progress           where training goes on and what the epoch has seen so far (`utils.engine.Progress`)
+    progress           where training continues and what the epoch has seen so far (`utils.engine.LoopState`)
     global_batch, world_size, data_order, data_fingerprint   what decides which images an update sees
     val_fingerprint                                          of the validation images
     classes            their names, in the order of the head's rows
@@ -28,6 +28,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -43,12 +44,11 @@ from yacs.config import CfgNode
 from configs import UserError, get_config, parse_args, with_num_classes
 from configs.errors import first_line
 from models import PLAIN_TYPES, VARIANTS
-from tasks.classification.class_names import class_names
-from tasks.networks import build_model
 
-from .supervision import SAVING, unwritable
+from .failures import unwritable
 
 BEST_NAME = "ckpt_best.pth"
+SAVING = threading.Lock()  # held while a checkpoint is written: no thread ends the process then
 PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
 CONFIGS_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 _RAW_KEYS = ("model", "state_dict")  # ours and the release's; timm's
@@ -179,7 +179,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> str:
+def quarantine(path: Path) -> str:
     """Rename a checkpoint to <name>.aside, or .aside2 and so on; returns that name. Nothing reads or deletes those.
 
     Raises UserError where it cannot be renamed.
@@ -397,6 +397,8 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
 
 def network_with(config: CfgNode, state: dict[str, Tensor], origin: str) -> nn.Module:
     """The configuration's network for evaluation, with these weights and as many classes as they have."""
+    from tasks.networks import build_model
+
     network = build_model(with_num_classes(config, _num_classes(state)))
     network.set_grad_checkpointing(False)
     load_exactly(network, state, origin)
@@ -413,12 +415,16 @@ def load_classifier(config: CfgNode, path: str) -> tuple[nn.Module, list[str], s
     state, kind = select_weights(checkpoint, config.TEST.WEIGHTS, path)
     if "head.weight" not in state:
         raise UserError(f"{path}: has no head.weight, so it tells no classes")
+    from tasks.classification.class_names import class_names
+
     names = class_names(checkpoint, with_num_classes(config, _num_classes(state)))
     return network_with(config, state, path), names, f"{kind} of {path}"
 
 
 def _configured_network(state: dict[str, Tensor]) -> str:
     """The name of the file in configs/ whose network these weights, whatever their head, are of; '' for none."""
+    from tasks.networks import build_model
+
     shapes = {name: value.shape for name, value in state.items() if name not in HEAD_KEYS}
     last_norm = state.get("norm4.weight")
     # Published variants first: files of users may build on theirs.

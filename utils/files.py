@@ -16,8 +16,8 @@ STDOUT = "-"  # what --json takes for standard output
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; it becomes `path` at the end of the block, or goes where that fails.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary name to write to: it replaces `path` at the end of the block, or is removed where that fails.
 
     A pipe or a device, such as /dev/null, is written to as it is: it must not be replaced by a file.
     """
@@ -37,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file whole or not at all."""
     with (
-        whole_file(path) as partial,
+        atomic_write(path) as partial,
         open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -49,7 +49,7 @@ def write_file(content: bytes, path: Path) -> None:
     """Write bytes to a new file whole or not at all, making its folder; UserError where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
@@ -60,13 +60,13 @@ def write_json(target: str, content: Any) -> None:
 
     Raises UserError where the file cannot be written.
     """
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite_numbers(content), indent=2, allow_nan=False) + "\n"
     if target == STDOUT:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
     try:
-        with whole_file(Path(target)) as partial:
+        with atomic_write(Path(target)) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror}") from None
@@ -82,9 +82,10 @@ def check_json_target(target: str | None) -> None:
         raise UserError(f"--json {target}: cannot be written: a folder, or in none that exists and may be written to")
 
 
-def _finite(value: Any) -> Any:
+def finite_numbers(value: Any) -> Any:
+    """The same nested value, with null for numbers that are not finite, which JSON has no name for."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_numbers(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

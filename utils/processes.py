@@ -3,11 +3,14 @@
 import fcntl
 import inspect
 import os
+import signal
 import socket
 import struct
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import UserError
+from configs.errors import Fault
+from data.workers import set_parent_death_signal
+
+from .failures import is_communication_failure, report_failure
 
 
 @dataclass(frozen=True)
@@ -113,42 +120,81 @@ def interface_towards(host: str) -> str:
 _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
+@contextmanager
+def rendezvous_errors(timeout_seconds: float) -> Iterator[None]:
+    """Around the making of a process group: what goes wrong is one line, and takes no longer than twice the timeout.
+
+    gloo counts its timeout anew for every other process.
+    """
+
+    def line(cause: object) -> str:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or "the one of its host name"
+        return (
+            f"{socket.gethostname()} has not met the other processes (MASTER_ADDR {os.environ.get('MASTER_ADDR')}, "
+            f"network interface {interface}); where the nodes reach each other by another one, set GLOO_SOCKET_IFNAME, "
+            f"and NCCL_SOCKET_IFNAME for GPUs: {str(cause).strip().splitlines()[0][:200]}"
+        )
+
+    def give_up() -> None:
+        report_failure(line(f"nothing within {2 * timeout_seconds:g} s"))
+        os._exit(2)
+
+    timer = threading.Timer(2 * timeout_seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_communication_failure(error):
+            raise
+        raise Fault(line(error)) from None
+    finally:
+        timer.cancel()
+
+
+def die_with_launcher() -> None:
+    """Let the kernel kill this process when torchrun dies, so that it does not train on unseen.
+
+    Only under torchrun: a run started by hand outlives its shell, as nohup users expect.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was told
+        sys.exit(1)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # or even while this process imported torch
+        where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        try:
+            socket.create_connection(where, timeout=10).close()
+        except OSError as error:
+            raise Fault(f"torchrun at {where[0]}:{where[1]} cannot be reached, it has ended: {error}") from None
+
+
 def close_processes() -> None:
     """Leave the process group in order."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class _WithNotes(nn.Module):
-    """What DDP wraps: the network, and a parameter that no forward pass uses, so that its gradient is averaged too."""
-
-    def __init__(self, network: nn.Module, notes: nn.Parameter) -> None:
-        super().__init__()
-        self.network, self.notes = network, notes
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-
-def wrap_distributed(network: nn.Module, processes: Processes, notes: nn.Parameter) -> nn.Module:
+def wrap_distributed(network: nn.Module, processes: Processes) -> nn.Module:
     """Average gradients over the processes, and on GPUs the statistics of batch norms.
 
-    On CPU, where torch has no synchronised batch norm, every process normalises by its own batch, and the running
-    statistics of process 0 are the network's: DDP hands them out before each forward pass.
+    On CPU, where torch has no synchronised batch norm, every process normalises by its own batch. The running
+    statistics of process 0 are the network's: DDP broadcasts them before each forward pass.
 
     Args:
         network: is left as it is, but for its batch norms on GPUs.
         processes: this process among all.
-        notes: `Watch.notes`, whose gradient is averaged with the network's.
     """
     if not processes.distributed:
         return network
     # On CPU the gradients of depthwise convolutions come channels last; DDP copies them and says so at every start.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if processes.device.type == "cuda":
-        network = _WithNotes(nn.SyncBatchNorm.convert_sync_batchnorm(network), notes)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return DistributedDataParallel(network, device_ids=[processes.device.index], **WITHOUT_BUFFERS)
-    return DistributedDataParallel(_WithNotes(network, notes))
+    return DistributedDataParallel(network)
 
 
 # Synchronised running statistics need no broadcast before every forward pass. The option's name depends on torch.
@@ -158,10 +204,10 @@ WITHOUT_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers":
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside what `wrap_distributed` returns."""
-    return model.module.network if isinstance(model, DistributedDataParallel) else model
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def share_running_statistics(network: nn.Module, processes: Processes) -> None:
+def broadcast_batchnorm_stats(network: nn.Module, processes: Processes) -> None:
     """Give every process the running statistics of process 0, so that all evaluate one and the same network."""
     if processes.distributed:
         distribute_bn(network, processes.world_size, reduce=False)
@@ -200,7 +246,7 @@ def gather_on_main(rows: Tensor, counts: Sequence[int], processes: Processes) ->
     return torch.cat([part for parts in gathered for part in parts]) if processes.is_main else None
 
 
-def decide_on_main(function: Callable[[], Any], processes: Processes) -> Any:
+def run_on_main_and_broadcast(function: Callable[[], Any], processes: Processes) -> Any:
     """What `function()` returns on the main process, on every process; its UserError is raised on every process."""
     if not processes.distributed:
         return function()

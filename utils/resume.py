@@ -10,12 +10,11 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from timm.utils import ModelEmaV3
-from torch import nn
 from yacs.config import CfgNode
 
 from configs import UserError
 from configs.defaults import config_keys, flatten, to_dict
-from data import Source, TrainingData, fingerprint
+from configs.errors import StopRequested
 
 from .checkpoint import (
     BEST_NAME,
@@ -25,15 +24,14 @@ from .checkpoint import (
     load_exactly,
     load_file,
     prune_checkpoints,
+    quarantine,
     save_checkpoint,
     select_weights,
-    set_aside,
 )
-from .engine import Progress, Trainer
-from .processes import decide_on_main
-from .schedule import global_batch_size
+from .engine import LoopState, TrainState
+from .processes import run_on_main_and_broadcast
 from .session import Session
-from .supervision import StopRequested
+from .task import Task
 
 # Keys that may differ between stop and continuation: they decide where things are and how often they are said, not
 # what is computed. Batch size and accumulation are judged by the global batch that they make together.
@@ -95,22 +93,22 @@ class Saver:
     """Takes the checkpoints of a run; the main process writes them.
 
     Args:
-        session: the run, whose configuration has the number of classes of the data.
-        trainer, progress: the state to save.
-        images: what decides which images an update sees (`identify_images`).
+        session: the run, with the task's configuration.
+        state, loop: what is saved.
+        identity: what decides which samples an update sees (`identify_data`).
     """
 
-    def __init__(self, session: Session, trainer: Trainer, progress: Progress, images: dict[str, Any]) -> None:
+    def __init__(self, session: Session, state: TrainState, loop: LoopState, identity: dict[str, Any]) -> None:
         self.session, self.config = session, session.config
-        self.trainer, self.progress = trainer, progress
-        self.images = images
-        self.started_at = trainer.num_updates
+        self.state, self.loop = state, loop
+        self.identity = identity
+        self.started_at = state.num_updates
         self.last_save = time.monotonic()
 
     def after_update(self) -> None:
         """Save within an epoch where SAVE_EVERY_UPDATES or SAVE_EVERY_MINUTES says so."""
         every, minutes = self.config.SAVE_EVERY_UPDATES, self.config.SAVE_EVERY_MINUTES
-        due = every > 0 and self.trainer.num_updates % every == 0
+        due = every > 0 and self.state.num_updates % every == 0
         due |= minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
         if due and self.session.processes.is_main:
             self._save_position()
@@ -129,10 +127,10 @@ class Saver:
             elif is_best:
                 self._save(self.session.folder / BEST_NAME, is_best)
 
-        decide_on_main(save, self.session.processes)
+        run_on_main_and_broadcast(save, self.session.processes)
 
     @contextmanager
-    def keeping_epoch(self) -> Iterator[None]:
+    def save_epoch_on_error(self) -> Iterator[None]:
         """Around validation: where it fails, the epoch trained before it is saved first, and then continued from."""
         try:
             yield
@@ -146,67 +144,68 @@ class Saver:
     def stop(self) -> str:
         """Save where the run stands; returns what was done once it is on disk, on every process: the first to end ends
         them all. Where no update was done since the start, what it started from is as good."""
-        if self.trainer.num_updates == self.started_at:
+        if self.state.num_updates == self.started_at:
             return "nothing new to save"
-        return f"saved {decide_on_main(self._save_position, self.session.processes)}"
+        return f"saved {run_on_main_and_broadcast(self._save_position, self.session.processes)}"
 
     def _save_position(self) -> Path:
         """Save in the middle of an epoch or between training and validation."""
-        return self._save(checkpoint_path(self.session.folder, self.progress.next_epoch, self.progress.next_update))
+        return self._save(checkpoint_path(self.session.folder, self.loop.next_epoch, self.loop.next_update))
 
     def _save(self, path: Path, is_best: bool = False) -> Path:
-        save_checkpoint(self._state(is_best), path)
+        save_checkpoint(self._content(is_best), path)
         prune_checkpoints(self.session.folder, self.config.SAVE_KEEP)
         self.last_save = time.monotonic()
         return path
 
-    def _state(self, is_best: bool) -> dict[str, Any]:
+    def _content(self, is_best: bool) -> dict[str, Any]:
         """Everything that an exact continuation needs, as `utils.checkpoint` describes it."""
-        trainer, progress = self.trainer, self.progress
-        state = {
-            "model": trainer.network.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-            "lr_scheduler": trainer.scheduler.state_dict(),
-            "scaler": trainer.scaler.state_dict(),
-            "epoch": progress.next_epoch - (progress.next_update == 0),
-            "num_updates": trainer.num_updates,
-            "max_accuracy": progress.max_accuracy,
-            "best_weights": progress.best_weights,
+        state, loop = self.state, self.loop
+        # `max_accuracy` is the released name of the number that decides, whatever it is.
+        progress = {**vars(loop), "max_accuracy": loop.best}
+        del progress["best"]
+        content = {
+            "model": state.network.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "lr_scheduler": state.scheduler.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "epoch": loop.next_epoch - (loop.next_update == 0),
+            "num_updates": state.num_updates,
+            "max_accuracy": loop.best,
+            "best_weights": loop.best_weights,
             "is_best": is_best,
-            "progress": vars(progress).copy(),
-            **self.images,
+            "progress": progress,
+            **self.identity,
             "config": yaml.safe_dump(to_dict(self.config)),
         }
-        if trainer.ema is not None:
-            state["model_ema"] = trainer.ema.module.state_dict()
-        return state
+        if state.ema is not None:
+            content["model_ema"] = state.ema.module.state_dict()
+        return content
 
 
-def identify_images(config: CfgNode, data: TrainingData, val_source: Source, world_size: int) -> dict[str, Any]:
-    """What decides which images an update sees, for a checkpoint: it must be the same to continue."""
-    order = data.order
+def identify_data(session: Session, task: Task) -> dict[str, Any]:
+    """What decides which samples an update sees, for a checkpoint: it must be the same to continue."""
+    world_size, order = session.processes.world_size, task.data.order
     return {
-        "global_batch": global_batch_size(config, world_size),
+        "global_batch": order.global_batch,
         "world_size": world_size,
         "data_order": f"within shares of {world_size} processes" if order.sharded else "over all images",
-        "data_fingerprint": fingerprint(data.images.source),
-        "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
-        "classes": data.images.classes,  # names, for pictures that are labelled later
+        **task.identity,
     }
 
 
-def check_same_everywhere(session: Session, images: dict[str, Any]) -> None:
+def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:
     """Raise UserError, the same on every process, where one of them has other images or settings than process 0.
 
-    Nodes need not share a disk, and each process reads its own command line and lists its own images. `images` as
-    from `identify_images`; an evaluation has the validation images only.
+    Nodes need not share a disk, and each process reads its own command line and lists its own images. `identity` as
+    from `identify_data`; an evaluation has the validation images only.
     """
     config, processes = session.config, session.processes
     if not processes.distributed:
         return
-    of_main = decide_on_main(lambda: {**images, "config": yaml.safe_dump(to_dict(config))}, processes)
+    of_main = run_on_main_and_broadcast(lambda: {**identity, "config": yaml.safe_dump(to_dict(config))}, processes)
     notes: list[Any] = [None] * processes.world_size
-    differences = recipe_changes(of_main, config, images, FREE_KEYS - ALIKE_KEYS)
+    differences = recipe_changes(of_main, config, identity, FREE_KEYS - ALIKE_KEYS)
     dist.all_gather_object(notes, (socket.gethostname(), differences))
     for rank, (host, different) in enumerate(notes):
         if different:
@@ -220,7 +219,7 @@ def load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     it for all, so that they agree, also on nodes that do not share a disk. Raises UserError where MODEL.RESUME is
     damaged, or the folder has checkpoints and all of them are.
     """
-    return decide_on_main(lambda: _load_resume(session), session.processes)
+    return run_on_main_and_broadcast(lambda: _load_resume(session), session.processes)
 
 
 def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
@@ -239,7 +238,7 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
         return str(path), state
     if own:
         raise UserError(
-            f"{session.folder}: none of its {len(own)} checkpoints can be read; move them away to start anew, or set "
+            f"{session.folder}: none of its {len(own)} checkpoints can be read; move them away to start again, or set "
             "TRAIN.AUTO_RESUME False"
         )
     if config.MODEL.RESUME:
@@ -247,8 +246,8 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     return "", None
 
 
-def set_rest_aside(session: Session, resume_path: str) -> None:
-    """Rename the checkpoints of the run folder that come after the one continued from, and those of an earlier run.
+def quarantine_checkpoints(session: Session, resume_path: str) -> None:
+    """Rename the checkpoints of the run folder that are newer than the one being resumed, and those of an earlier run.
 
     Auto resume and pruning go by name: they would take them for newer than what is saved from now on. For the main
     process, once nothing can refuse the start any more.
@@ -261,26 +260,26 @@ def set_rest_aside(session: Session, resume_path: str) -> None:
         best = session.folder / BEST_NAME
         rest = own + [best] * (best.exists() and not (resume_path and best.samefile(resume_path)))
     for path in rest:
-        session.logger.warning(f"{path}: is not continued from; set aside as {set_aside(path)}")
+        session.logger.warning(f"{path}: not the checkpoint being resumed; renamed to {quarantine(path)}")
 
 
 def restore(
     session: Session,
     path: str,
-    state: dict[str, Any],
-    trainer: Trainer,
+    saved: dict[str, Any],
+    state: TrainState,
     updates_per_epoch: int,
-    images: dict[str, Any],
-) -> Progress:
-    """Put a loaded training checkpoint, ours or a released one, into the trainer; returns where the run stands.
+    identity: dict[str, Any],
+) -> LoopState:
+    """Put a loaded training checkpoint, ours or a released one, into `state`; returns where the run is.
 
     A released one has no EMA, which then starts from its weights. Raises UserError where the checkpoint does not fit,
     and, without TRAIN.ALLOW_CHANGES, where recipe or data are not what they were.
     """
     config, logger, world_size = session.config, session.logger, session.processes.world_size
-    if "optimizer" not in state or "epoch" not in state:
+    if "optimizer" not in saved or "epoch" not in saved:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
-    changes = recipe_changes(state, config, images)
+    changes = recipe_changes(saved, config, identity)
     if changes and not config.TRAIN.ALLOW_CHANGES:
         raise UserError(
             f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, or continue all the "
@@ -288,52 +287,53 @@ def restore(
         )
     for change in changes:
         logger.warning(f"continuing with a change: {change}")
-    if state.get("world_size", world_size) != world_size:
+    if saved.get("world_size", world_size) != world_size:
         logger.info(
-            f"continuing on {world_size} processes instead of {state['world_size']}: same images, augmentation and "
+            f"continuing on {world_size} processes instead of {saved['world_size']}: same images, augmentation and "
             "learning rate in every update; batch-norm statistics, mixup and stochastic depth are per process"
         )
 
-    load_exactly(trainer.network, select_weights(state, "raw", path)[0], path)
-    if trainer.ema is not None:
-        _restore_ema(session, trainer.ema, state, path)
-    groups = trainer.optimizer.param_groups
+    load_exactly(state.network, select_weights(saved, "raw", path)[0], path)
+    if state.ema is not None:
+        _restore_ema(session, state.ema, saved, path)
+    groups = state.optimizer.param_groups
     options = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
     try:
-        saved = [dict(group) for group in state["optimizer"]["param_groups"]]
+        saved_groups = [dict(group) for group in saved["optimizer"]["param_groups"]]
         # The recipe is the configuration's. Before loading, because `fused` decides on which device torch puts `step`.
-        for group, own in zip(saved, options):
+        for group, own in zip(saved_groups, options):
             group.update(own)
-        trainer.optimizer.load_state_dict({**state["optimizer"], "param_groups": saved})
+        state.optimizer.load_state_dict({**saved["optimizer"], "param_groups": saved_groups})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
-    if state.get("scaler") and trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(state["scaler"])
+    if saved.get("scaler") and state.scaler.is_enabled():
+        state.scaler.load_state_dict(saved["scaler"])
 
-    progress = Progress(**state.get("progress", {"next_epoch": int(state["epoch"]) + 1}))
-    progress.max_accuracy = float(state.get("max_accuracy", 0.0))
-    images_seen = progress.next_update * state.get("global_batch", images["global_batch"])
-    progress.next_update = min(images_seen // images["global_batch"], updates_per_epoch)
-    trainer.num_updates = progress.next_epoch * updates_per_epoch + progress.next_update
-    logger.info(f"resumed from {path}: epoch {progress.next_epoch}, update {progress.next_update}")
-    return progress
+    progress = {**saved.get("progress", {"next_epoch": int(saved["epoch"]) + 1})}
+    progress.pop("max_accuracy", None)
+    loop = LoopState(**progress, best=float(saved.get("max_accuracy", 0.0)))
+    samples_seen = loop.next_update * saved.get("global_batch", identity["global_batch"])
+    loop.next_update = min(samples_seen // identity["global_batch"], updates_per_epoch)
+    state.num_updates = loop.next_epoch * updates_per_epoch + loop.next_update
+    logger.info(f"resumed from {path}: epoch {loop.next_epoch}, update {loop.next_update}")
+    return loop
 
 
 def recipe_changes(
-    state: dict[str, Any], config: CfgNode, images: dict[str, Any], free_keys: Set[str] = FREE_KEYS
+    saved: dict[str, Any], config: CfgNode, identity: dict[str, Any], free_keys: Set[str] = FREE_KEYS
 ) -> list[str]:
     """What differs between the run that a checkpoint belongs to and this one, a phrase each."""
     changes = [
-        f"{name} {state[key]} -> {images[key]}"
+        f"{name} {saved[key]} -> {identity[key]}"
         for key, name in (("global_batch", "global batch"), ("data_order", "order of images"))
-        if key in images and state.get(key, images[key]) != images[key]
+        if key in identity and saved.get(key, identity[key]) != identity[key]
     ]
     changes += [
         f"the {what} images (names, classes or number) are not the same"
         for key, what in (("data_fingerprint", "training"), ("val_fingerprint", "validation"))
-        if key in images and state.get(key, images[key]) != images[key]
+        if key in identity and saved.get(key, identity[key]) != identity[key]
     ]
-    stored = state.get("config")
+    stored = saved.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
         before = dict(flatten(yaml.safe_load(stored)))
         for key, now in config_keys(config):
@@ -343,9 +343,8 @@ def recipe_changes(
     return changes
 
 
-def _restore_ema(session: Session, ema: ModelEmaV3, state: dict[str, Any], path: str) -> None:
-    which = "ema" if "model_ema" in state else "raw"
+def _restore_ema(session: Session, ema: ModelEmaV3, saved: dict[str, Any], path: str) -> None:
+    which = "ema" if "model_ema" in saved else "raw"
     if which == "raw":
         session.logger.info(f"{path} holds no EMA: it starts from the raw weights")
-    network: nn.Module = ema.module
-    load_exactly(network, select_weights(state, which, path)[0], path)
+    load_exactly(ema.module, select_weights(saved, which, path)[0], path)

@@ -1,6 +1,7 @@
-"""What a run tells: the log file of every process, the console, TensorBoard, and where the run came from."""
+"""The records of a run: log file of every process, console, metrics.jsonl, TensorBoard, provenance."""
 
 import contextlib
+import json
 import logging
 import os
 import resource
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from tqdm import tqdm
 
 from data.normalization import denormalize
 
+from .failures import unwritable
+from .files import atomic_write, finite_numbers
 from .processes import Processes
-from .supervision import unwritable
 
 GRID_IMAGES = 16
+METRICS_NAME = "metrics.jsonl"
 
 
 class _ConsoleHandler(logging.StreamHandler):
@@ -49,25 +52,25 @@ class _ConsoleHandler(logging.StreamHandler):
             # What is buffered, and whatever else is printed, goes nowhere from now on, instead of failing each time.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             logging.getLogger(record.name).warning(
-                f"{stream.name} cannot be written any more: {error.strerror}; it goes nowhere now"
+                f"{stream.name} is closed ({error.strerror}): further output is dropped, the log file continues"
             )
 
 
 class _FileHandler(logging.FileHandler):
     """Leaves a line out where the disk is full: logging's own traceback for each would bury what ends the run."""
 
-    told = False
+    reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self.told:
-            self.told = True
-            _tell(f"{unwritable(self.baseFilename, error).one_line()}; lines are left out")
+        elif not self.reported:
+            self.reported = True
+            _report(f"{unwritable(self.baseFilename, error).one_line()}; lines are left out")
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
@@ -143,6 +146,10 @@ class ProgressLog:
         hidden = not (show_bar and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=initial, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
 
+    @property
+    def steps_done(self) -> int:
+        return self.done - self.initial
+
     def step(self) -> bool:
         """Count one step; True where a line is due: every so many steps, and at the last one."""
         self.done += 1
@@ -203,7 +210,7 @@ class TensorBoard:
                 function(*args)
             except OSError as error:
                 failed = True
-                _tell(f"{unwritable(events._file_name, error).one_line()}; events are left out")
+                _report(f"{unwritable(events._file_name, error).one_line()}; events are left out")
 
         events.write_event = partial(attempt, events.write_event)
         events.flush = partial(attempt, events.flush)
@@ -213,14 +220,19 @@ class TensorBoard:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def epoch(self, train_loss: float, results: dict[str, Any], num_updates: int) -> None:
-        """Results of an epoch: {'raw': Evaluation, 'ema': Evaluation} as val/acc1_raw and so on."""
-        values = {
-            f"val/{key}_{name}": getattr(r, key) for name, r in results.items() for key in ("acc1", "acc5", "loss")
-        }
+    def epoch(self, train_loss: float, validation: dict[str, float], num_updates: int) -> None:
+        """Numbers of an epoch, written to disk now: epoch/train_loss, val/acc1_raw and so on."""
+        values = {f"val/{name}": value for name, value in validation.items()}
         self.scalars({"epoch/train_loss": train_loss, **values}, num_updates)
         if self.writer is not None:
-            self.writer.flush()  # curves.png is drawn from the files
+            self.writer.flush()
+
+    def showing_first(self, name: str, preview: Callable[[Any], Tensor], batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; of the first one, `preview` gives images to show."""
+        for number, batch in enumerate(batches):
+            if number == 0 and self.writer is not None:
+                self.images(name, preview(batch), 0)
+            yield batch
 
     def images(self, name: str, images: Tensor, step: int) -> None:
         """One grid of up to 16 normalised images (B, 3, H, W)."""
@@ -231,3 +243,39 @@ class TensorBoard:
         if self.writer is not None:
             with contextlib.suppress(OSError):  # a full disk is told of already, and by more than this file
                 self.writer.close()
+
+
+class EpochLog:
+    """metrics.jsonl in the run folder: one JSON object a line and epoch, written by the main process.
+
+    Args:
+        folder: the run folder.
+        enabled: whether this is the main process.
+        next_epoch: the epoch that is trained next; lines of it and of later ones, from before a resume, are dropped.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, next_epoch: int) -> None:
+        self.path, self.enabled = folder / METRICS_NAME, enabled
+        if not enabled or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < next_epoch]
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
+
+    def append(self, numbers: dict[str, Any]) -> None:
+        """Add an epoch's line; numbers that are not finite become null. A full disk costs the line, not the run."""
+        if not self.enabled:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(finite_numbers(numbers), allow_nan=False) + "\n")
+        except OSError as error:
+            _report(f"{unwritable(self.path, error).one_line()}; the line of this epoch is left out")
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line; infinity for a line that a kill has cut short."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

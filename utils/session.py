@@ -1,12 +1,10 @@
 """How both scripts begin and end: command line, processes, run folder, logger; errors in one line."""
 
 import contextlib
-import errno
 import json
 import os
 import signal
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,36 +14,25 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-import models
 from configs import UserError, get_config, parse_args
 from configs.defaults import to_dict
-from configs.errors import first_line
+from data import end_loader_workers
 
 from .checkpoint import LOCK_NAME, lock_run_folder
-from .compilation import remove_unfinished_binary
-from .files import whole_file
-from .processes import Processes, close_processes, decide_on_main, init_processes
-from .run_log import create_logger, log_provenance
-from .supervision import (
-    EXIT_MISTAKE,
-    EXIT_STOPPED,
-    CompilerStopped,
-    Fault,
-    Watch,
+from .failures import end_after, unwritable
+from .files import atomic_write
+from .processes import (
+    Processes,
+    close_processes,
     die_with_launcher,
-    end_loader_workers,
-    failure_of_another,
-    leave_exit_code,
-    lost_loader_worker,
-    meeting,
-    report_failure,
-    tell_others,
-    unwritable,
+    init_processes,
+    rendezvous_errors,
+    run_on_main_and_broadcast,
 )
+from .run_log import create_logger, log_provenance
+from .supervision import RunSupervisor
 
-# What disks do to a program that is in order.
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES}
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+NETWORKS = Path(__file__).resolve().parents[1] / "models"
 
 
 class RunFolder:
@@ -73,7 +60,7 @@ class RunFolder:
             if lock:
                 lock_run_folder(path, tell)
 
-        decide_on_main(make_and_lock, processes)
+        run_on_main_and_broadcast(make_and_lock, processes)
         if not processes.is_main:
             self._make()
 
@@ -109,11 +96,11 @@ class Session:
     """What a script has before it does anything of its own."""
 
     args: Namespace
-    config: CfgNode  # train.py puts the number of classes of its data into it
+    config: CfgNode
     processes: Processes
     folder: Path
     logger: Logger
-    watch: Watch
+    supervisor: RunSupervisor
     trains: bool  # rather than evaluates or measures
 
 
@@ -126,7 +113,7 @@ def start_session(description: str, run_folder: RunFolder | None = None, may_tra
     notices: list[str] = []
     config = get_config(args, notices.append)
     die_with_launcher()
-    with meeting(config.DIST_TIMEOUT_SECONDS):
+    with rendezvous_errors(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
     trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
     folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
@@ -138,14 +125,14 @@ def start_session(description: str, run_folder: RunFolder | None = None, may_tra
         logger.info(notice)
     _find_model_file(config)
     _choose_kernels(config)
-    watch = Watch(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
-    return Session(args, config, processes, folder, logger, watch, trains)
+    supervisor = RunSupervisor(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
+    return Session(args, config, processes, folder, logger, supervisor, trains)
 
 
 def run_script(main: Callable[[RunFolder], None]) -> None:
     """Run a script's `main`; a mistake that the user can mend ends in one line and status 2, without a traceback.
 
-    Any other error ends in its traceback, one line and status 1.
+    Any other error ends in its traceback, one line and status 1 (`end_after`).
     """
     run_folder = RunFolder()
     try:
@@ -153,34 +140,8 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
     except Exception as error:
         # torch's handler of SIGCHLD raises in whatever runs when a loader worker dies, this block included.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        message = error.one_line() if isinstance(error, UserError) else lost_loader_worker(error)
-        if isinstance(error, FloatingPointError):
-            message = str(error)
-        elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            path = error.filename or run_folder.path / "a file"
-            message = unwritable(path, error).one_line() if error.errno in FULL_DISK else f"{path}: {error.strerror}"
-        elif isinstance(error, torch.OutOfMemoryError):
-            message = f"{first_line(error)}: lower --batch-size (--accumulation-steps keeps the global batch), or add "
-            message += "--use-checkpoint"
-        message = message or remove_unfinished_binary(error) or failure_of_another(error)
-        status = EXIT_MISTAKE if message else 1
-        if isinstance(error, CompilerStopped):
-            status = EXIT_STOPPED
-            leave_exit_code(EXIT_STOPPED)
-        if not message:
-            traceback.print_exc()
-            message = f"{type(error).__name__}: {first_line(error)}"
         run_folder.remove_if_empty()
-        # Mistakes in the command line are found before processes meet, by every one of them: one a node says so.
-        joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, Fault)
-        if joined or os.environ.get("LOCAL_RANK", "0") == "0":
-            report_failure(message)
-        if isinstance(error, UserError) and not isinstance(error, Fault):
-            leave_exit_code(EXIT_MISTAKE)
-        tell_others(message)
-        # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
-        sys.stdout.flush()
-        os._exit(status)
+        end_after(error, run_folder.path)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -190,7 +151,7 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
 
 def _find_model_file(config: CfgNode) -> Path:
     """The network's source that MODEL_FILE names; UserError where there is none."""
-    source = Path(models.__file__).parent / config.MODEL_FILE
+    source = NETWORKS / config.MODEL_FILE
     if not source.is_file():
         names = ", ".join(sorted(path.name for path in source.parent.glob("*.py") if path.name != "__init__.py"))
         raise UserError(f"--model-file {config.MODEL_FILE}: no such file in models/; there are {names}")
@@ -205,7 +166,7 @@ def describe_run(config: CfgNode, folder: Path) -> None:
         (source.name, source.read_text()),
     ):
         try:
-            with whole_file(folder / name) as partial:  # an older one is not lost to a full disk
+            with atomic_write(folder / name) as partial:  # an older one is not lost to a full disk
                 partial.write_text(text)
         except OSError as error:
             raise unwritable(folder / name, error, len(text)) from None

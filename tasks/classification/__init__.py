@@ -1,1 +1,16 @@
-"""Image classification."""
+"""Image classification: images in class folders or zip files, cross-entropy, top-1 and top-5."""
+
+from utils.session import Session
+from utils.task import Task
+
+
+def build(session: Session) -> Task:
+    from .task import build  # imported lazily: it is slow
+
+    return build(session)
+
+
+def evaluate(session: Session) -> None:
+    from .evaluate import evaluate  # imported lazily: scipy is slow, and training does not need it
+
+    evaluate(session)

@@ -9,33 +9,35 @@ import torch
 from yacs.config import CfgNode
 
 from configs import UserError, with_num_classes, with_values
-from data import check_val_classes, fingerprint, open_split, usable_workers
-from tasks.measurement import count_flops
-from tasks.networks import build_model
+from data import fingerprint, usable_workers
+from tasks.measurement import report_flops, report_throughput
+from tasks.networks import build_model, inference_network
 from utils.checkpoint import find_weights, load_weights
-from utils.compilation import inference_network
-from utils.engine import build_precision, measure_throughput
 from utils.files import check_json_target, write_json
-from utils.processes import decide_on_main
+from utils.precision import build_precision
+from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
-from utils.run_log import peak_memory_mib
 from utils.session import Session
 
+from .images import check_val_classes, open_split
+from .inference import predict
 from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
-from .predictions import Predictions, check_suffix, predict
+from .predictions import Predictions, check_suffix
 from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
 
 
-def run_evaluation(session: Session) -> None:
+def evaluate(session: Session) -> None:
     """Do what the command line asks for."""
+    config, device = session.config, session.processes.device
     check_json_target(session.args.json)
+    shape = (config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
     if session.args.flops:
-        report_flops(session)
-    elif session.config.THROUGHPUT_MODE:
-        report_throughput(session)
+        report_flops(session, build_model(config), shape, config.MODEL.GMA.NUM_CLASSES)
+    elif config.THROUGHPUT_MODE:
+        report_throughput(session, inference_network(config, build_model(config).to(device)), shape)
     elif session.args.images:
-        label_pictures(session, find_weights(session.config))
+        label_pictures(session, find_weights(config))
     else:
         evaluate_weights(session)
 
@@ -74,8 +76,8 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for size in sizes:
         sized = with_values(config, {"DATA.IMG_SIZE": size})
-        folder = session.folder / "evaluation" / _name(sized, weights, session.processes.device)
-        decide_on_main(lambda f=folder: _check_weights(f, weights), processes)
+        folder = session.folder / "evaluation" / _name(sized, weights, processes.device)
+        run_on_main_and_broadcast(lambda f=folder: _check_weights(f, weights), processes)
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
         predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
         about = {
@@ -93,7 +95,9 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             "fast_loading": config.DATA.FAST_LOADING == "all",
         }
         results.append(
-            decide_on_main(lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes)
+            run_on_main_and_broadcast(
+                lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes
+            )
         )
     if len(results) > 1:
         logger.info(f"{'size':>5} {'Acc@1':>8} {'Acc@5':>8} {'NLL':>8} {'ECE':>7}")
@@ -158,51 +162,3 @@ def _check_weights(folder: Path, weights: str) -> None:
         return
     if other != str(Path(weights).resolve()):
         raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
-
-
-def report_throughput(session: Session) -> None:
-    """Log images/s and peak memory of the evaluation forward pass on random images; needs neither data nor weights."""
-    config, device = session.config, session.processes.device
-    network = inference_network(config, build_model(config).to(device))
-    precision = build_precision(config, device)
-    # A batch takes a GPU some milliseconds, and a CPU many seconds.
-    steps = {"warmup_steps": 10, "steps": 30} if device.type == "cuda" else {"warmup_steps": 1, "steps": 5}
-    speed = measure_throughput(network, _input_shape(config), config.DATA.BATCH_SIZE, precision, device, **steps)
-    memory = peak_memory_mib(device)
-    session.logger.info(
-        f"batch size {config.DATA.BATCH_SIZE}, {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {precision}: "
-        f"throughput {speed:.1f} images/s, peak memory {memory:.0f} MiB"
-    )
-    _write_measurement(
-        session,
-        {
-            "batch_size": config.DATA.BATCH_SIZE,
-            "precision": str(precision),
-            "device": str(device),
-            "images_per_second": speed,
-            "peak_memory_mib": memory,
-        },
-    )
-
-
-def report_flops(session: Session) -> None:
-    """Log FLOPs and parameters, by module and in all, for MODEL.GMA.NUM_CLASSES; needs neither data nor weights."""
-    config = session.config
-    classes = config.MODEL.GMA.NUM_CLASSES
-    flops, parameters, table = count_flops(build_model(config), _input_shape(config))
-    session.logger.info(table)
-    session.logger.info(
-        f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {classes} classes: "
-        f"{flops / 1e9:.3f} GFLOPs, {parameters:,} parameters"
-    )
-    _write_measurement(session, {"num_classes": classes, "flops": flops, "parameters": parameters})
-
-
-def _write_measurement(session: Session, content: dict[str, Any]) -> None:
-    if session.args.json and session.processes.is_main:
-        about = {"model": session.config.MODEL.NAME, "image_size": session.config.DATA.IMG_SIZE}
-        write_json(session.args.json, about | content)
-
-
-def _input_shape(config: CfgNode) -> tuple[int, int, int]:
-    return config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE

@@ -1,4 +1,4 @@
-"""One prediction per image, from a pass over any number of processes, and the file that holds them.
+"""One prediction per image, and the file that holds them.
 
 N images, K classes of the data, k = min(5, K). The file has a line for every image and the columns
 
@@ -17,25 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from configs import UserError
 from configs.errors import one_line
-from data import Source, build_prediction_loader
-from data.normalization import normalize
 from data.sources import UNLABELLED
-from utils.engine import Precision
-from utils.files import whole_file, write_rows
-from utils.processes import gather_on_main
-from utils.run_log import ProgressLog, peak_memory_mib
-from utils.session import Session
-
-TOP = 5
-# Logits are kept up to this size, for a moment in three copies on the main process: 50,000 images of 1000 classes are
-# 0.2 GB. Beyond it, as for the 10,450 classes of ImageNet-21k, everything but the temperature is still exact.
-MAX_LOGITS_BYTES = 10**9
+from utils.files import atomic_write, write_rows
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,7 @@ class Predictions:
                 table = pyarrow.table(self._columns())
             except UnicodeEncodeError as error:
                 raise UserError(f"{path}: Parquet holds Unicode only, {error.object!r} is not: use .csv") from None
-            with whole_file(path) as partial:
+            with atomic_write(path) as partial:
                 parquet.write_table(table, partial)
 
     @classmethod
@@ -179,127 +165,3 @@ def _read_parquet(path: Path) -> dict[str, Sequence[Any]]:
         return parquet.read_table(path).to_pydict()
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-
-
-# ------------------------------------------------------------------------------------------------------------- the pass
-@torch.inference_mode()
-def predict(
-    session: Session,
-    config: CfgNode,
-    network: nn.Module,
-    source: Source,
-    precision: Precision,
-    outputs: Sequence[int] | None = None,
-    title: str = "Test: ",
-) -> Predictions | None:
-    """Predict every image of a source, on all processes together; the result is on the main one, None elsewhere.
-
-    Whole batches are dealt out to the processes, so that every batch is made of the same images, and every prediction
-    has the same bits, on any number of processes. With TEST.TTA, the softmax probabilities of an image's views are
-    averaged.
-
-    Args:
-        session: the run.
-        config: size, crop, views and batch size.
-        network: the bare network, (B, 3, H, W) -> logits (B, outputs).
-        source: the images; a label of -1 means unknown.
-        precision: how the forward pass computes; what follows it is float32 and float64.
-        outputs: the network's outputs that are the classes of the data, by class index; None: all of them.
-        title: what log lines begin with.
-    """
-    processes = session.processes
-    network.eval()
-    loader, batches = build_prediction_loader(config, source, processes.rank, processes.world_size, processes.device)
-    console = ProgressLog(
-        session.logger, title, len(loader), every=session.config.PRINT_FREQ, show_bar=processes.is_main
-    )
-    keep_logits = 4 * len(source.samples) * len(source.classes) <= MAX_LOGITS_BYTES
-    nothing = torch.empty(0, device=processes.device)  # for a process that gets no batch
-    parts = [summarize_batch(nothing.new_empty(0, len(source.classes)), nothing.long(), keep_logits)]
-    sums, counted = np.zeros(3), 0  # loss, top-1 hits, top-5 hits
-    for images, labels in loader:
-        images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
-        logits = predict_batch(network, images, precision, config, outputs)
-        part = summarize_batch(logits, labels, keep_logits)
-        parts.append(part)
-        matches = part["top"] == labels.cpu()[:, None]
-        sums += [part["nll"].double().sum().item(), matches[:, 0].sum().item(), matches.sum().item()]
-        counted += len(labels)
-        if console.step():
-            loss, acc1, acc5 = sums / counted
-            console.line(
-                f"loss {loss:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}"
-                f"\tmem {peak_memory_mib(processes.device):.0f}MB",
-                len(labels),
-            )
-    console.close()
-    return _gather(session, source, parts, batches)
-
-
-@torch.inference_mode()
-def predict_batch(
-    network: nn.Module,
-    images: Tensor,
-    precision: Precision,
-    config: CfgNode,
-    outputs: Sequence[int] | None = None,
-) -> Tensor:
-    """Logits (B, K) of images (B, views, 3, H, W): those of a single view, or such whose softmax is the views' mean."""
-    flip = config.TEST.TTA in ("flip", "ten-crop")
-    logits = []
-    with precision.autocast():
-        for view in normalize(images).unbind(1):
-            logits.append(network(view).float())
-            if flip:
-                logits.append(network(view.flip(-1)).float())
-    if outputs is not None:
-        columns = torch.as_tensor(outputs, device=images.device)
-        logits = [view[:, columns] for view in logits]
-    if len(logits) == 1:
-        return logits[0]
-    return torch.stack([view.log_softmax(dim=1) for view in logits]).logsumexp(dim=0) - math.log(len(logits))
-
-
-def summarize_batch(logits: Tensor, labels: Tensor, keep_logits: bool = False) -> dict[str, Tensor]:
-    """What is kept of a batch, on the CPU: `Predictions` says what the entries are."""
-    top = logits.topk(min(TOP, logits.shape[1])).indices
-    log_probabilities = logits.double().log_softmax(dim=1)
-    unknown = labels == UNLABELLED
-    nll = -log_probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(unknown, math.nan)
-    parts = {
-        "labels": labels,
-        "probabilities": nll.neg().exp().float(),
-        "nll": nll.float(),
-        "top": top,
-        "top_probabilities": log_probabilities.gather(1, top).exp().float(),
-    }
-    if keep_logits:
-        parts["logits"] = logits
-    return {name: value.cpu() for name, value in parts.items()}
-
-
-def _gather(
-    session: Session, source: Source, parts: list[dict[str, Tensor]], batches: list[range]
-) -> Predictions | None:
-    """Bring the processes' rows together on the main one, in the order of the data set."""
-    processes, world_size = session.processes, session.processes.world_size
-    # The images of each process, in the order in which it saw them.
-    shares = [[i for batch in batches[rank::world_size] for i in batch] for rank in range(world_size)]
-    order = torch.tensor([index for share in shares for index in share])
-    columns: dict[str, np.ndarray] = {}
-    for name in list(parts[0]):
-        own = torch.cat([part.pop(name) for part in parts])
-        gathered = gather_on_main(own, [len(share) for share in shares], processes)
-        if gathered is not None:
-            columns[name] = torch.empty_like(gathered).index_copy_(0, order, gathered).numpy()
-    if not processes.is_main:
-        return None
-    paths = [relative_path(source, index) for index in range(len(source.samples))]
-    return Predictions(paths, classes=list(source.classes), **columns)
-
-
-def relative_path(source: Source, index: int) -> str:
-    """The path of an image below the folder of its split, or its name in the zip file."""
-    path = source.samples[index][0]
-    root = getattr(source, "root", None)
-    return Path(path).relative_to(root).as_posix() if root is not None else path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.cpu.depthwise import use_fast_gradients
 from models.cpu.fused import fuse
 from models.reference import ReferenceNetwork
-from utils.compilation import compile_blocks
+from tasks.networks import compile_blocks
 
 from .measuring import largest_batch, seconds_of, time_in_turns, without_memory
 

@@ -1,0 +1,67 @@
+"""Loader workers: how many there are, how they treat signals, how the loss of one shows, how they end."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+
+from yacs.config import CfgNode
+
+from configs.errors import first_line
+
+# The signals that ask a run to stop. Loader workers ignore them.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: a scheduler or container may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_workers(config: CfgNode) -> int:
+    """DATA.NUM_WORKERS, but no more than this process's share of the CPU cores. Results do not depend on it."""
+    return min(config.DATA.NUM_WORKERS, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def init_worker(worker_id: int) -> None:
+    """For `worker_init_fn`: a worker ignores the stop signals, and never outlives its process.
+
+    torchrun and terminals signal whole process groups, schedulers every process of a job. A worker that took the
+    signal would end before its process has saved. `end_loader_workers` ends them instead.
+    """
+    os.setpgrp()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    set_parent_death_signal(signal.SIGKILL)
+
+
+def set_parent_death_signal(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends. Linux only; elsewhere it does nothing."""
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def lost_loader_worker(error: BaseException | None) -> str:
+    """One line where an exception comes from a lost loader worker, else ''.
+
+    The loss shows in several ways: torch's handler of SIGCHLD raises wherever the process is, at times on top of the
+    connection's own failure.
+    """
+    while error is not None:
+        if "DataLoader worker" in str(error) and "Caught" not in str(error):
+            return f"a loader worker was lost: {first_line(error)}"
+        if isinstance(error, ConnectionError | EOFError):
+            return f"a loader worker was lost: {type(error).__name__} while its batch was fetched"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def end_loader_workers() -> None:
+    """Kill the loader workers that are left when the script ends: Python would ask them with SIGTERM, and wait."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in workers:
+        worker.kill()

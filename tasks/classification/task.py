@@ -1,0 +1,104 @@
+"""Classification as a run sees it: images, network, loss, validation."""
+
+import math
+from contextlib import nullcontext
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from configs import with_num_classes, with_values
+from data import TrainingData, build_eval_loader, fingerprint, normalize, usable_workers
+from data.fast.transforms import build_erasing
+from models.cpu.depthwise import use_fast_gradients
+from tasks.networks import build_model, compile_for_training
+from utils.checkpoint import load_pretrained
+from utils.precision import build_precision
+from utils.session import Session
+from utils.task import Task
+
+from .images import check_val_classes, eval_dataset, open_split, train_dataset
+from .inference import run_network
+from .transforms import build_mixup
+
+
+def build(session: Session) -> Task:
+    """The task for `train.py`; UserError where data or configuration do not allow it."""
+    config, processes, logger = session.config, session.processes, session.logger
+    share = (processes.rank, processes.world_size)
+    train_source, val_source = open_split(config, "train", *share), open_split(config, "val", *share)
+    check_val_classes(config, train_source, val_source)
+    classes = train_source.classes
+    config = with_num_classes(config, len(classes))
+    pin_memory = processes.device.type == "cuda"
+    samples_log = session.folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
+    images = train_dataset(config, train_source)
+    data = TrainingData(config, images, *share, pin_memory, logger.warning, samples_log=samples_log)
+    # Validation in training is of one view, whatever test.py does later.
+    single = with_values(config, {"TEST.TTA": "none"})
+    val_images = eval_dataset(single, val_source)
+    val_loader, _ = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
+
+    network = build_model(config).to(processes.device)
+    if processes.device.type == "cpu":
+        use_fast_gradients(network)
+    mixup = build_mixup(config)
+    criterion = build_criterion(mixup, config.MODEL.LABEL_SMOOTHING)
+    precision = build_precision(config, processes.device)
+
+    def network_input(images: Tensor) -> Tensor:
+        """A batch of the loader on its device -> float32 (B, 3, H, W), normalised, with DATA.FAST_LOADING erased."""
+        if images.dtype != torch.uint8:
+            return images
+        erasing = build_erasing(config, images.device)
+        images = normalize(images)
+        return images if erasing is None else erasing(images)
+
+    def inputs_and_targets(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        images = network_input(images)
+        return (images, labels) if mixup is None else mixup(images, labels)
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets = inputs_and_targets(batch)
+        return criterion(model(images), targets), {}
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        # COMPILE compiles training: validation would compile everything again, and differ by rounding.
+        with torch.compiler.set_stance("force_eager") if config.COMPILE else nullcontext():
+            sums = run_network(session, single, network, val_loader, precision)
+        if not math.isfinite(sums.loss_sum):
+            logger.warning(f"outputs are not finite: loss {sums.loss_sum} over {sums.count} images")
+        numbers = sums.means()
+        logger.info(f" * Acc@1 {numbers['acc1']:.3f} Acc@5 {numbers['acc5']:.3f}")
+        return numbers
+
+    def start_from(path: str) -> str:
+        return load_pretrained(network, path, config.MODEL.CLASS_MAP, classes)
+
+    return Task(
+        config=config,
+        network=network,
+        data=data,
+        loss=loss,
+        validate=validate,
+        decides="acc1",
+        identity={
+            "data_fingerprint": fingerprint(train_source),
+            "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
+            "classes": classes,  # names, for pictures that are labelled later
+        },
+        load_pretrained=start_from,
+        about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
+        f"{len(classes)} classes, {usable_workers(config)} loader workers per process",
+        compile=lambda precision: compile_for_training(network, precision),
+        preview=lambda batch: inputs_and_targets([value.clone() for value in batch])[0],
+    )
+
+
+def build_criterion(mixup: Mixup | None, label_smoothing: float) -> nn.Module:
+    """The loss that fits the targets: soft ones where mixup or cutmix make them (smoothing included), else labels."""
+    if mixup is not None:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(label_smoothing) if label_smoothing > 0 else nn.CrossEntropyLoss()

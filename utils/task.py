@@ -1,0 +1,49 @@
+"""What a run knows of its task: a handful of values. `tasks/` makes them; everything in `utils/` takes them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from configs import UserError
+from data import TrainingData
+
+from .precision import Precision
+
+Batch = Any  # nested lists, tuples or dicts of tensors, as the task's data makes them
+
+
+def _nothing_to_compile(precision: Precision) -> None:
+    raise UserError("COMPILE: this task has nothing to compile; leave --compile out")
+
+
+def _no_pretrained(path: str) -> str:
+    raise UserError(f"MODEL.PRETRAINED = {path!r}: this task starts from no weights; leave --pretrained out")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained. A task is a module of `tasks/` whose `build(session)` returns one of these.
+
+    Where functions take a network, it is the one below, its moving average, or what DDP makes of it.
+    """
+
+    config: CfgNode  # the session's, with what the data decides, such as the number of classes
+    network: nn.Module  # bare, on its device, with fresh weights
+    data: TrainingData
+    # (network in training mode, batch on the device) -> the batch's mean loss, and named parts of it for the log. Runs
+    # under autocast where that is on. All that is random in it is seeded by (seed, process, update, batch).
+    loss: Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+    # Bare network -> named numbers over the whole validation set, the same on every process. Raises StopRequested, on
+    # all processes, where the supervisor says so.
+    validate: Callable[[nn.Module], dict[str, float]]
+    decides: str  # which of these numbers decides the best checkpoint
+    identity: dict[str, Any]  # the data, for a checkpoint: train and val fingerprints, class names
+    about: str  # the data in a few words, for the log
+    higher_is_better: bool = True  # of the number that decides
+    # path -> what was loaded into the network, for the log; UserError where it does not fit
+    load_pretrained: Callable[[str], str] = _no_pretrained
+    compile: Callable[[Precision], None] = _nothing_to_compile  # the network in place, for COMPILE
+    preview: Callable[[Batch], Tensor] | None = None  # normalised images (B, 3, H, W) of a batch, for TensorBoard
