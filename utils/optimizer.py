@@ -7,6 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
+from configs import UserError
+
 
 def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer:
     """AdamW or SGD with Nesterov momentum; one-dimensional parameters and biases carry no weight decay.
@@ -16,7 +18,8 @@ def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer
     is what timm's schedulers multiply the learning rate by.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
-    common: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, no_weight_decay_list=network.no_weight_decay())
+    without_decay = getattr(network, "no_weight_decay", set)()  # timm's contract, which other networks need not know
+    common: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, no_weight_decay_list=without_decay)
     if train.LAYER_DECAY < 1:
         groups = param_groups_layer_decay(network, layer_decay=train.LAYER_DECAY, **common)
     else:
@@ -39,6 +42,8 @@ def scheduled_lr(optimizer: Optimizer) -> float:
 
 def _scale_head(groups: list[dict[str, Any]], network: nn.Module, scale: float) -> list[dict[str, Any]]:
     """Put the classifier's parameters into groups of their own, after the others, with another lr_scale."""
+    if not hasattr(network, "get_classifier"):
+        raise UserError(f"TRAIN.HEAD_LR_SCALE = {scale}: this network has no classifier (get_classifier)")
     head = {id(parameter) for parameter in network.get_classifier().parameters()}
     others, heads = [], []
     for group in groups:
