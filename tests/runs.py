@@ -1,5 +1,6 @@
 """Start train.py and test.py, in this process or as the launched processes that a user would start."""
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+import tasks
 import train
 from utils.checkpoint import load_file
+from utils.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESS_TIMEOUT_SECONDS = 180
@@ -69,14 +72,25 @@ def _raise_exit(code: int = 0) -> None:
 def _signal_in_update(patch: pytest.MonkeyPatch, stop_at: int) -> None:
     from utils import engine
 
-    forward_backward = engine._accumulate_gradients
+    train_step = engine.train_step
 
-    def interrupted(session: Any, trainer: Any, *rest: Any) -> Any:
-        if trainer.num_updates == stop_at - 1:
+    def interrupted(session: Any, state: Any, *rest: Any) -> Any:
+        if state.num_updates == stop_at - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return forward_backward(session, trainer, *rest)
+        return train_step(session, state, *rest)
 
-    patch.setattr(engine, "_accumulate_gradients", interrupted)
+    patch.setattr(engine, "train_step", interrupted)
+
+
+def change_task(patch: pytest.MonkeyPatch, change: Callable[[Task], dict[str, Any]]) -> None:
+    """Let train.py get a task with other values, {name of the field: value}: the public seam of a run."""
+    build = tasks.build
+
+    def changed(session: Any) -> Task:
+        task = build(session)
+        return dataclasses.replace(task, **change(task))
+
+    patch.setattr(tasks, "build", changed)
 
 
 def launch(

@@ -14,6 +14,7 @@ from data import randomness
 from data.datasets import AugmentedDataset, ImageDataset, decode_image
 from data.samplers import SampleKey, TrainingOrder
 from data.sources import FolderSource
+from tasks.classification.images import eval_dataset, open_split, train_dataset
 from tasks.classification.transforms import eval_transform, train_transform
 
 
@@ -120,7 +121,7 @@ def test_indices_of_an_update():
 
 def test_too_small_a_training_set_names_the_numbers(make_config, image_folder):
     config = make_config("--data-path", str(image_folder), "--batch-size", "16", "--accumulation-steps", "2")
-    message = message_of(data.TrainingData, config, data.open_split(config, "train", 0, 1), 0, 1, False, print)
+    message = message_of(data.TrainingData, config, images_of(config), 0, 1, False, print)
     assert "18 images" in message and "32" in message and "--batch-size" in message
 
 
@@ -133,9 +134,11 @@ def train_data(make_config, root: Path, workers: int, *arguments: str, notify=pr
     config.AUG = small.AUG  # the full recipe: every source of randomness
     config.merge_from_list(opts)
     config.freeze()
-    return data.TrainingData(
-        config, data.open_split(config, "train", rank, world_size), rank, world_size, False, notify
-    )
+    return data.TrainingData(config, images_of(config), rank, world_size, False, notify)
+
+
+def images_of(config):
+    return train_dataset(config, open_split(config, "train", 0, 1))
 
 
 @pytest.fixture
@@ -170,10 +173,10 @@ def test_sample_depends_on_seed_epoch_and_index_alone(make_config, image_folder)
     expected = {key: dataset[key] for key in keys}
     for key in reversed(keys):
         data.seed_everything(int(torch.randint(1000, ())))
-        image, label, index = dataset[key]
-        assert torch.equal(image, expected[key][0]) and (label, index) == (key.index // 6, key.index)
-    assert not torch.equal(expected[keys[0]][0], expected[keys[3]][0]), "another epoch"
-    assert not torch.equal(AugmentedDataset(images, seed=6)[keys[0]][0], expected[keys[0]][0]), "another seed"
+        (image, label), index = dataset[key]
+        assert torch.equal(image, expected[key][0][0]) and (label, index) == (key.index // 6, key.index)
+    assert not torch.equal(expected[keys[0]][0][0], expected[keys[3]][0][0]), "another epoch"
+    assert not torch.equal(AugmentedDataset(images, seed=6)[keys[0]][0][0], expected[keys[0]][0][0]), "another seed"
 
 
 def test_world_sizes_see_the_same_images_augmented_alike(make_config, image_folder):
@@ -206,9 +209,9 @@ def test_substitute_keeps_its_own_label(image_folder, make_config):
     dataset = AugmentedDataset(
         ImageDataset(FolderSource(image_folder / "train"), train_transform(released(make_config))), seed=0
     )
-    image, label, index = dataset[SampleKey(0, 4)]
+    (image, label), index = dataset[SampleKey(0, 4)]
     assert (label, index) == (1, 6), "the first bee"
-    assert torch.equal(image, dataset[SampleKey(0, 6)][0])
+    assert torch.equal(image, dataset[SampleKey(0, 6)][0][0])
 
 
 def test_too_many_unreadable_images_end_the_run(make_config, image_folder):
@@ -233,8 +236,8 @@ def test_evaluation_covers_every_image_exactly_once(make_config, tmp_path, world
         reference = eval_transform(config)
         seen = []
         for rank in range(world_size):
-            loader = data.build_eval_loader(config, source, rank, world_size, pin_memory=False)
-            batches = [images for images, _ in loader]
+            loader, _ = data.build_eval_loader(config, eval_dataset(config, source), rank, world_size, False)
+            batches = [views[:, 0] for views, _ in loader]
             assert len(batches) == len(loader)
             seen += [image for images in batches for image in images]
         assert len(seen) == count
@@ -248,7 +251,8 @@ def test_unreadable_validation_image_is_never_replaced(make_config, image_folder
     path = image_folder / "val" / "bee" / "1.png"
     path.write_bytes(b"")
     config = make_config("--opts", "DATA.NUM_WORKERS", "0")
-    loader = data.build_eval_loader(config, FolderSource(image_folder / "val"), 0, 1, pin_memory=False)
+    images = eval_dataset(config, FolderSource(image_folder / "val"))
+    loader, _ = data.build_eval_loader(config, images, 0, 1, pin_memory=False)
     assert message_of(list, loader).startswith(str(path))
 
 

@@ -218,12 +218,12 @@ def test_other_convolutions_are_left_alone() -> None:
 
 def test_train_py_uses_them_on_a_cpu(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[models.GroupMixFormer] = []
-    trainer = train.Trainer
+    trainer = train.TrainState
 
-    def note(**parts: Any) -> train.Trainer:
+    def note(**parts: Any) -> train.TrainState:
         trained.append(parts["model"])
         return trainer(**parts)
 
-    monkeypatch.setattr(train, "Trainer", note)
+    monkeypatch.setattr(train, "TrainState", note)
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path), stop_at=1) == 75
     assert sum(type(module) is DepthwiseConv2d for module in trained[0].modules()) == 4 * 4

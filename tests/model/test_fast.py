@@ -19,10 +19,10 @@ import models.cpu.fused
 from configs import UserError
 from models.cpu.fused import fuse
 from models.reference import ReferenceNetwork
-from tasks.classification.evaluate import run_evaluation
-from utils import compilation
-from utils.compilation import compile_blocks
-from utils.engine import Precision, compile_for_training
+from tasks import networks
+from tasks.classification.evaluate import evaluate
+from tasks.networks import compile_blocks, compile_for_training
+from utils.precision import Precision
 from utils.session import start_session
 
 WIDE = dict(embed_dims=(40, 80, 120, 160), depths=(1, 1, 2, 1), drop_path_rate=0.0, num_classes=7)
@@ -338,13 +338,13 @@ def test_test_py_fuses_and_finds_the_same(data: Path, tmp_path: Path, monkeypatc
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
     weights = ["--resume", str(runs.run_folder(tmp_path) / "ckpt_best.pth")]
     fused_networks = []
-    monkeypatch.setattr(compilation, "fuse", lambda network: fused_networks.append(fuse(network)) or fused_networks[-1])
+    monkeypatch.setattr(networks, "fuse", lambda network: fused_networks.append(fuse(network)) or fused_networks[-1])
     results = []
     for name, flags in (("plain", []), ("fused", ["--fuse"])):
         output = tmp_path / f"{name}.json"
         args = runs.arguments(data, tmp_path, flags=[*weights, *flags, "--json", str(output)])
         monkeypatch.setattr("sys.argv", ["test.py", *args])
-        run_evaluation(start_session(""))
+        evaluate(start_session(""))
         results.append(json.loads(output.read_text()))
     assert len(fused_networks) == 1
     assert results[0]["acc1"] == results[1]["acc1"]

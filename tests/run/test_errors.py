@@ -17,7 +17,7 @@ import torch
 import test as test_script
 import train as train_script
 from tasks.networks import build_model
-from utils import supervision as faults
+from utils import failures
 from utils.session import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,5 +279,5 @@ def test_the_line_of_a_failure_is_written_in_one_piece(monkeypatch):
     written = []
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
-    faults.report_failure("no space")
+    failures.report_failure("no space")
     assert written == ["train.py: error: no space\n"]

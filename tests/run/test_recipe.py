@@ -9,9 +9,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from configs import with_num_classes
+from tasks.classification.task import build_criterion
 from tasks.classification.transforms import build_mixup
 from tasks.networks import build_model
-from utils.engine import build_criterion
 from utils.optimizer import build_optimizer, scheduled_lr
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
-
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # where it is started as a script
 
 import pytest
 import runs
@@ -24,7 +21,7 @@ from utils.processes import sum_over_processes
 from utils.session import Session, run_script
 from utils.task import Task
 
-# ------------------------------------------------------------------------------------------ the task, as a user writes it
+# ---------------------------------------------------------------------------------------- the task, as a user writes it
 KEYS: dict = {}  # no configuration keys of its own
 
 
@@ -107,7 +104,8 @@ def train_it(tmp_path: Path, tag: str, processes: int, stop_at: int = 0) -> tupl
     args = ["--cfg", str(configuration), "--output", str(tmp_path), "--tag", tag]
     if processes == 2:
         args += ["--batch-size", "8"]
-    ended = runs.launch(__file__, args, processes, {"STOP_AT": str(stop_at)})
+    paths = os.pathsep.join(map(str, (runs.ROOT, runs.ROOT / "tests")))  # this file is the script that is started
+    ended = runs.launch(__file__, args, processes, {"STOP_AT": str(stop_at), "PYTHONPATH": paths})
     if not stop_at:
         assert ended.returncode == 0, ended.stderr
     return ended.returncode, tmp_path / "autoencoder" / tag

@@ -23,17 +23,18 @@ from torch import nn
 from torchvision.transforms import functional
 
 from configs import UserError, get_config, parse_args, with_num_classes
-from data import open_split
 from tasks.classification import evaluate as run
-from tasks.classification import metrics, outputs, predictions
-from tasks.classification.predictions import Predictions, predict
+from tasks.classification import inference, metrics, outputs, predictions
+from tasks.classification.images import open_split
+from tasks.classification.inference import predict
+from tasks.classification.predictions import Predictions
 from tasks.classification.transforms import eval_transform
 from tasks.networks import build_model
 from tools import compare as compare_script
 from tools.digits import write_digits
 from utils import files
 from utils import processes as distributed
-from utils.engine import Precision
+from utils.precision import Precision
 from utils.processes import Processes
 from utils.session import start_session
 
@@ -55,7 +56,7 @@ def some_predictions(count=12, num_classes=7, seed=0, with_logits=True):
     logits = torch.from_numpy(rng.normal(0, 2, (count, num_classes)).astype(np.float32))
     labels = torch.from_numpy(rng.integers(0, num_classes, count))
     labels[3::4] = predictions.UNLABELLED
-    columns = {name: value.numpy() for name, value in predictions.summarize_batch(logits, labels, with_logits).items()}
+    columns = {name: value.numpy() for name, value in inference.summarize_batch(logits, labels, with_logits).items()}
     names = ['tench, "Tinca"', "new\nline", "ä\udcff", *(f"class {i}" for i in range(3, num_classes))][:num_classes]
     paths = [f"{i}/\udcff,{i}.png" for i in range(count)]
     return Predictions(paths, classes=names, **columns)

@@ -10,12 +10,12 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from configs import UserError, get_config, parse_args, with_num_classes
+from tasks import networks
 from tasks.classification import evaluate as run
 from tasks.classification.class_names import class_names, in_words
 from tasks.classification.pictures import find_pictures
 from tasks.classification.transforms import eval_transform
 from tasks.networks import build_model
-from utils import compilation
 from utils.session import start_session
 
 
@@ -97,8 +97,8 @@ def test_readable_pictures_alone_are_a_success(pictures, tmp_path, monkeypatch):
 def test_pictures_are_labelled_by_the_network_that_is_asked_for(pictures, tmp_path, monkeypatch, capsys):
     save_network(tmp_path / "w.pth", tmp_path, 3)
     used = []
-    fuse = compilation.fuse
-    monkeypatch.setattr(compilation, "fuse", lambda network: (used.append(network), fuse(network))[1])
+    fuse = networks.fuse
+    monkeypatch.setattr(networks, "fuse", lambda network: (used.append(network), fuse(network))[1])
     opts = ("DATA.FAST_LOADING", "all")
     assert label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures / "a.png"], "--fuse", opts=opts) == 0
     assert len(used) == 1 and "DATA.FAST_LOADING does not apply to --images" in capsys.readouterr().out

@@ -15,11 +15,11 @@ from torch import nn
 from configs import UserError, get_config, parse_args, with_num_classes
 from data.sources import FolderSource
 from tasks.classification import evaluate as run
+from tasks.classification.inference import predict
 from tasks.classification.outputs import summarize
-from tasks.classification.predictions import predict
 from tasks.classification.validation_sets import open_validation_set, real_accuracy, real_labels, table
 from tasks.networks import build_model
-from utils.engine import Precision
+from utils.precision import Precision
 from utils.processes import Processes
 from utils.session import start_session
 
