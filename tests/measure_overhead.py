@@ -6,12 +6,12 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 tests/measure_overhead.py --data DIGITS \
       --cfg configs/groupmixformer_miny.yaml --batch 4 --block 2 --pairs 50
 
-Taken away in the blocks without: what Watch notes, concludes and tells (agreement on stops and non-finite numbers; the
-loss is then that of this process, as in an ordinary loop), KeptStatistics (copies of running statistics), the random
-state that is set anew for every batch, the check of which images a batch really holds, Saver.after_update (the clock).
-Saves are timed by themselves, checksummed, synced and renamed against a bare torch.save to the same file, and their
-difference is spread over an epoch. Not taken away: the few numbers that travel with the gradients, the random state of
-each image, which the loader's workers set, and the lock, which costs nothing after the start.
+Left out in the blocks without: the all-reduce of what processes share in an update (the loss is then that of this
+process, as in an ordinary loop), RunSupervisor.arrive, BufferSnapshot (copies of running statistics), the seeding of
+every batch, the check of which images a batch really holds, Saver.after_update (the clock). Saves are timed by
+themselves, checksummed, synced and renamed against a bare torch.save to the same file, and their difference is spread
+over an epoch. Not left out: the seeding of each image, which the loader's workers do, and the lock, which costs
+nothing after the start.
 """
 
 # ruff: noqa: E402  (what it measures is imported, and changed, once the command line is read)
@@ -41,9 +41,9 @@ import torch
 import train
 from data import TrainingData
 from utils import engine, resume
-from utils import supervision as faults
 from utils.checkpoint import save_checkpoint
 from utils.session import run_script
+from utils.supervision import RunSupervisor, StepStatus
 
 WARM_UP_PAIRS = 2
 rng = random.Random(0)  # the same order of blocks on all processes
@@ -67,19 +67,13 @@ def switch(place, name, without):
     setattr(place, name, switched)
 
 
-def bare_note(self, loss):
-    self.loss = loss.detach()
-    return 0 * self.notes.sum()  # DDP waits for a gradient
+def bare_agreement(self, loss, parts, grad_norm):
+    return StepStatus(loss.item(), {}, grad_norm.item(), (), False)
 
 
-def bare_conclusion(self, grad_norm):
-    return faults.UpdateVerdict(*torch.stack([self.loss, grad_norm]).tolist(), (), False)
-
-
-switch(faults.Watch, "notes_term", bare_note)
-switch(faults.Watch, "conclude_update", bare_conclusion)
-switch(faults.Watch, "arrive", lambda self: None)
-switch(faults.KeptStatistics, "keep", lambda self: None)
+switch(RunSupervisor, "agree_on_update", bare_agreement)
+switch(RunSupervisor, "arrive", lambda self: None)
+switch(engine.BufferSnapshot, "take", lambda self: None)
 switch(engine, "seed_everything", lambda *a: None)
 
 
@@ -89,13 +83,13 @@ def batches(self, epoch, update):
     cached = [b for b, _ in zip(self.loader, range(8))]
     wanted = [index.index for index, _ in zip(iter(self.order), range(len(cached) * args.batch))]
     for number in range(TOTAL):
-        images, labels, indices = cached[number % len(cached)]
+        batch, indices = cached[number % len(cached)]
         if Guards.on:
             start = (number % len(cached)) * args.batch
-            for expected, index in zip(wanted[start : start + args.batch], indices.tolist()):
+            for expected, index in zip(wanted[start : start + args.batch], indices):
                 if expected != index:
                     self._report_unreadable(expected, index)
-        yield images, labels
+        yield batch
 
 
 updates_of_an_epoch = TrainingData.updates_per_epoch
@@ -142,7 +136,7 @@ def report(saver):
         guarded, bare = [], []
         with tempfile.TemporaryDirectory(dir=saver.session.folder) as folder:
             path = Path(folder, "c.pth")
-            state = saver._state(False)
+            state = saver._content(False)
             for _ in range(args.saves):
                 for times, save in (
                     (guarded, lambda: save_checkpoint(state, path)),

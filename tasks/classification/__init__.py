@@ -11,6 +11,6 @@ def build(session: Session) -> Task:
 
 
 def evaluate(session: Session) -> None:
-    from .evaluate import evaluate  # imported lazily: scipy is slow, and training does not need it
+    from .evaluation import evaluate  # imported lazily: scipy is slow, and training does not need it
 
     evaluate(session)

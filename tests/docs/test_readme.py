@@ -13,7 +13,7 @@ import torch
 
 import models  # noqa: F401 - registers the variants with timm
 from configs import get_config, parse_args
-from tasks.classification import evaluate as run
+from tasks.classification import evaluation as run
 
 README = (runs.ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -67,7 +67,7 @@ def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypa
         results = []
         evaluate = run.evaluate_weights
         monkeypatch.setattr(run, "evaluate_weights", lambda *a: results.append(evaluate(*a)))
-        run.run_evaluation(evaluation_session())
+        run.evaluate(evaluation_session())
         if "--images" in args:
             assert len(list(picture.parent.glob("*.png.top5.json"))) == 2
         else:
@@ -105,7 +105,7 @@ def finished_run(data, tmp_path_factory):
         assert runs.train_here(patch, args) == 0
         folder = runs.run_folder(output)
         patch.setattr(sys, "argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
-        run.run_evaluation(evaluation_session())
+        run.evaluate(evaluation_session())
     return folder, next(folder.glob("evaluation/*"))
 
 

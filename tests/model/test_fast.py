@@ -20,7 +20,7 @@ from configs import UserError
 from models.cpu.fused import fuse
 from models.reference import ReferenceNetwork
 from tasks import networks
-from tasks.classification.evaluate import evaluate
+from tasks.classification.evaluation import evaluate
 from tasks.networks import compile_blocks, compile_for_training
 from utils.precision import Precision
 from utils.session import start_session

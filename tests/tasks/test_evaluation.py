@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.transforms import functional
 
 from configs import UserError, get_config, parse_args, with_num_classes
-from tasks.classification import evaluate as run
+from tasks.classification import evaluation as run
 from tasks.classification import inference, metrics, outputs, predictions
 from tasks.classification.images import open_split
 from tasks.classification.inference import predict
@@ -37,6 +37,7 @@ from utils import processes as distributed
 from utils.precision import Precision
 from utils.processes import Processes
 from utils.session import start_session
+from utils.supervision import RunSupervisor
 
 FLOAT32 = Precision("cpu", torch.float32, enabled=False)
 
@@ -45,9 +46,9 @@ def make_session(config, rank=0, world_size=1):
     logger = logging.getLogger("nowhere")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    return SimpleNamespace(
-        processes=Processes(rank, rank, world_size, torch.device("cpu")), logger=logger, config=config
-    )
+    processes = Processes(rank, rank, world_size, torch.device("cpu"))
+    supervisor = RunSupervisor(processes, timeout_seconds=60)
+    return SimpleNamespace(processes=processes, logger=logger, config=config, supervisor=supervisor)
 
 
 def some_predictions(count=12, num_classes=7, seed=0, with_logits=True):
@@ -432,7 +433,7 @@ def evaluate(data, tmp_path, monkeypatch):
     def run_with(*opts, flags=()):
         args = runs.arguments(data, tmp_path, *opts, flags=["--resume", str(weights), *flags])
         monkeypatch.setattr("sys.argv", ["test.py", *args])
-        run.run_evaluation(start_session(""))
+        run.evaluate(start_session(""))
         return runs.run_folder(tmp_path) / "evaluation"
 
     run_with.weights = weights
@@ -449,7 +450,7 @@ def test_the_best_checkpoint_has_the_accuracy_that_its_run_told(tmp_path, monkey
     (told,) = re.findall(r"Max accuracy: (\S+)%", (folder / "log_rank0.txt").read_text())
     assert 15 < float(told) < 100, "more than chance, so that it is a number to agree on"
     monkeypatch.setattr("sys.argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
-    run.run_evaluation(start_session(""))
+    run.evaluate(start_session(""))
     assert capsys.readouterr().out.splitlines()[-1].startswith(f" * Acc@1 {told} ")
 
 

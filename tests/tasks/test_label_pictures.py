@@ -11,7 +11,7 @@ from torch import nn
 
 from configs import UserError, get_config, parse_args, with_num_classes
 from tasks import networks
-from tasks.classification import evaluate as run
+from tasks.classification import evaluation as run
 from tasks.classification.class_names import class_names, in_words
 from tasks.classification.pictures import find_pictures
 from tasks.classification.transforms import eval_transform
@@ -47,7 +47,7 @@ def label(monkeypatch, tmp_path, weights, paths, *flags, opts=()):
     args += ["--tag", "run", "--resume", str(weights), "--images", *map(str, paths), *flags]
     monkeypatch.setattr("sys.argv", ["test.py", *args, "--opts", *runs.TINY, *opts])
     try:
-        run.run_evaluation(start_session(""))
+        run.evaluate(start_session(""))
     except SystemExit as ending:
         return ending.code
     return 0

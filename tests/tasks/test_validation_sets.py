@@ -14,7 +14,7 @@ from torch import nn
 
 from configs import UserError, get_config, parse_args, with_num_classes
 from data.sources import FolderSource
-from tasks.classification import evaluate as run
+from tasks.classification import evaluation as run
 from tasks.classification.inference import predict
 from tasks.classification.outputs import summarize
 from tasks.classification.validation_sets import open_validation_set, real_accuracy, real_labels, table
@@ -211,7 +211,7 @@ def test_test_py_evaluates_another_validation_set(tmp_path, monkeypatch, capsys)
         network.head.bias[[10, 3]] = torch.tensor([5.0, 4.0])
     torch.save({"model": network.state_dict()}, weights)
     monkeypatch.setattr("sys.argv", ["test.py", *args])
-    run.run_evaluation(start_session(""))
+    run.evaluate(start_session(""))
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith(" * Acc@1 50.000 Acc@5 ")
     assert f"only 2 of the 1000 classes of ImageNet's set 'v2' are in {data}" in out
@@ -222,4 +222,4 @@ def test_test_py_evaluates_another_validation_set(tmp_path, monkeypatch, capsys)
     state = {"model": {**network.state_dict(), "head.weight": torch.zeros(3, 20), "head.bias": torch.zeros(3)}}
     torch.save(state, weights)
     with pytest.raises(UserError, match="its head has 3 classes, but the data has 1000"):
-        run.run_evaluation(start_session(""))
+        run.evaluate(start_session(""))
