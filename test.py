@@ -6,12 +6,13 @@ python test.py --cfg configs/groupmixformer_small.yaml --flops                  
 python test.py --cfg configs/groupmixformer_small.yaml --resume FILE --images a.jpg folder/    top-5 of pictures
 """
 
+from tasks import keys_of
 from tasks.classification.evaluate import run_evaluation
 from utils.session import RunFolder, run_script, start_session
 
 
 def main(run_folder: RunFolder | None = None) -> None:
-    run_evaluation(start_session(__doc__, run_folder))
+    run_evaluation(start_session(__doc__, keys_of, run_folder))
 
 
 if __name__ == "__main__":

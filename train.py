@@ -9,7 +9,9 @@ import dataclasses
 import torch
 from timm.utils import ModelEmaV3
 
+import tasks
 from configs import with_num_classes
+from configs.errors import StopRequested
 from data import TrainingData, build_eval_loader, check_val_classes, open_split, usable_workers
 from models.cpu.depthwise import use_fast_gradients
 from tasks.classification.evaluate import run_evaluation
@@ -33,12 +35,12 @@ from utils.resume import Saver, check_same_everywhere, identify_images, load_res
 from utils.run_log import TensorBoard
 from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.session import RunFolder, describe_run, run_script, start_session
-from utils.supervision import StopRequested, exit_stopped, quiet_loader_worker
+from utils.supervision import exit_stopped, quiet_loader_worker
 
 
 def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------ configuration, processes, run folder, log
-    session = start_session(__doc__, run_folder, may_train=True)
+    session = start_session(__doc__, tasks.keys_of, run_folder, may_train=True)
     config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     if not session.trains:
         run_evaluation(session)

@@ -1,6 +1,10 @@
-"""The one exception whose message is meant for the user."""
+"""Exit codes, and the exceptions whose message is meant for the user."""
 
 import re
+
+# What a stopped and saved run exits with (sysexits' EX_TEMPFAIL): start the same command again to go on.
+EXIT_STOPPED = 75
+EXIT_MISTAKE = 2  # of the user's, found before training: starting the same command again does not help
 
 
 class UserError(ValueError):
@@ -14,6 +18,21 @@ class UserError(ValueError):
         """The message alone, also where a loader's worker has wrapped it into its traceback."""
         lines = [line for line in str(self).strip().splitlines() if line.strip()]
         return re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip()) if lines else "unknown error"
+
+
+class Fault(UserError):
+    """No mistake in the command: processes that do not meet, and whatever ends a run that has begun to train.
+
+    Starting the same command again may help, which multi_machine_start.py does.
+    """
+
+
+class CompilerStopped(Fault):
+    """A signal asked this run to stop, and ended the compiler too: the state is not that of a whole update."""
+
+
+class StopRequested(Exception):
+    """All processes agreed to stop here; the state is that of a whole update."""
 
 
 def one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from configs import UserError
+from configs.errors import StopRequested
 from data import TRAINING_STEP, TrainingData, seed_everything
 from data.normalization import normalize
 from models.groupmixformer import GroupMixFormer
@@ -28,7 +29,7 @@ from .optimizer import scheduled_lr
 from .processes import sum_over_processes, unwrap
 from .run_log import ProgressLog, TensorBoard, peak_memory_mib
 from .session import Session
-from .supervision import KeptStatistics, StopRequested, UpdateVerdict
+from .supervision import KeptStatistics, UpdateVerdict
 from .sync_batchnorm import use_traceable_batch_norms
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import Logger
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 from yacs.config import CfgNode
 
 import models
-from configs import UserError, get_config, parse_args
-from configs.defaults import to_dict
-from configs.errors import first_line
+from configs import UserError, read_command
+from configs.errors import EXIT_MISTAKE, EXIT_STOPPED, CompilerStopped, Fault, first_line
+from configs.keys import Key
+from configs.load import KeysOf, to_dict
 
 from .checkpoint import LOCK_NAME, lock_run_folder
 from .compilation import remove_unfinished_binary
@@ -27,10 +28,6 @@ from .files import whole_file
 from .processes import Processes, close_processes, decide_on_main, init_processes
 from .run_log import create_logger, log_provenance
 from .supervision import (
-    EXIT_MISTAKE,
-    EXIT_STOPPED,
-    CompilerStopped,
-    Fault,
     Watch,
     die_with_launcher,
     end_loader_workers,
@@ -110,6 +107,7 @@ class Session:
 
     args: Namespace
     config: CfgNode  # train.py puts the number of classes of its data into it
+    keys: Mapping[str, Key]  # the cards of its keys
     processes: Processes
     folder: Path
     logger: Logger
@@ -117,14 +115,15 @@ class Session:
     trains: bool  # rather than evaluates or measures
 
 
-def start_session(description: str, run_folder: RunFolder | None = None, may_train: bool = False) -> Session:
+def start_session(
+    description: str, keys_of: KeysOf, run_folder: RunFolder | None = None, may_train: bool = False
+) -> Session:
     """Read and check the command line and configuration, join the other processes, open run folder and log.
 
-    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>.
+    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>. `keys_of` gives the keys of a task (`tasks.keys_of`).
     """
-    args = parse_args(description=description)
     notices: list[str] = []
-    config = get_config(args, notices.append)
+    args, config, keys = read_command(None, keys_of, notices.append, description)
     die_with_launcher()
     with meeting(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
@@ -139,7 +138,7 @@ def start_session(description: str, run_folder: RunFolder | None = None, may_tra
     _find_model_file(config)
     _choose_kernels(config)
     watch = Watch(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
-    return Session(args, config, processes, folder, logger, watch, trains)
+    return Session(args, config, keys, processes, folder, logger, watch, trains)
 
 
 def run_script(main: Callable[[RunFolder], None]) -> None:

@@ -23,14 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.errors import first_line
+from configs.errors import EXIT_STOPPED, CompilerStopped, Fault, first_line
 
 from .compilation import is_compiler_failure
 from .processes import Processes
 
-# What a stopped and saved run exits with (sysexits' EX_TEMPFAIL): start the same command again to go on.
-EXIT_STOPPED = 75
-EXIT_MISTAKE = 2  # of the user's, found before training: starting the same command again does not help
 STORE_SECONDS = 5  # how long the launcher's store may take to say which process was lost
 NAMING_SECONDS = 2  # of those, to see which process has ended
 PATIENCE = 0.1  # of the time limit: so long a process is waited for before the log says so
@@ -42,21 +39,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 SAVING = threading.Lock()  # held while a checkpoint is written: no thread ends the process then
-
-
-class Fault(UserError):
-    """No mistake in the command: processes that do not meet, and whatever ends a run that has begun to train.
-
-    Starting the same command again may help, which multi_machine_start.py does.
-    """
-
-
-class CompilerStopped(Fault):
-    """A signal asked this run to stop, and ended the compiler too: the state is not that of a whole update."""
-
-
-class StopRequested(Exception):
-    """All processes agreed to stop here; the state is that of a whole update."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import models.cpu.fused
 from configs import UserError
 from models.cpu.fused import fuse
 from models.reference import ReferenceNetwork
+from tasks import keys_of
 from tasks.classification.evaluate import run_evaluation
 from utils import compilation
 from utils.compilation import compile_blocks
@@ -344,7 +345,7 @@ def test_test_py_fuses_and_finds_the_same(data: Path, tmp_path: Path, monkeypatc
         output = tmp_path / f"{name}.json"
         args = runs.arguments(data, tmp_path, flags=[*weights, *flags, "--json", str(output)])
         monkeypatch.setattr("sys.argv", ["test.py", *args])
-        run_evaluation(start_session(""))
+        run_evaluation(start_session("", keys_of))
         results.append(json.loads(output.read_text()))
     assert len(fused_networks) == 1
     assert results[0]["acc1"] == results[1]["acc1"]
