@@ -83,7 +83,7 @@ def evaluation_session():
 
 def tiny_network(tmp_path, data):
     from configs import with_num_classes
-    from models import build_model
+    from tasks.networks import build_model
 
     args = runs.arguments(data, tmp_path)
     return build_model(with_num_classes(read_config(args, keys_of), 3))

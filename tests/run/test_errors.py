@@ -112,7 +112,7 @@ def test_an_evaluation_does_not_write_to_the_log_of_a_run(run, tmp_path, image_f
 # ------------------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("script", ["train", "test"])
 def test_wrong_command_line(run, script):
-    """The command line itself, the configuration and the network's file; tests/config has every other mistake in them."""
+    """The command line itself, the configuration and the network's file; tests/config has the other mistakes."""
     line = error_line(run(script, "--bach-size", "4"), script)
     assert line == "unknown argument --bach-size; did you mean --batch-size?"
     line = error_line(run(script, opts=("TRAIN.EPOCH", "3")), script)
