@@ -11,7 +11,7 @@ from utils.session import RunFolder, run_script, start_session
 
 
 def main(run_folder: RunFolder | None = None) -> None:
-    tasks.evaluate(start_session(__doc__, run_folder))
+    tasks.evaluate(start_session(__doc__, tasks.keys_of, run_folder))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from utils.session import RunFolder, describe_run, run_script, start_session
 
 def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------ configuration, processes, run folder, log
-    session = start_session(__doc__, run_folder, may_train=True)
+    session = start_session(__doc__, tasks.keys_of, run_folder, may_train=True)
     if not session.trains:
         tasks.evaluate(session)
         return

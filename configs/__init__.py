@@ -1,7 +1,7 @@
-"""Configuration: every key with its default and meaning, the YAML of each variant, and the command line."""
+"""Configuration: a card for every key, the YAML of each variant, and the command line."""
 
-from .arguments import parse_args
-from .defaults import SPLIT_NAMES, get_config, with_num_classes, with_values
 from .errors import UserError
+from .keys import SPLIT_NAMES
+from .load import read_command, read_config, with_num_classes, with_values
 
-__all__ = ["SPLIT_NAMES", "UserError", "get_config", "parse_args", "with_num_classes", "with_values"]
+__all__ = ["SPLIT_NAMES", "UserError", "read_command", "read_config", "with_num_classes", "with_values"]

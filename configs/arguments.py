@@ -5,59 +5,10 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-# flag -> (configuration key, argparse options). A flag that is given wins over --opts, and --opts over the YAML file.
-CONFIG_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--batch-size": ("DATA.BATCH_SIZE", dict(type=int, help="images per process (GPU) and step")),
-    "--data-path": ("DATA.DATA_PATH", dict(help="folder with train/ and val/, or train.zip and val.zip")),
-    "--zip": ("DATA.ZIP_MODE", dict(action="store_true", help="read train.zip and val.zip instead of folders")),
-    "--cache-mode": (
-        "DATA.CACHE_MODE",
-        dict(choices=("no", "full", "part"), help="with --zip: keep nothing, all, or this process's share in memory"),
-    ),
-    "--pretrained": ("MODEL.PRETRAINED", dict(help="weights to start from (train.py) or to evaluate")),
-    "--resume": ("MODEL.RESUME", dict(help="checkpoint to continue from (train.py) or to evaluate")),
-    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", dict(type=int, help="batches summed up to one update")),
-    "--use-checkpoint": (
-        "TRAIN.USE_CHECKPOINT",
-        dict(action="store_true", help="gradient checkpointing: less memory, more time"),
-    ),
-    "--allow-changes": (
-        "TRAIN.ALLOW_CHANGES",
-        dict(action="store_true", help="continue a run although its recipe or data has changed"),
-    ),
-    "--compile": ("COMPILE", dict(action="store_true", help="torch.compile: slower start, faster steps")),
-    "--fuse": ("TEST.FUSE", dict(action="store_true", help="fuse the network for inference first (test.py)")),
-    "--amp-opt-level": (
-        "AMP_OPT_LEVEL",
-        dict(choices=("O0", "O1", "O2"), help="O0: float32; O1, O2: autocast (AMP_DTYPE); on GPUs O1 is the default"),
-    ),
-    "--output": ("OUTPUT", dict(help="root of run folders: <output>/<MODEL.NAME>/<tag>")),
-    "--tag": ("TAG", dict(help="name of the run")),
-    "--eval": ("EVAL_MODE", dict(action="store_true", help="evaluate only")),
-    "--throughput": ("THROUGHPUT_MODE", dict(action="store_true", help="measure images/s only")),
-    "--model-type": ("MODEL.TYPE", dict(help="the network family: groupmixformer")),
-    "--model-file": ("MODEL_FILE", dict(help="file of models/ that is copied beside the run")),
-    "--weights": (
-        "TEST.WEIGHTS",
-        dict(
-            choices=("best", "raw", "ema"), help="which weights of a checkpoint to evaluate; best: those it is kept for"
-        ),
-    ),
-    "--tta": (
-        "TEST.TTA",
-        dict(
-            choices=("none", "flip", "five-crop", "ten-crop"), help="average the softmax of several views of an image"
-        ),
-    ),
-    "--sizes": ("TEST.SIZES", dict(type=int, nargs="+", help="evaluate at each of these input sizes")),
-    "--val-set": (
-        "TEST.VAL_SET",
-        dict(choices=("real", "v2", "a", "r"), help="--data-path is ImageNet with ReaL labels, ImageNet-V2, -A or -R"),
-    ),
-}
+from .keys import Key
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,7 +16,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # argparse takes -0.1 for a value but -1e-3 for a flag; `--opts TRAIN.BASE_LR -1e-3` is to be told by its key.
+        # argparse takes -0.1 for a value but -1e-3 for a flag: `--opts TRAIN.BASE_LR -1e-3` would not name the key.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
@@ -82,15 +33,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parse_args(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
-    """Parse the command line (without the program's name); exits with status 2 and one line where it is wrong."""
+def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """The values of --cfg and --opts alone: they decide the task, and the task decides which other flags there are."""
+    parser = OneLineParser(allow_abbrev=False, add_help=False)
+    _add_sources(parser)
+    known, _ = parser.parse_known_args(argv)
+    return known.cfg, known.opts
+
+
+def make_parser(keys: Mapping[str, Key], description: str = "") -> OneLineParser:
+    """The parser of the whole command line, which exits with status 2 and one line where the command line is wrong."""
     parser = OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"
-    )
-    for flag, (_, options) in CONFIG_FLAGS.items():
-        parser.add_argument(flag, default=None, **options)
+    _add_sources(parser, required=True)
+    for name, key in keys.items():
+        if key.flag:
+            parser.add_argument(key.flag, dest=name, default=None, help=key.meaning, **_options(key))
     parser.add_argument("--flops", action="store_true", help="count FLOPs and parameters only (test.py)")
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="label these pictures, and those in these folders (test.py)"
@@ -99,14 +56,26 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> argp
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help="accepted from old launchers; the environment decides"
     )
-    return parser.parse_args(argv)
+    return parser
 
 
-def flag_values(args: argparse.Namespace) -> dict[str, Any]:
+def _add_sources(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument("--cfg", required=required, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"
+    )
+
+
+def _options(key: Key) -> dict[str, Any]:
+    """What argparse needs to know of a flag; the type and rules of its key decide."""
+    if isinstance(key.default, bool):
+        return {"action": "store_true"}
+    if isinstance(key.default, list):
+        return {"nargs": "+", "type": int}
+    names = [name for rule in key.rules for name in rule.choices if name]
+    return {"type": type(key.default), "choices": names or None}
+
+
+def flag_values(args: argparse.Namespace, keys: Mapping[str, Key]) -> dict[str, Any]:
     """The configuration keys that were set by flags, {key: value}."""
-    values = {}
-    for flag, (key, _) in CONFIG_FLAGS.items():
-        value = getattr(args, flag.lstrip("-").replace("-", "_"), None)
-        if value is not None:
-            values[key] = value
-    return values
+    return {name: value for name in keys if (value := getattr(args, name, None)) is not None}

@@ -4,16 +4,26 @@ Its module holds `KEYS` (the configuration keys of its own), `build(session)`, w
 `evaluate(session)`, which does what test.py asks for.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
 from configs import UserError
+from configs.keys import Key
 from utils.session import Session
 from utils.task import Task
 
 TASKS = {"classification": "tasks.classification"}  # value of the key TASK -> module
+
+
+def keys_of(task: str) -> Mapping[str, Key]:
+    """The configuration keys of a task's own; UserError where there is no such task.
+
+    A key of the same name as a shared one replaces it: a task may have another default.
+    """
+    return _module(task).KEYS
 
 
 def build(session: Session) -> Task:

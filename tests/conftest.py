@@ -29,7 +29,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from yacs.config import CfgNode  # noqa: E402
 
-from configs import get_config, parse_args  # noqa: E402
+from configs import read_config  # noqa: E402
+from tasks import keys_of  # noqa: E402
 
 # Tests fork this process and train in the fork. autograd starts its threads with the first backward pass; once
 # torch.compile or torch.export has been in use, these include ones that a fork cannot have, and it refuses to train.
@@ -45,7 +46,7 @@ def make_config() -> Callable[..., CfgNode]:
 
     def make(*arguments: str) -> CfgNode:
         cfg = () if "--cfg" in arguments else ("--cfg", str(ROOT / "configs" / "groupmixformer_digits.yaml"))
-        return get_config(parse_args([*cfg, *map(str, arguments)]), notify=lambda line: None)
+        return read_config([*cfg, *map(str, arguments)], keys_of, notify=lambda line: None)
 
     return make
 

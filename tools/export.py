@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config
+from configs import UserError, read_config
 from configs.commands import CommandParser, command
 from configs.errors import first_line
+from tasks import keys_of
 from utils.checkpoint import network_with
 from utils.files import STDOUT, check_json_target, write_json
 
@@ -248,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report: Report = (lambda line: None) if args.json == STDOUT else lambda line: print(line, flush=True)
     if args.format == "onnx":
         _require_onnx()
-    config = get_config(args, report)
+    flags = [f"--{name}={getattr(args, name)}" for name in ("pretrained", "resume", "weights") if getattr(args, name)]
+    config = read_config(["--cfg", args.cfg, *flags, *(["--opts", *args.opts] if args.opts else [])], keys_of, report)
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not weights:
         raise UserError("no weights to export: give a file with --resume or --pretrained")

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, parse_args
+from configs import UserError, read_command
 from configs.commands import CommandParser, command
 from data import ImageDataset
 from data.normalization import denormalize
 from data.sources import PictureSource
+from tasks import keys_of
 from tasks.classification.transforms import views_transform
 from utils.checkpoint import find_weights, load_classifier
 from utils.files import STDOUT, check_json_target, write_json
@@ -276,11 +277,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--block", type=int, default=-1, help="its block, from 1; -1 is the last")
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (output/visualized/<picture>.png)")
     args, rest = parser.parse_known_args(argv)
-    common = parse_args(rest)
+    common, config, _ = read_command(rest, keys_of, lambda line: print(line, file=sys.stderr))
     check_json_target(common.json)
     # Not beside the picture: in a data set it would be one more image.
     out = args.out or DEFAULT_FOLDER / f"{args.image.stem}.png"
-    config = get_config(common, lambda line: print(line, file=sys.stderr))
     result = visualize(config, args.image, args.stage, args.block, out)
     stream = sys.stderr if common.json == STDOUT else sys.stdout
     for entry in result["top"]:

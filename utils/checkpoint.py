@@ -41,7 +41,8 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, parse_args, with_num_classes
+import tasks
+from configs import UserError, read_config, with_num_classes
 from configs.errors import first_line
 from models import PLAIN_TYPES, VARIANTS
 
@@ -430,7 +431,7 @@ def _configured_network(state: dict[str, Tensor]) -> str:
     # Published variants first: files of users may build on theirs.
     for file in sorted(CONFIGS_FOLDER.glob("*.yaml"), key=lambda file: (file.stem not in VARIANTS, file.stem)):
         with contextlib.suppress(Exception):  # a file may be one of the user's, half written, and this is but a hint
-            config = get_config(parse_args(["--cfg", str(file)]), notify=lambda line: None)
+            config = read_config(["--cfg", str(file)], tasks.keys_of, notify=lambda line: None)
             if last_norm is None or len(last_norm) != config.MODEL.GMA.EMBEDDING_DIMS[-1]:
                 continue  # to build a network takes a second
             with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from timm.utils import ModelEmaV3
 from yacs.config import CfgNode
 
 from configs import UserError
-from configs.defaults import config_keys, flatten, to_dict
 from configs.errors import StopRequested
+from configs.load import flatten, to_dict
 
 from .checkpoint import (
     BEST_NAME,
@@ -32,61 +32,6 @@ from .engine import LoopState, TrainState
 from .processes import run_on_main_and_broadcast
 from .session import Session
 from .task import Task
-
-# Keys that may differ between stop and continuation: they decide where things are and how often they are said, not
-# what is computed. Batch size and accumulation are judged by the global batch that they make together.
-FREE_KEYS = {
-    "BASE",
-    "DATA.BATCH_SIZE",
-    "DATA.CACHE_MODE",
-    "DATA.DATA_PATH",
-    "DATA.MAX_UNREADABLE",
-    "DATA.NUM_WORKERS",
-    "DATA.PIN_MEMORY",
-    "DATA.ZIP_MODE",
-    "DETERMINISTIC",
-    "DIST_TIMEOUT_SECONDS",
-    "EVAL_MODE",
-    "LOG_SAMPLES",
-    "MODEL.CLASS_MAP",
-    "MODEL.PRETRAINED",
-    "MODEL.RESUME",
-    "MODEL_FILE",
-    "OUTPUT",
-    "PRINT_FREQ",
-    "SAVE_EVERY_MINUTES",
-    "SAVE_EVERY_UPDATES",
-    "SAVE_FREQ",
-    "SAVE_KEEP",
-    "TAG",
-    "TEST.FUSE",
-    "TEST.PREDICTIONS",
-    "TEST.REAL_JSON",
-    "TEST.SIZES",
-    "TEST.TTA",
-    "TEST.VAL_SET",
-    "TEST.WEIGHTS",
-    "THROUGHPUT_MODE",
-    "TRAIN.ACCUMULATION_STEPS",
-    "TRAIN.ALLOW_CHANGES",
-    "TRAIN.AUTO_RESUME",
-    "TRAIN.MAX_NONFINITE_UPDATES",
-    "TRAIN.START_EPOCH",
-    "TRAIN.USE_CHECKPOINT",
-}
-
-# Of these, what all processes of a run must agree on, or some would stop or go on alone.
-ALIKE_KEYS = {
-    "TEST.FUSE",
-    "TEST.SIZES",
-    "TEST.TTA",
-    "TEST.VAL_SET",
-    "TEST.WEIGHTS",
-    "TRAIN.ACCUMULATION_STEPS",
-    "TRAIN.ALLOW_CHANGES",
-    "TRAIN.MAX_NONFINITE_UPDATES",
-    "TRAIN.START_EPOCH",
-}
 
 
 class Saver:
@@ -205,7 +150,8 @@ def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:
         return
     of_main = run_on_main_and_broadcast(lambda: {**identity, "config": yaml.safe_dump(to_dict(config))}, processes)
     notes: list[Any] = [None] * processes.world_size
-    differences = recipe_changes(of_main, config, identity, FREE_KEYS - ALIKE_KEYS)
+    same = {name for name, key in session.keys.items() if key.same_on_all_ranks}
+    differences = recipe_changes(of_main, config, identity, same)
     dist.all_gather_object(notes, (socket.gethostname(), differences))
     for rank, (host, different) in enumerate(notes):
         if different:
@@ -279,7 +225,8 @@ def restore(
     config, logger, world_size = session.config, session.logger, session.processes.world_size
     if "optimizer" not in saved or "epoch" not in saved:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
-    changes = recipe_changes(saved, config, identity)
+    fixed = {name for name, key in session.keys.items() if not key.may_change_on_resume}
+    changes = recipe_changes(saved, config, identity, fixed)
     if changes and not config.TRAIN.ALLOW_CHANGES:
         raise UserError(
             f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, or continue all the "
@@ -320,9 +267,13 @@ def restore(
 
 
 def recipe_changes(
-    saved: dict[str, Any], config: CfgNode, identity: dict[str, Any], free_keys: Set[str] = FREE_KEYS
+    saved: dict[str, Any], config: CfgNode, identity: dict[str, Any], fixed_keys: Collection[str]
 ) -> list[str]:
-    """What differs between the run that a checkpoint belongs to and this one, a phrase each."""
+    """What differs between the run that a checkpoint belongs to and this one, a phrase each.
+
+    Of the configuration, `fixed_keys` are compared, except those that an older checkpoint does not have. Batch size and
+    accumulation are judged by the global batch that they make together.
+    """
     changes = [
         f"{name} {saved[key]} -> {identity[key]}"
         for key, name in (("global_batch", "global batch"), ("data_order", "order of images"))
@@ -336,9 +287,9 @@ def recipe_changes(
     stored = saved.get("config")
     if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
         before = dict(flatten(yaml.safe_load(stored)))
-        for key, now in config_keys(config):
+        for key, now in flatten(config):
             now = list(now) if isinstance(now, tuple) else now
-            if key in before and key not in free_keys and before[key] != now:
+            if key in before and key in fixed_keys and before[key] != now:
                 changes.append(f"{key} {before[key]!r} -> {now!r}")
     return changes
 

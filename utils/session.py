@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import Logger
 from pathlib import Path
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, parse_args
-from configs.defaults import to_dict
+from configs import UserError, read_command
+from configs.keys import Key
+from configs.load import KeysOf, to_dict
 from data import end_loader_workers
 
 from .checkpoint import LOCK_NAME, lock_run_folder
@@ -97,6 +98,7 @@ class Session:
 
     args: Namespace
     config: CfgNode
+    keys: Mapping[str, Key]  # the cards of its keys
     processes: Processes
     folder: Path
     logger: Logger
@@ -104,14 +106,15 @@ class Session:
     trains: bool  # rather than evaluates or measures
 
 
-def start_session(description: str, run_folder: RunFolder | None = None, may_train: bool = False) -> Session:
+def start_session(
+    description: str, keys_of: KeysOf, run_folder: RunFolder | None = None, may_train: bool = False
+) -> Session:
     """Read and check the command line and configuration, join the other processes, open run folder and log.
 
-    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>.
+    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>. `keys_of` gives the keys of a task (`tasks.keys_of`).
     """
-    args = parse_args(description=description)
     notices: list[str] = []
-    config = get_config(args, notices.append)
+    args, config, keys = read_command(None, keys_of, notices.append, description)
     die_with_launcher()
     with rendezvous_errors(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
@@ -126,7 +129,7 @@ def start_session(description: str, run_folder: RunFolder | None = None, may_tra
     _find_model_file(config)
     _choose_kernels(config)
     supervisor = RunSupervisor(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
-    return Session(args, config, processes, folder, logger, supervisor, trains)
+    return Session(args, config, keys, processes, folder, logger, supervisor, trains)
 
 
 def run_script(main: Callable[[RunFolder], None]) -> None:

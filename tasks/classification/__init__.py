@@ -3,6 +3,10 @@
 from utils.session import Session
 from utils.task import Task
 
+from .keys import KEYS
+
+__all__ = ["KEYS", "build", "evaluate"]
+
 
 def build(session: Session) -> Task:
     from .task import build  # imported lazily: it is slow

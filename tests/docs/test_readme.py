@@ -12,7 +12,8 @@ import timm
 import torch
 
 import models  # noqa: F401 - registers the variants with timm
-from configs import get_config, parse_args
+from configs import read_config
+from tasks import keys_of
 from tasks.classification import evaluation as run
 
 README = (runs.ROOT / "README.md").read_text()
@@ -36,8 +37,7 @@ PYTHON_COMMANDS = [c for c in COMMANDS if "train.py" in c or "test.py" in c]
 
 @pytest.mark.parametrize("command", PYTHON_COMMANDS, ids=" ".join)
 def test_commands_of_both_scripts_are_accepted(command):
-    args = parse_args(script_arguments(command)[1])
-    assert get_config(args).MODEL.NAME.startswith("groupmixformer_")
+    assert read_config(script_arguments(command)[1], keys_of).MODEL.NAME.startswith("groupmixformer_")
 
 
 @pytest.mark.parametrize("command", PYTHON_COMMANDS, ids=" ".join)
@@ -78,15 +78,15 @@ def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypa
 def evaluation_session():
     from utils.session import start_session
 
-    return start_session("")
+    return start_session("", keys_of)
 
 
 def tiny_network(tmp_path, data):
     from configs import with_num_classes
-    from models import build_model
+    from tasks.networks import build_model
 
     args = runs.arguments(data, tmp_path)
-    return build_model(with_num_classes(get_config(parse_args(args)), 3))
+    return build_model(with_num_classes(read_config(args, keys_of), 3))
 
 
 QUICK_MODULES = (

@@ -19,7 +19,7 @@ import models.cpu.fused
 from configs import UserError
 from models.cpu.fused import fuse
 from models.reference import ReferenceNetwork
-from tasks import networks
+from tasks import keys_of, networks
 from tasks.classification.evaluation import evaluate
 from tasks.networks import compile_blocks, compile_for_training
 from utils.precision import Precision
@@ -344,7 +344,7 @@ def test_test_py_fuses_and_finds_the_same(data: Path, tmp_path: Path, monkeypatc
         output = tmp_path / f"{name}.json"
         args = runs.arguments(data, tmp_path, flags=[*weights, *flags, "--json", str(output)])
         monkeypatch.setattr("sys.argv", ["test.py", *args])
-        evaluate(start_session(""))
+        evaluate(start_session("", keys_of))
         results.append(json.loads(output.read_text()))
     assert len(fused_networks) == 1
     assert results[0]["acc1"] == results[1]["acc1"]

@@ -18,17 +18,18 @@ import runs
 import torch
 from conftest import write_image_folder
 from torch.testing import assert_close
+from utils.compilation import remove_unfinished_binary
 
-from configs import get_config, parse_args, with_num_classes
+from configs import read_config, with_num_classes
 from data import open_split
 from data.datasets import ImageDataset
+from tasks import keys_of
 from tasks.classification.transforms import eval_transform
 from tasks.networks import build_model
 from utils import checkpoint
 from utils import processes as distributed
 from utils import supervision as faults
 from utils.checkpoint import load_file
-from utils.compilation import remove_unfinished_binary
 
 TORCHRUN_GRACE_SECONDS = 30  # from a process's failure to SIGKILL for those that do not end
 FAULT_TRAIN = str(Path(__file__).parents[1] / "fault_train.py")
@@ -135,7 +136,7 @@ def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, processes):
     data, weights = tmp_path / "data", tmp_path / "weights.pth"
     write_image_folder(data, classes="abcdefghijk", train=1, val=2)
     args = runs.arguments(data, tmp_path, flags=["--resume", str(weights)])
-    config = with_num_classes(get_config(parse_args(args)), 11)
+    config = with_num_classes(read_config(args, keys_of), 11)
     torch.manual_seed(0)
     network = build_model(config)
     torch.nn.init.normal_(network.head.weight)  # fresh heads rank all classes nearly alike

@@ -17,8 +17,9 @@ from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError, get_config, parse_args
+from configs import UserError, read_config
 from models import VARIANTS, GroupMixFormer
+from tasks import keys_of
 from tasks.networks import build_model
 from utils import checkpoint
 from utils.checkpoint import (
@@ -486,7 +487,7 @@ def test_weights_of_another_published_variant_are_named(make_network, variant):
 
 
 def test_weights_of_the_digits_network_are_named(make_network):
-    config = get_config(parse_args(["--cfg", str(CONFIGS_FOLDER / "groupmixformer_digits.yaml")]))
+    config = read_config(["--cfg", str(CONFIGS_FOLDER / "groupmixformer_digits.yaml")], keys_of)
     message = message_of(load_exactly, make_network(7), build_model(config).state_dict(), "f.pth")
     assert ": weights of groupmixformer_digits, use --cfg configs/groupmixformer_digits.yaml: " in message
 

@@ -111,34 +111,14 @@ def test_an_evaluation_does_not_write_to_the_log_of_a_run(run, tmp_path, image_f
 
 # ------------------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("script", ["train", "test"])
-@pytest.mark.parametrize(
-    ("words", "opts", "expected"),
-    [
-        (["--bach-size", "4"], (), "unknown argument --bach-size; did you mean --batch-size?"),
-        (["--batch-size", "0"], (), "DATA.BATCH_SIZE = 0: must be at least 1"),
-        (["--model-type", "resnet"], (), "MODEL.TYPE = 'resnet': must be one of 'groupmixformer'"),
-        (["--model-file", "groupmix.py"], (), "--model-file groupmix.py: no such file in models/; there are build.py"),
-        ([], ("TRAIN.EPOCH", "3"), "--opts: unknown key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"),
-        ([], ("TRAIN.EPOCHS", "many"), "--opts: TRAIN.EPOCHS = 'many': must be a whole number"),
-        ([], ("TRAIN.WARMUP_EPOCHS", "9"), "TRAIN.WARMUP_EPOCHS = 9: must be fewer than TRAIN.EPOCHS = 1"),
-        ([], ("TRAIN.BASE_LR", "-5e-4"), "TRAIN.BASE_LR = -0.0005: must be greater than 0"),
-        ([], ("SEED",), "--opts takes pairs of KEY and VALUE, but 'SEED' has no value"),
-    ],
-)
-def test_wrong_command_line(run, script, words, opts, expected):
-    assert error_line(run(script, *words, opts=opts), script).startswith(expected)
-
-
-@pytest.mark.parametrize("script", ["train", "test"])
-def test_missing_cfg_comes_with_a_suggestion(run, script):
-    line = error_line(run(script, cfg=f"{ROOT}/configs/groupmixformer_digit.yaml"), script)
-    assert line.endswith(f"no such configuration file; did you mean {DIGITS}?")
-
-
-def test_wrong_yaml_names_the_file(run, tmp_path):
-    (tmp_path / "mine.yaml").write_text("TRAIN:\n  EPOCHZ: 3\n")
-    line = error_line(run("train", cfg=str(tmp_path / "mine.yaml")), "train")
-    assert line == f"{tmp_path / 'mine.yaml'}: unknown key TRAIN.EPOCHZ; did you mean TRAIN.EPOCHS?"
+def test_wrong_command_line(run, script):
+    """The command line itself, the configuration and the network's file; tests/config has the other mistakes."""
+    line = error_line(run(script, "--bach-size", "4"), script)
+    assert line == "unknown argument --bach-size; did you mean --batch-size?"
+    line = error_line(run(script, opts=("TRAIN.EPOCH", "3")), script)
+    assert line == "--opts: unknown key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"
+    line = error_line(run(script, "--model-file", "groupmix.py"), script)
+    assert line.startswith("--model-file groupmix.py: no such file in models/; there are groupmixformer.py")
 
 
 def test_output_that_cannot_be_a_folder(run, tmp_path):

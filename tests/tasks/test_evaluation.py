@@ -22,7 +22,8 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 from torchvision.transforms import functional
 
-from configs import UserError, get_config, parse_args, with_num_classes
+from configs import UserError, read_config, with_num_classes
+from tasks import keys_of
 from tasks.classification import evaluation as run
 from tasks.classification import inference, metrics, outputs, predictions
 from tasks.classification.images import open_split
@@ -424,7 +425,7 @@ def test_wrong_use_of_the_comparison_is_one_line(tmp_path, capsys):
 def evaluate(data, tmp_path, monkeypatch):
     """Run test.py's work in this process; gives the folder of evaluations."""
     weights = tmp_path / "weights.pth"
-    config = with_num_classes(get_config(parse_args(runs.arguments(data, tmp_path))), 3)
+    config = with_num_classes(read_config(runs.arguments(data, tmp_path), keys_of), 3)
     torch.manual_seed(0)
     network = build_model(config)
     nn.init.normal_(network.head.weight)
@@ -433,7 +434,7 @@ def evaluate(data, tmp_path, monkeypatch):
     def run_with(*opts, flags=()):
         args = runs.arguments(data, tmp_path, *opts, flags=["--resume", str(weights), *flags])
         monkeypatch.setattr("sys.argv", ["test.py", *args])
-        run.evaluate(start_session(""))
+        run.evaluate(start_session("", keys_of))
         return runs.run_folder(tmp_path) / "evaluation"
 
     run_with.weights = weights
@@ -450,7 +451,7 @@ def test_the_best_checkpoint_has_the_accuracy_that_its_run_told(tmp_path, monkey
     (told,) = re.findall(r"Max accuracy: (\S+)%", (folder / "log_rank0.txt").read_text())
     assert 15 < float(told) < 100, "more than chance, so that it is a number to agree on"
     monkeypatch.setattr("sys.argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
-    run.evaluate(start_session(""))
+    run.evaluate(start_session("", keys_of))
     assert capsys.readouterr().out.splitlines()[-1].startswith(f" * Acc@1 {told} ")
 
 

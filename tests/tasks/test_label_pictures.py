@@ -9,8 +9,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 
-from configs import UserError, get_config, parse_args, with_num_classes
-from tasks import networks
+from configs import UserError, read_config, with_num_classes
+from tasks import keys_of, networks
 from tasks.classification import evaluation as run
 from tasks.classification.class_names import class_names, in_words
 from tasks.classification.pictures import find_pictures
@@ -21,7 +21,7 @@ from utils.session import start_session
 
 def save_network(path, tmp_path, num_classes, **more):
     """Random weights of a tiny network in a file; returns the network."""
-    config = get_config(parse_args(runs.arguments(tmp_path, tmp_path)))
+    config = read_config(runs.arguments(tmp_path, tmp_path), keys_of)
     torch.manual_seed(0)
     network = build_model(with_num_classes(config, num_classes)).eval()
     nn.init.normal_(network.head.weight)
@@ -47,7 +47,7 @@ def label(monkeypatch, tmp_path, weights, paths, *flags, opts=()):
     args += ["--tag", "run", "--resume", str(weights), "--images", *map(str, paths), *flags]
     monkeypatch.setattr("sys.argv", ["test.py", *args, "--opts", *runs.TINY, *opts])
     try:
-        run.evaluate(start_session(""))
+        run.evaluate(start_session("", keys_of))
     except SystemExit as ending:
         return ending.code
     return 0
@@ -69,7 +69,7 @@ def test_pictures_get_their_five_most_probable_classes(pictures, tmp_path, monke
     assert text.splitlines()[-1] == "1 of 4 pictures: see above"
 
     good = [pictures / name for name in ("named.picture", "a.png", "deeper/a.png")]
-    transform = eval_transform(get_config(parse_args(runs.arguments(tmp_path, tmp_path))))
+    transform = eval_transform(read_config(runs.arguments(tmp_path, tmp_path), keys_of))
     summary = {row["picture"]: row for row in json.loads(target.read_text())["pictures"]}
     assert set(summary) == {str(path) for path in [*good, pictures / "broken.jpg"]}
     for path in good:

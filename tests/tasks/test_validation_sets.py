@@ -12,8 +12,9 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
-from configs import UserError, get_config, parse_args, with_num_classes
+from configs import UserError, read_config, with_num_classes
 from data.sources import FolderSource
+from tasks import keys_of
 from tasks.classification import evaluation as run
 from tasks.classification.inference import predict
 from tasks.classification.outputs import summarize
@@ -205,13 +206,13 @@ def test_test_py_evaluates_another_validation_set(tmp_path, monkeypatch, capsys)
     for number in (2, 10):
         paint(data / str(number) / "0.png", number)
     args = runs.arguments(data, tmp_path, flags=["--resume", str(weights), "--val-set", "v2"])
-    network = build_model(with_num_classes(get_config(parse_args(args)), 1000))
+    network = build_model(with_num_classes(read_config(args, keys_of), 1000))
     nn.init.zeros_(network.head.weight)
     with torch.no_grad():
         network.head.bias[[10, 3]] = torch.tensor([5.0, 4.0])
     torch.save({"model": network.state_dict()}, weights)
     monkeypatch.setattr("sys.argv", ["test.py", *args])
-    run.evaluate(start_session(""))
+    run.evaluate(start_session("", keys_of))
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith(" * Acc@1 50.000 Acc@5 ")
     assert f"only 2 of the 1000 classes of ImageNet's set 'v2' are in {data}" in out
@@ -222,4 +223,4 @@ def test_test_py_evaluates_another_validation_set(tmp_path, monkeypatch, capsys)
     state = {"model": {**network.state_dict(), "head.weight": torch.zeros(3, 20), "head.bias": torch.zeros(3)}}
     torch.save(state, weights)
     with pytest.raises(UserError, match="its head has 3 classes, but the data has 1000"):
-        run.evaluate(start_session(""))
+        run.evaluate(start_session("", keys_of))

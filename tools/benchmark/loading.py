@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import UserError, get_config, parse_args, with_values
+from configs import UserError, read_config, with_values
 from data.datasets import decode_image
 from data.fast.decoding import EncodedImage, decode_to_tensor, decodes_regions
 from data.fast.transforms import FastEvalTransform, FastTrainTransform
 from data.randomness import seed_everything
 from data.sources import FolderSource
+from tasks import keys_of
 from tasks.classification.transforms import eval_transform, train_transform
 from tools.pack import shrink
 
@@ -25,7 +26,7 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     """From the bytes of an image to what the loader collates, on one core."""
     if not args.data_path:
         raise UserError("load: needs --data-path DIR, a folder of class folders with photographs")
-    config = get_config(parse_args(["--cfg", str(ROOT / "configs" / f"{args.variant}.yaml")]), lambda line: None)
+    config = read_config(["--cfg", str(ROOT / "configs" / f"{args.variant}.yaml")], keys_of)
     source = FolderSource(args.data_path)
     chosen = np.linspace(0, len(source.samples) - 1, min(args.images, len(source.samples))).astype(int)
     encoded = [source.read(int(index)) for index in chosen]

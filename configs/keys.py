@@ -1,0 +1,218 @@
+"""One card for each configuration key that all tasks share. The keys of one task stand in `tasks/<task>/keys.py`.
+
+The defaults are the released recipe (GroupMixFormer-S, 300 epochs of ImageNet-1k). A card is made by the name of what
+its value belongs to:
+
+    recipe    what is computed: may not change when a run resumes; all processes must have the same value
+    launch    one launch of the run: may change when it resumes; all processes must have the same value
+    process   one process: may change when the run resumes; each process may have its own value
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+# data set -> folder of each split, or its zip and map file without suffix. A new data set is a line here.
+SPLIT_NAMES = {
+    "imagenet": {"train": "train", "val": "val"},
+    "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
+}
+
+# Keys of released YAML files that decide nothing here: accepted with a notice.
+RETIRED_KEYS = {
+    "MODEL.GMA.PATCH_SIZE": "the stem's stride of 4 is part of the network",
+    "MODEL.GMA.PRETRAINED": "use MODEL.PRETRAINED",
+    "LOCAL_RANK": "the launcher's environment decides",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be.
+
+    Args:
+        accepts: of the value and the whole configuration.
+        demand: ends the message for a value that is refused. It may show other keys' values, such as {TRAIN.EPOCHS}.
+        choices: all values that are accepted, where these are a few names.
+    """
+
+    accepts: Callable[[Any, CfgNode], bool]
+    demand: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Key:
+    """The card of one key.
+
+    Args:
+        default: its type is the type of the key.
+        meaning: what the key decides, with its unit; also the help of its flag.
+        rules: what a value of that type must be.
+        scope: 'recipe', 'launch' or 'process', what the value belongs to.
+        flag: its short name on the command line of train.py and test.py; '' for none.
+        kind: 'number or None', 'pair or None' or 'numbers', where the default does not show the type.
+    """
+
+    default: Any
+    meaning: str
+    rules: tuple[Rule, ...]
+    scope: str
+    flag: str
+    kind: str
+
+    @property
+    def may_change_on_resume(self) -> bool:
+        return self.scope != "recipe"
+
+    @property
+    def same_on_all_ranks(self) -> bool:
+        return self.scope != "process"
+
+
+def _card_maker(scope: str) -> Callable[..., Key]:
+    def card(default: Any, meaning: str, *rules: Rule, flag: str = "", kind: str = "") -> Key:
+        return Key(default, meaning, rules, scope, flag, kind)
+
+    return card
+
+
+recipe, launch, process = (_card_maker(scope) for scope in ("recipe", "launch", "process"))
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+def at_least(low: float) -> Rule:
+    return Rule(lambda value, _: value >= low, f"must be at least {low}")
+
+
+def one_of(*names: str) -> Rule:
+    return Rule(lambda value, _: value in names, "must be one of " + ", ".join(map(repr, names)), names)
+
+
+SHARE = Rule(lambda value, _: 0 <= value <= 1, "must lie between 0 and 1")
+BELOW_ONE = Rule(lambda value, _: 0 <= value < 1, "must lie between 0 and below 1")
+POSITIVE = Rule(lambda value, _: value > 0, "must be greater than 0")
+ALL_POSITIVE = Rule(lambda values, _: values and all(x > 0 for x in values), "must be numbers greater than 0")
+FILE_NAME = Rule(
+    lambda value, _: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
+    "names a folder or file: it must not be empty or hold a slash",
+)
+_FACTOR = Rule(lambda value, _: 0 < value <= 1, "must be greater than 0 and at most 1")
+_SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")
+_ODD = Rule(lambda values, _: values and all(x >= 3 and x % 2 for x in values), "must be odd numbers of at least 3")
+_BETAS = Rule(
+    lambda values, _: len(values) == 2 and all(0 <= x < 1 for x in values), "must be two numbers from 0 to below 1"
+)
+_PER_STAGE = Rule(
+    lambda values, config: len(values) == config.MODEL.GMA.NUM_STAGES,
+    "needs one value per stage, MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
+)
+_BEFORE_THE_END = Rule(
+    lambda epoch, config: epoch < config.TRAIN.EPOCHS, "must be less than TRAIN.EPOCHS = {TRAIN.EPOCHS}"
+)
+
+# fmt: off
+KEYS: dict[str, Key] = {
+    "BASE": process([""], "YAML files that this one builds on; paths relative to it"),
+    "TASK": recipe("classification", "what is trained: a folder of tasks/"),
+    # ------------------------------------------------------------------------------------------------------------ data
+    "DATA.BATCH_SIZE": process(128, "images per process (GPU) and step", at_least(1), flag="--batch-size"),
+    "DATA.DATA_PATH": process(
+        "", "folder with train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)", flag="--data-path"),
+    "DATA.DATASET": recipe("imagenet", "names of the splits' folders", one_of(*SPLIT_NAMES)),
+    "DATA.IMG_SIZE": recipe(224, "input height and width, pixels", at_least(32)),
+    "DATA.ZIP_MODE": process(False, "read images from zip files instead of folders", flag="--zip"),
+    "DATA.CACHE_MODE": process(
+        "part", "zip files in memory: none, all in each process, or each process's share",
+        one_of("no", "full", "part"), flag="--cache-mode"),
+    "DATA.PIN_MEMORY": process(True, "page-locked batches, for faster copies to the GPU; nothing without a GPU"),
+    "DATA.MAX_UNREADABLE": process(10, "unreadable training images a process may skip in a run", at_least(0)),
+    "DATA.NUM_WORKERS": process(32, "loader processes per process, at most its share of the CPU cores", at_least(0)),
+    # ----------------------------------------------------------------------------------------------------------- model
+    "MODEL.TYPE": recipe(
+        "groupmixformer", "the network family; there is one", one_of("groupmixformer"), flag="--model-type"),
+    "MODEL.NAME": recipe(
+        "groupmixformer", "names the run folder, <OUTPUT>/<MODEL.NAME>/<TAG>, and pretrained/<NAME>.pth", FILE_NAME),
+    "MODEL.RESUME": process("", "checkpoint to continue from (train.py) or to evaluate", flag="--resume"),
+    "MODEL.PRETRAINED": process("", "weights to start from (train.py) or to evaluate", flag="--pretrained"),
+    "MODEL.GMA.IN_DIM": recipe(3, "channels of the input", at_least(1)),
+    "MODEL.GMA.NUM_STAGES": recipe(4, "stages; the lists of one value per stage have this length", at_least(1)),
+    "MODEL.GMA.NUM_CLASSES": recipe(1000, "outputs; a run takes the number of classes of its data", at_least(1)),
+    "MODEL.GMA.EMBEDDING_DIMS": recipe([80, 160, 320, 320], "channels of each stage", ALL_POSITIVE, _PER_STAGE),
+    "MODEL.GMA.SERIAL_DEPTHS": recipe([2, 4, 12, 4], "blocks of each stage", ALL_POSITIVE, _PER_STAGE),
+    "MODEL.GMA.NUM_HEADS": recipe(8, "attention heads in every block", at_least(1)),
+    "MODEL.GMA.GROUP_SIZES": recipe([3, 5, 7], "edges of the token groups, tokens", _ODD),
+    "MODEL.GMA.MLP_RATIOS": recipe(
+        [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", ALL_POSITIVE, _PER_STAGE, kind="numbers"),
+    "MODEL.GMA.QKV_BIAS": recipe(True, "bias of the projection to q, k and v"),
+    "MODEL.GMA.QKV_SCALE": recipe(
+        None, "factor on the attended values; None: (channels / heads) ** -0.5", kind="number or None"),
+    "MODEL.GMA.DROP_RATE": recipe(0.0, "dropout after the attention's projection and in the MLP", BELOW_ONE),
+    "MODEL.GMA.ATTN_DROP_RATE": recipe(0.0, "dropout on the softmax of k", BELOW_ONE),
+    "MODEL.GMA.DROP_PATH_RATE": recipe(
+        0.2, "stochastic depth of the last block, rising linearly from 0 in the first", BELOW_ONE),
+    # -------------------------------------------------------------------------------------------------------- training
+    "TRAIN.EPOCHS": recipe(300, "epochs in all", at_least(1)),
+    "TRAIN.START_EPOCH": launch(0, "first epoch of a new run, counted from 0", at_least(0), _BEFORE_THE_END),
+    "TRAIN.WARMUP_EPOCHS": recipe(20, "epochs of linear warm-up, part of EPOCHS", at_least(0), _BEFORE_THE_END),
+    "TRAIN.WEIGHT_DECAY": recipe(0.05, "not applied to biases and one-dimensional parameters", at_least(0)),
+    "TRAIN.BASE_LR": recipe(
+        5e-4, "learning rate at global batch 512, as the next two; used: x global batch / 512", POSITIVE),
+    "TRAIN.WARMUP_LR": recipe(5e-7, "learning rate at update 0", at_least(0)),
+    "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine' and 'linear' fall", at_least(0)),
+    "TRAIN.LAYER_DECAY": recipe(1.0, "factor on the learning rate from each block to the one before it", _FACTOR),
+    "TRAIN.HEAD_LR_SCALE": recipe(1.0, "factor on the learning rate of the head", POSITIVE),
+    "TRAIN.CLIP_GRAD": recipe(5.0, "largest L2 norm of all gradients together; 0: no clipping", at_least(0)),
+    "TRAIN.AUTO_RESUME": process(True, "continue from the newest checkpoint of the run folder"),
+    "TRAIN.ACCUMULATION_STEPS": launch(
+        1, "batches whose gradients make one update", at_least(1), flag="--accumulation-steps"),
+    "TRAIN.MAX_NONFINITE_UPDATES": launch(
+        10, "updates in a row that may be skipped because loss or gradients are not finite", at_least(0)),
+    "TRAIN.ALLOW_CHANGES": launch(
+        False, "continue a run although its recipe or data changed since the checkpoint", flag="--allow-changes"),
+    "TRAIN.USE_CHECKPOINT": process(
+        False, "gradient checkpointing: recompute blocks in the backward pass; less memory, more time",
+        flag="--use-checkpoint"),
+    "TRAIN.LR_SCHEDULER.NAME": recipe("cosine", "schedule of the learning rate, by update",
+                                      one_of("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": recipe(30, "epochs between the steps of 'step'", at_least(1)),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step'", POSITIVE),
+    "TRAIN.OPTIMIZER.NAME": recipe("adamw", "optimizer; 'sgd' has Nesterov momentum", one_of("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.EPS": recipe(1e-8, "epsilon of AdamW", POSITIVE),
+    "TRAIN.OPTIMIZER.BETAS": recipe((0.9, 0.999), "betas of AdamW", _BETAS),
+    "TRAIN.OPTIMIZER.MOMENTUM": recipe(0.9, "momentum of SGD", BELOW_ONE),
+    # ---------------------------------------------------------------------------- moving average of the weights (EMA)
+    "EMA.ENABLED": recipe(True, "average weights and running statistics; validate the average beside the raw weights"),
+    "EMA.DECAY": recipe(0.9999, "share of the old average at every update", BELOW_ONE),
+    "EMA.WARMUP": recipe(False, "raise the decay from 0 to DECAY, for short runs: 1 - (1 + update) ** (-2/3)"),
+    # ------------------------------------------------------------------------------------------------------ evaluation
+    "TEST.FUSE": launch(False, "fuse the network for inference first: faster, equal up to rounding", flag="--fuse"),
+    "TEST.WEIGHTS": launch(
+        "best", "weights of a checkpoint to evaluate; best: those the checkpoint was kept for, else raw",
+        one_of("best", "raw", "ema"), flag="--weights"),
+    # ------------------------------------------------------------------------------------------------------------- run
+    "COMPILE": recipe(
+        False, "torch.compile: a minute at the start, faster steps; equal up to rounding", flag="--compile"),
+    "AMP_OPT_LEVEL": recipe(
+        "", "O0: float32; O1, O2: autocast to AMP_DTYPE; default: O1 on a GPU, O0 on a CPU",
+        one_of("", "O0", "O1", "O2"), flag="--amp-opt-level"),
+    "AMP_DTYPE": recipe("bfloat16", "type of autocast; float16 has loss scaling", one_of("bfloat16", "float16")),
+    "OUTPUT": process("", "root of the run folders, <OUTPUT>/<MODEL.NAME>/<TAG>; default: output", flag="--output"),
+    "TAG": process("default", "name of the run", FILE_NAME, flag="--tag"),
+    "SAVE_FREQ": process(1, "epochs between checkpoints", at_least(1)),
+    "SAVE_KEEP": process(3, "newest checkpoints of whole epochs to keep beside the best one; 0: all", at_least(0)),
+    "SAVE_EVERY_UPDATES": process(0, "updates between checkpoints within an epoch; 0: none", at_least(0)),
+    "SAVE_EVERY_MINUTES": process(0.0, "minutes between checkpoints within an epoch; 0: none", at_least(0)),
+    "LOG_SAMPLES": process(False, "write the images of every update to samples_rank<r>.txt in the run folder"),
+    "PRINT_FREQ": process(10, "updates between log lines", at_least(1)),
+    "SEED": recipe(0, "of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth", _SEED),
+    "DETERMINISTIC": process(False, "on GPUs, only kernels that give the same bits every time; slower"),
+    "DIST_TIMEOUT_SECONDS": process(600, "seconds a process waits for the others before it gives up", at_least(1)),
+    "EVAL_MODE": process(False, "evaluate only", flag="--eval"),
+    "THROUGHPUT_MODE": process(False, "measure images/s only", flag="--throughput"),
+    "MODEL_FILE": process(
+        "groupmixformer.py", "file of models/ that is copied to the run folder", FILE_NAME, flag="--model-file"),
+}
+# fmt: on

@@ -1,0 +1,246 @@
+"""How a run's configuration is put together, checked and frozen.
+
+A value comes from, later wins: the default on its card, the YAML files named in BASE, the YAML file, --opts, flags.
+"""
+
+import ast
+import copy
+import difflib
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+from .arguments import flag_values, make_parser, parse_sources
+from .errors import UserError, one_line
+from .keys import KEYS, RETIRED_KEYS, Key
+
+KeysOf = Callable[[str], Mapping[str, Key]]
+
+
+class Setting(NamedTuple):
+    """One value for one key, and the file or option that it comes from."""
+
+    origin: str
+    name: str
+    value: Any
+
+
+class Command(NamedTuple):
+    """What a command line of train.py or test.py says."""
+
+    args: Namespace
+    config: CfgNode
+    keys: Mapping[str, Key]  # the cards of all its keys
+
+
+def read_command(
+    argv: Sequence[str] | None, keys_of: KeysOf, notify: Callable[[str], None] = print, description: str = ""
+) -> Command:
+    """Read a command line with the files that it names, and check everything.
+
+    Args:
+        argv: the words after the program's name; None for those of this process.
+        keys_of: gives the keys that a task has beside the shared ones (`tasks.keys_of`).
+        notify: is called with one line for each key or flag that is accepted and ignored.
+        description: for --help.
+
+    Raises UserError, one line that names file or option, key and value, for a wrong value. A wrong command line ends
+    the program with status 2 and one line.
+    """
+    cfg, opts = parse_sources(argv)
+    settings = list(_read_file(Path(cfg))) if cfg else []
+    settings += [Setting("--opts", name, value) for name, value in zip(opts[::2], opts[1::2])]
+    task = KEYS["TASK"].default
+    for setting in settings:
+        if setting.name == "TASK":
+            task = _convert(setting, KEYS["TASK"])
+    keys = {**KEYS, **keys_of(task)}
+    args = make_parser(keys, description).parse_args(argv)
+    if len(opts) % 2:
+        raise UserError(f"--opts takes pairs of KEY and VALUE, but {opts[-1]!r} has no value")
+    flags = flag_values(args, keys)
+    settings += [Setting(keys[name].flag, name, value) for name, value in flags.items()]
+
+    config = CfgNode()
+    for name, key in keys.items():
+        _put(config, name, copy.deepcopy(key.default))
+    for setting in settings:
+        if setting.name in RETIRED_KEYS:
+            notify(f"{setting.origin}: {setting.name} is ignored: {RETIRED_KEYS[setting.name]}")
+        else:
+            _put(config, setting.name, _convert(setting, _card(setting, keys, task)))
+    for name, value in flatten(config):
+        for rule in keys[name].rules:
+            if not rule.accepts(value, config):
+                raise UserError(f"{name} = {value!r}: {rule.demand.format(**config)}")
+    if "DATA.CACHE_MODE" in flags and not config.DATA.ZIP_MODE:
+        notify("--cache-mode has no effect without --zip: images are read from folders")
+    config.freeze()
+    return Command(args, config, keys)
+
+
+def read_config(argv: Sequence[str], keys_of: KeysOf, notify: Callable[[str], None] = print) -> CfgNode:
+    """The configuration of a command line, as `read_command`."""
+    return read_command(argv, keys_of, notify).config
+
+
+def with_num_classes(config: CfgNode, num_classes: int) -> CfgNode:
+    """A copy of the frozen configuration whose network has `num_classes` outputs."""
+    return with_values(config, {"MODEL.GMA.NUM_CLASSES": num_classes})
+
+
+def with_values(config: CfgNode, values: dict[str, Any]) -> CfgNode:
+    """A copy of the frozen configuration with other values of the right types, {'DATA.IMG_SIZE': 256}."""
+    config = config.clone()
+    config.defrost()
+    config.merge_from_list([item for pair in values.items() for item in pair])
+    config.freeze()
+    return config
+
+
+def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what nested dictionaries hold, each key in full: ('TRAIN.LR_SCHEDULER.NAME', 'cosine')."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def to_dict(node: CfgNode) -> dict[str, Any]:
+    """The configuration as plain dictionaries, for JSON and YAML."""
+    return {
+        name: to_dict(value) if isinstance(value, CfgNode) else list(value) if isinstance(value, tuple) else value
+        for name, value in node.items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that appears twice: PyYAML would silently drop the first one, with the whole group below it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[Setting]:
+    """The settings of a YAML file, after those of the files that its BASE names."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: BASE leads back to the file itself")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file{_nearby_yaml(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold KEY: value pairs, holds a {type(content).__name__}")
+    bases = content.pop("BASE", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: BASE = {bases!r}: must be a YAML file or a list of them")
+    for base in filter(None, bases):
+        yield from _read_file(path.parent / base, (*seen, resolved))
+    try:
+        values = list(flatten(content))
+    except RecursionError:
+        raise UserError(f"{path}: not a configuration: a group of keys holds itself") from None
+    for name, value in values:
+        yield Setting(str(path), name, value)
+
+
+def _nearby_yaml(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path(__file__).parent
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1, cutoff=0.4)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+def _card(setting: Setting, keys: Mapping[str, Key], task: str) -> Key:
+    """The card of a setting's key; UserError where the task has no such key."""
+    origin, name, value = setting
+    if name == "BASE":
+        raise UserError(f"{origin}: BASE = {value!r}: is read from YAML files only; name that file with --cfg")
+    if name in keys:
+        return keys[name]
+    if any(other.startswith(f"{name}.") for other in keys):
+        raise UserError(f"{origin}: {name} = {value!r}: is a group of keys and takes no value itself")
+    near = difflib.get_close_matches(name.upper(), keys, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"TASK {task!r} has no such key"
+    raise UserError(f"{origin}: unknown key {name}; {hint}")
+
+
+def _put(config: CfgNode, name: str, value: Any) -> None:
+    *groups, last = name.split(".")
+    for group in groups:
+        config = config.setdefault(group, CfgNode())
+    config[last] = value
+
+
+def _convert(setting: Setting, key: Key) -> Any:
+    """A setting's value in the type of its key; UserError where it has another type."""
+    try:
+        return _coerce(setting.value, key)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{setting.origin}: {setting.name} = {setting.value!r}: {error}") from None
+
+
+def _coerce(value: Any, key: Key) -> Any:
+    """Bring a value from YAML or the command line to the type of a key; ValueError says what it must be."""
+    default = key.default
+    if isinstance(default, str):
+        if isinstance(value, dict | list | tuple):
+            raise ValueError("must be text")
+        return "" if value is None else str(value)
+    if isinstance(value, str):
+        value = _parse_literal(value)
+    if value is None and key.kind.endswith("or None"):
+        return None
+    if key.kind == "number or None":
+        return _number(value)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError("must be True or False")
+        return value
+    if isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError("must be a whole number")
+        return value
+    if isinstance(default, float):
+        return float(_number(value))
+    if not isinstance(value, list | tuple):
+        raise ValueError("must be a list such as [1, 2]")
+    values = [_number(x) for x in value]
+    if not key.kind and all(isinstance(x, int) for x in default) and not all(isinstance(x, int) for x in values):
+        raise ValueError("must be a list of whole numbers")
+    return tuple(values) if isinstance(default, tuple) else values
+
+
+def _parse_literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() in ("none", "null", ""):
+        return None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("must be a number")
+    return value
