@@ -35,7 +35,6 @@ from .supervision import (
     die_with_launcher,
     end_loader_workers,
     failure_of_another,
-    leave_exit_code,
     lost_loader_worker,
     meeting,
     report_failure,
@@ -166,17 +165,15 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
         status = EXIT_MISTAKE if message else 1
         if isinstance(error, CompilerStopped):
             status = EXIT_STOPPED
-            leave_exit_code(EXIT_STOPPED)
         if not message:
             traceback.print_exc()
             message = f"{type(error).__name__}: {first_line(error)}"
         run_folder.remove_if_empty()
         # Mistakes in the command line are found before processes meet, by every one of them: one a node says so.
         joined = status == 1 or torch.distributed.is_initialized() or isinstance(error, Fault)
-        if joined or os.environ.get("LOCAL_RANK", "0") == "0":
-            report_failure(message)
-        if isinstance(error, UserError) and not isinstance(error, Fault):
-            leave_exit_code(EXIT_MISTAKE)
+        code = EXIT_MISTAKE if isinstance(error, UserError) and not isinstance(error, Fault) else None
+        code = EXIT_STOPPED if status == EXIT_STOPPED else code
+        report_failure(message, code, to_stderr=joined or os.environ.get("LOCAL_RANK", "0") == "0")
         tell_others(message)
         # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
         sys.stdout.flush()
