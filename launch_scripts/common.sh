@@ -1,6 +1,6 @@
-# What the launch scripts share; sourced, never run. It only defines functions and ROOT, the checkout it lies in.
+# Functions that the launch scripts share, and ROOT, the checkout of this file. Scripts source it; nobody runs it.
 #
-# The callers use `set -euo pipefail`; `die` ends them with one line that says what to do.
+# The callers use `set -euo pipefail`. `die` ends them with one line that says what to do.
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -8,10 +8,9 @@ ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 # valid VARIANT too (digits, or one of your own).
 PUBLISHED_VARIANTS=(miny tiny small base large)
 
-# torchrun forwards a signal to its workers only if it is named here; the rest would kill torchrun and leave the workers
-# running. SIGUSR1 is what SLURM sends before the time is up. OMP_NUM_THREADS and NCCL_* are left as they are: torchrun
-# sets OMP_NUM_THREADS to 1 where it starts several processes and you chose nothing, which is right for training
-# (the work is on the GPU or in the loader's processes), and one process on a CPU should have all cores.
+# torchrun forwards these signals to its workers. Any other signal kills torchrun. SLURM sends SIGUSR1 before the time
+# is up. The scripts set neither OMP_NUM_THREADS nor NCCL_*. torchrun sets OMP_NUM_THREADS to 1 for several processes,
+# which suits training: the work is on the GPU or in loader processes. A single process on a CPU uses all cores.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 
 die() {
@@ -24,7 +23,7 @@ show_help() {
     sed -n '2,/^[^#]/{ /^#SBATCH/d; s/^# \{0,1\}//p; }' "$0"
 }
 
-# split_arguments MOST "$@": what stands before `--` goes to POSITIONAL (MOST of them at most), the rest to EXTRA.
+# split_arguments MOST "$@": arguments before `--` go to POSITIONAL (at most MOST), those after it to EXTRA.
 split_arguments() {
     local most=$1
     shift
@@ -49,8 +48,8 @@ split_arguments() {
     ((${#POSITIONAL[@]} <= most)) || die "too many arguments: ${POSITIONAL[*]} (--help shows what it takes)"
 }
 
-# choose_python CHECKOUT: sets PYTHON, unless the environment did, to the checkout's .venv or else to python3. The path is
-# made absolute, for the callers change folders.
+# choose_python CHECKOUT: sets PYTHON, unless the environment did, to the checkout's .venv or else to python3. The path
+# becomes absolute, because the callers change folders.
 choose_python() {
     if [[ -z ${PYTHON:-} ]]; then
         PYTHON=python3
@@ -75,7 +74,7 @@ choose_config() {
     [[ -f $CFG || -f $1/$CFG ]] || die "no such config: $CFG (relative paths are taken from $1)"
 }
 
-# choose_gpus: sets GPUS, unless the environment did, to what torch sees here; 1 process where there is no GPU.
+# choose_gpus: sets GPUS, unless the environment did, to the number of GPUs that torch finds, or to 1 without GPUs.
 choose_gpus() {
     if [[ -z ${GPUS:-} ]]; then
         GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)' 2>/dev/null) ||
@@ -84,9 +83,9 @@ choose_gpus() {
     [[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "GPUS is the number of processes to start, at least 1, not '$GPUS'"
 }
 
-# run_distributed SCRIPT "$@": what run_train.sh and run_eval.sh do, which differ in SCRIPT only. Replaces this shell.
-# Training goes through multi_machine_start.py, with one machine: torchrun alone would turn the 75 of a saved run into 1.
-# An evaluation by one process needs no torchrun, which would print a traceback of its own below the cause of a failure.
+# run_distributed SCRIPT "$@": the work of run_train.sh and run_eval.sh, which differ in SCRIPT only. Replaces this shell.
+# multi_machine_start.py starts a training, because torchrun alone turns exit code 75 of a saved run into 1.
+# An evaluation by one process runs without torchrun, whose traceback would hide the cause of a failure.
 run_distributed() {
     local script=$1 code own launcher
     shift
@@ -95,7 +94,7 @@ run_distributed() {
     [[ -f $code/$script ]] || die "no $script in $code"
     [[ $script != train.py || -f $code/multi_machine_start.py ]] || die "no multi_machine_start.py in $code"
     if ((${#POSITIONAL[@]})); then
-        # <root> is taken from where the caller stands, which the cd below changes.
+        # <root> is relative to the caller's folder; the cd below changes it.
         [[ ${POSITIONAL[0]} == /* ]] || POSITIONAL[0]=$PWD/${POSITIONAL[0]}
         DATA_PATH=${POSITIONAL[0]}/data/ILSVRC/Data/CLS-LOC
     fi
@@ -113,7 +112,7 @@ run_distributed() {
     fi
     launcher=()
     if ((GPUS == 1)); then
-        unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE # a pod or shell may have them from another launcher
+        unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE # another launcher may have set them
     else
         launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
     fi
@@ -121,7 +120,7 @@ run_distributed() {
         --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" "${own[@]}" "${EXTRA[@]}"
 }
 
-# run_measurement FLAG "$@": what run_cal_flops.sh and test_throughput.sh do: test.py FLAG for one variant or for all.
+# run_measurement FLAG "$@": the work of run_cal_flops.sh and test_throughput.sh: test.py FLAG for one variant or all.
 run_measurement() {
     local flag=$1 variant
     shift

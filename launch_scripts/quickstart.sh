@@ -3,12 +3,12 @@
 #
 #     bash launch_scripts/quickstart.sh [flags of train.py]
 #
-# Installs what is needed into .venv, writes scikit-learn's handwritten digits as a folder of images, trains a small
-# GroupMixFormer on them with train.py and evaluates its best checkpoint with test.py. Run again, it reuses all of it.
-# Both get the same flags, so that test.py builds the network that was trained.
+# The script installs the requirements into .venv and writes scikit-learn's handwritten digits as a folder of images.
+# It trains a small GroupMixFormer on them with train.py and evaluates the best checkpoint with test.py. A second call
+# reuses all of it. train.py and test.py get the same flags, so that test.py builds the network that train.py trained.
 #
-# From the environment, relative paths being taken from the checkout:
-# DATA_PATH          where the digits are written; default datasets/digits
+# From the environment (relative paths start at the checkout):
+# DATA_PATH          folder for the digits; default datasets/digits
 # OUTPUT, TAG        the run folder is $OUTPUT/groupmixformer_digits/$TAG; default output and quickstart
 # PYTHON, NO_VENV=1  see setup_env.sh
 set -euo pipefail

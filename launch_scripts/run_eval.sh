@@ -9,7 +9,7 @@
 # <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
 # <code>      the checkout to run in; default: the one of this script
 #
-# From the environment, relative paths being taken from the checkout:
+# From the environment (relative paths start at the checkout):
 # VARIANT     miny tiny small base large digits; default small
 # CFG         a YAML file, instead of VARIANT
 # DATA_PATH   folder with val/; default ./datasets/imagenet

@@ -4,12 +4,12 @@
 #     bash launch_scripts/run_train.sh [<root> [<code>]] [-- flags of train.py]
 #     VARIANT=base DATA_PATH=~/imagenet bash launch_scripts/run_train.sh -- --amp-opt-level O0
 #
-# Ends with 75 where it was stopped by a signal and has saved: start it again to go on.
+# Exit code 75: a signal stopped the run, and it has saved. Start it again to continue.
 #
 # <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
 # <code>      the checkout to run in; default: the one of this script
 #
-# From the environment, relative paths being taken from the checkout:
+# From the environment (relative paths start at the checkout):
 # VARIANT     miny tiny small base large digits; default small
 # CFG         a YAML file, instead of VARIANT
 # DATA_PATH   folder with train/ and val/; default ./datasets/imagenet

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv in the checkout and install requirements.txt; a second run reuses it.
+# Make the virtual environment .venv in the checkout and install requirements.txt. A second run reuses it.
 #
 #     bash launch_scripts/setup_env.sh [dev]
 #
-# `dev` also installs requirements-dev.txt. Other scripts source this file and call `setup_env [dev]`, which leaves the
-# interpreter to use in PYTHON and puts its folder first in PATH.
+# `dev` also installs requirements-dev.txt. Other scripts source this file and call `setup_env [dev]`, which sets PYTHON
+# to the interpreter and puts its folder first in PATH.
 #
 # From the environment:
-# PYTHON      the interpreter that .venv is made with, 3.10 or newer; default: python3, else the newest python3.x
-# NO_VENV=1   make and install nothing: use PYTHON (or python3) as it is, on clusters or within conda
+# PYTHON      interpreter for making .venv, 3.10 or newer; default: python3, else the newest python3.x
+# NO_VENV=1   make and install nothing, and use PYTHON (or python3) as it is: for clusters and conda
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-# python_version INTERPRETER: prints "3 11"; fails where it is none.
+# python_version INTERPRETER: prints "3 11"; fails if INTERPRETER is no Python.
 python_version() {
     "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null
 }
@@ -42,7 +42,7 @@ find_python() {
     die "${old:-no python3 found}: install Python 3.10 or newer, or set PYTHON to where it is"
 }
 
-# install_state FILE: what a finished install of FILE depends on: its contents and the version of Python.
+# install_state FILE: a hash of what an install depends on: the contents of FILE and the version of Python.
 install_state() {
     "$PYTHON" -c 'import hashlib, sys
 print(hashlib.sha256(repr(sys.version_info[:2]).encode() + open(sys.argv[1], "rb").read()).hexdigest())' "$1"
@@ -57,7 +57,7 @@ make_venv() {
         "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || die "$PYTHON lacks the modules venv and ensurepip:" \
             "install them (Debian, Ubuntu: apt install python3-venv), or set NO_VENV=1 to use it as it is"
         echo "Making $venv with $PYTHON"
-        # --clear: what an interrupted run left there.
+        # --clear removes the remains of an interrupted run.
         "$PYTHON" -m venv --clear "$venv" || die "could not make $venv (see above)"
     else
         is_recent "$version" || die "$venv has Python ${version/ /.}, too old: remove it and start again"
@@ -68,8 +68,8 @@ make_venv() {
         die "$venv has no pip: remove it and start again"
 }
 
-# install FILE: pip installs it into .venv, unless that was done; the stamp is written last, so that an interrupted
-# install is redone.
+# install FILE: pip installs FILE into .venv, unless it has done so before. The stamp comes last, so that the next call
+# repeats an interrupted install.
 install() {
     local stamp=$ROOT/.venv/.installed-$1 state
     state=$(install_state "$ROOT/$1")
@@ -81,7 +81,7 @@ install() {
     printf '%s\n' "$state" >"$stamp"
 }
 
-# require FILE: every package that FILE names is there; names only, as conda and clusters pin versions their own way.
+# require FILE: checks that every package in FILE is installed, in any version: conda and clusters pin their own.
 require() {
     local missing
     missing=$("$PYTHON" - "$ROOT/$1" <<'PYTHON_CODE'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several machines under SLURM; submit it from the checkout. What sbatch is told here, its flags override.
+# Train on several machines under SLURM. Submit it from the checkout. Flags of sbatch override the #SBATCH lines.
 #
 #     sbatch launch_scripts/slurm_train.sh [-- flags of train.py]
 #     sbatch --nodes=4 --export=ALL,VARIANT=base,DATA_PATH=~/imagenet launch_scripts/slurm_train.sh
@@ -15,18 +15,18 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #
-# One task a node runs multi_machine_start.py, which starts torchrun there. 120 seconds before the time is up the run
-# saves, ends with code 75, and the job is requeued; train.py then continues from its last checkpoint. The tag must not
-# change in between, which is why it is a fixed name and not the job's number.
+# One task per node runs multi_machine_start.py, which starts torchrun there. 120 seconds before the time is up the run
+# saves and ends with code 75, and this script requeues the job. train.py then continues from its last checkpoint. The
+# tag must stay the same for that, so it is a fixed name and not the number of the job.
 #
-# From the environment, relative paths being taken from the checkout:
+# From the environment (relative paths start at the checkout):
 # VARIANT, CFG, DATA_PATH, OUTPUT, BATCH_SIZE, TAG, PYTHON   see run_train.sh; OUTPUT is a folder that all nodes share
-# GPUS        processes on each node, one per GPU; default: what SLURM gave, else 8
-# RETRIES     times that a node starts torchrun again after a fault; default 3
-# CODE_PATH   the checkout; default: the folder that sbatch was called in
+# GPUS        processes on each node, one per GPU; default: the node's GPUs in this job, else 8
+# RETRIES     how often a node starts torchrun again after a fault; default 3
+# CODE_PATH   the checkout; default: the folder of the sbatch call
 set -euo pipefail
 
-# sbatch runs a copy of this file from a folder of its own: the checkout is where it was submitted.
+# sbatch runs a copy of this file from another folder. The user submits from the checkout.
 code=${CODE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
 if [[ ! -f $code/multi_machine_start.py ]]; then
     echo "slurm_train.sh: no multi_machine_start.py in $code: submit from the checkout, or set CODE_PATH" >&2
@@ -40,7 +40,7 @@ choose_python "$ROOT"
 choose_config "$ROOT"
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# One port per job, so that jobs that share a node do not meet; below the ports that the kernel hands out by itself.
+# One port per job, for jobs that share a node. It is below the ports that the kernel hands out.
 port=$((15000 + SLURM_JOB_ID % 15000))
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 
@@ -51,30 +51,30 @@ launch=("$PYTHON" multi_machine_start.py --machine_num "$SLURM_JOB_NUM_NODES" --
 [[ -z ${TAG:-} ]] || launch+=(--tag "$TAG")
 launch+=(-- "${EXTRA[@]}")
 
-# Once a node's task has ended, the others get as long as a checkpoint takes, and are then ended too. They are not ended
-# at once: the first node to end with 75 would take the others' code 75 from them.
+# When the task of one node has ended, srun gives the others 120 seconds, enough for a checkpoint, and then ends them.
+# Ending them at once would hide their own code 75.
 step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1
     --kill-on-bad-exit=0 --wait=120)
-# srun no longer takes this over from sbatch by itself; without it the data loaders would share one core.
+# srun no longer inherits this from sbatch; without it the data loaders would share one core.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
 
 srun_pid=""
 ending=""
-# Always USR1: srun hands it to the tasks, whereas on TERM it would end them itself. TERM reaches the tasks from SLURM,
-# when the job is cancelled or preempted.
+# Always send USR1: srun forwards it to the tasks, but ends them itself on TERM. SLURM sends TERM to the tasks when it
+# cancels or preempts the job.
 trap 'kill -USR1 "$srun_pid" 2>/dev/null || true' USR1
 trap 'ending=1' TERM
 "${step[@]}" "${launch[@]}" &
 srun_pid=$!
 
-# Short sleeps rather than one long `wait`: when two signals come together, bash runs the trap of one and leaves the
-# other's until wait returns, which would be hours later.
+# Short sleeps instead of one long `wait`: when two signals come together, bash runs one trap and postpones the other
+# until `wait` returns, which may take hours.
 while [[ -n $(jobs -rp) ]]; do sleep 1 || true; done
 status=0
 wait "$srun_pid" || status=$?
 
-# 75 (EX_TEMPFAIL) is how train.py says "saved, start me again". A job that SLURM ends is SLURM's: it requeues what it
-# preempted, and what a user cancelled must not come back.
+# 75 (EX_TEMPFAIL) is how train.py says "saved, start me again". When SLURM ends the job, SLURM decides: it requeues
+# a preempted job itself, and a cancelled job must not come back.
 if ((status == 75)) && [[ -z $ending ]]; then
     echo "slurm_train.sh: the run is saved; requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,6 +1,7 @@
 """How a run ends other than by finishing: the causes of failures, who hears of them, and exit codes."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -42,11 +43,11 @@ def end_after(error: Exception, folder: Path) -> NoReturn:
     if not message:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {first_line(error)}"
-    # Every process finds a mistake in the command line, before they meet: one a node reports it.
-    if status == 1 or dist.is_initialized() or isinstance(error, Fault) or os.environ.get("LOCAL_RANK", "0") == "0":
-        report_failure(message)
-    if status == EXIT_STOPPED or (isinstance(error, UserError) and not isinstance(error, Fault)):
-        leave_exit_code(status)
+    # Every process finds a mistake in the command line, before they meet: one a node prints it.
+    joined = status == 1 or dist.is_initialized() or isinstance(error, Fault)
+    code = EXIT_MISTAKE if isinstance(error, UserError) and not isinstance(error, Fault) else None
+    code = EXIT_STOPPED if status == EXIT_STOPPED else code
+    report_failure(message, code, to_stderr=joined or os.environ.get("LOCAL_RANK", "0") == "0")
     tell_others(message)
     # Not by way of the interpreter's end: threads of a collective that will never finish would hold it up.
     sys.stdout.flush()
@@ -68,34 +69,39 @@ def cause_of(error: Exception, folder: Path) -> str:
     return lost_loader_worker(error) or remove_unfinished_binary(error) or failure_of_another(error)
 
 
-def report_failure(message: str) -> None:
-    """Say why this process ends, on standard error and to the launcher."""
+def report_failure(message: str, code: int | None = None, to_stderr: bool = True) -> None:
+    """Report why this process ends, on standard error and to the launchers; `code`: see `leave_report`."""
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = "error" if world_size == "1" else f"error on process {rank} of {world_size}"
     line = f"{Path(sys.argv[0]).name}: {who}: {message}"
-    with suppress(OSError):  # nobody may be reading it any more
-        # The line and its end in one piece: print writes them one by one, and another process may write in between.
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-    tell_launcher(line)
+    if to_stderr:
+        with suppress(OSError):  # nobody may be reading it any more
+            # The line and its end in one piece: print writes them one by one, and another process may write in between.
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+    leave_report(line, code)
 
 
-def tell_launcher(line: str) -> None:
-    """Leave the cause of a failure for multi_machine_start.py to repeat; the first process to fail does."""
-    if path := os.environ.get("LAUNCHER_CAUSE_FILE"):
-        with suppress(OSError), open(path, "x") as file:
-            file.write(line)
+def leave_report(line: str, code: int | None = None) -> None:
+    """Write why this process ends to torchrun's error file, in the form that torchrun reads and prints.
 
+    multi_machine_start.py reads the report of the first process to fail, and repeats its line.
 
-def leave_exit_code(code: int) -> None:
-    """Leave the code that this process is about to end with for the launcher: torchrun turns every one into 1."""
-    if path := os.environ.get("LAUNCHER_EXIT_FILE"):
-        Path(path).write_text(str(code))
+    Args:
+        line: the cause.
+        code: exit code for multi_machine_start.py, where this process ends with a purpose. (torchrun ends with 1.)
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": time.time()}
+        report = {"message": {"message": line, "errorCode": code, "extraInfo": extra}}
+        with suppress(OSError):  # torchrun cannot read half a file: rename it when it is whole
+            Path(f"{path}.partial").write_text(json.dumps(report))
+            os.replace(f"{path}.partial", path)
 
 
 def exit_stopped() -> NoReturn:
     """End this process with EXIT_STOPPED."""
-    leave_exit_code(EXIT_STOPPED)
+    leave_report("stopped by a signal, and saved", EXIT_STOPPED)
     sys.exit(EXIT_STOPPED)
 
 

@@ -230,19 +230,24 @@ def test_what_a_killed_compiler_left_is_removed(data, tmp_path):
     assert not remove_unfinished_binary(ImportError(f"{other}: file too short")) and other.exists()
 
 
+def report_in(folder):
+    """What the process that failed first left for its launcher."""
+    return json.loads((folder / "report").read_text())["message"]
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", ""])
 def test_a_compiler_that_got_the_stop_signal_too_is_no_failure(data, tmp_path, number):
     """Schedulers, `timeout` and terminals signal every process of a job, and a compiler ends of it."""
-    env = {"FAULT": f"compiler:0:2:{number}", "LAUNCHER_EXIT_FILE": str(tmp_path / "code")}
+    env = {"FAULT": f"compiler:0:2:{number}", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report")}
     result = runs.launch(FAULT_TRAIN, runs.arguments(data, tmp_path), env=env)
     if number:
-        assert result.returncode == 75 and (tmp_path / "code").read_text() == "75"
+        assert result.returncode == 75 and report_in(tmp_path)["errorCode"] == 75
         assert result.stderr.splitlines() == [
             f"fault_train.py: error: {number} has stopped the run and its compiler; the same command continues from "
             "the last checkpoint"
         ]
     else:
-        assert result.returncode == 1 and not (tmp_path / "code").exists()
+        assert result.returncode == 1 and report_in(tmp_path)["errorCode"] is None
         assert "InductorError" in result.stderr.splitlines()[-1] and "C++ compile error" in result.stderr
 
 
@@ -437,10 +442,10 @@ def test_a_mistake_of_one_process_is_named_by_the_others_too(data, tmp_path):
 def test_an_error_of_any_kind_is_named_to_the_launcher(data, tmp_path, what, message, code):
     """The first process to fail leaves its cause, not one of those that lose it then."""
     args = runs.arguments(data, tmp_path / "out", "DATA.BATCH_SIZE", "2")
-    env = {"FAULT": f"raise:1:5:{what}", "LAUNCHER_CAUSE_FILE": str(tmp_path / "cause")}
+    env = {"FAULT": f"raise:1:5:{what}", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report")}
     result = runs.launch(FAULT_TRAIN, args, processes=2, env=env)
     assert result.returncode != 0
-    cause = (tmp_path / "cause").read_text()
+    cause = report_in(tmp_path)["message"]
     assert re.fullmatch(rf"fault_train\.py: error on process 1 of 2: {message}", cause), cause
     assert cause in result.stderr.splitlines()
     assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", result.stderr), result.stderr

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import errno
 import io
+import json
 import logging
 import os
 import random
@@ -718,7 +719,7 @@ def test_no_byte_is_free_from_here_on(data, small_disk, straight, place, name, f
 def test_a_run_outlives_whoever_reads_it(data, tmp_path, straight, fault, status):
     """A terminal that was closed, a `tee` that was killed: the log file goes on, and so does the status."""
     command = runs.command("tests/fault_train.py", runs.arguments(data, tmp_path))
-    environment = runs.environment() | {"FAULT": fault, "LAUNCHER_CAUSE_FILE": str(tmp_path / "cause")}
+    environment = runs.environment() | {"FAULT": fault, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report")}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=runs.ROOT, env=environment, **pipes) as process:
         while "Train: " not in (line := process.stdout.readline()):
@@ -729,7 +730,7 @@ def test_a_run_outlives_whoever_reads_it(data, tmp_path, straight, fault, status
     log = (runs.run_folder(tmp_path) / "log_rank0.txt").read_text()
     assert log.count("<stdout> cannot be written any more: Broken pipe") == 1
     if status:
-        assert (tmp_path / "cause").read_text().endswith("Read-only file system")
+        assert json.loads((tmp_path / "report").read_text())["message"]["message"].endswith("Read-only file system")
     else:
         assert "2 epochs done" in log and final_state(tmp_path, 2) == straight
 

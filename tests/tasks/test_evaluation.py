@@ -195,7 +195,7 @@ def test_too_many_logits_are_not_kept_and_change_nothing_else(data, make_config,
     source = open_split(config, "val", 0, 1)
     source.classes = list("abcde")
     kept = predict(make_session(config), config, Pixels(), source, FLOAT32)
-    monkeypatch.setattr(predictions, "MAX_LOGITS_BYTES", 4 * 6 * 5 - 1)
+    monkeypatch.setattr(inference, "MAX_LOGITS_BYTES", 4 * 6 * 5 - 1)
     left_out = predict(make_session(config), config, Pixels(), source, FLOAT32)
     assert kept.logits.shape == (6, 5) and left_out.logits is None
     before, after = outputs.summarize(kept), outputs.summarize(left_out)
@@ -448,7 +448,7 @@ def test_the_best_checkpoint_has_the_accuracy_that_its_run_told(tmp_path, monkey
     args = runs.arguments(tmp_path / "digits", tmp_path, *opts)
     assert runs.train_here(monkeypatch, args) == 0
     folder = runs.run_folder(tmp_path)
-    (told,) = re.findall(r"Max accuracy: (\S+)%", (folder / "log_rank0.txt").read_text())
+    (told,) = re.findall(r"Best acc1: (\S+)", (folder / "log_rank0.txt").read_text())
     assert 15 < float(told) < 100, "more than chance, so that it is a number to agree on"
     monkeypatch.setattr("sys.argv", ["test.py", *args, "MODEL.RESUME", str(folder / "ckpt_best.pth")])
     run.evaluate(start_session("", keys_of))

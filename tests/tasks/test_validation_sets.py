@@ -23,6 +23,7 @@ from tasks.networks import build_model
 from utils.precision import Precision
 from utils.processes import Processes
 from utils.session import start_session
+from utils.supervision import RunSupervisor
 
 WNIDS = ImageNetInfo().label_names()
 LEVELS = 40  # of each colour, 6 apart so that they survive normalisation
@@ -57,7 +58,9 @@ def evaluate(config, network):
     val_set = open_validation_set(config)
     logger = logging.getLogger("nowhere")
     logger.propagate = False
-    session = SimpleNamespace(processes=Processes(0, 0, 1, torch.device("cpu")), logger=logger, config=config)
+    processes = Processes(0, 0, 1, torch.device("cpu"))
+    supervisor = RunSupervisor(processes, timeout_seconds=60)
+    session = SimpleNamespace(processes=processes, logger=logger, config=config, supervisor=supervisor)
     result = predict(session, config, network, val_set.source, Precision("cpu", torch.float32, False), val_set.outputs)
     return val_set, result, summarize(result, val_set.label_sets)
 
