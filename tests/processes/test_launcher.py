@@ -208,7 +208,7 @@ def write_report(monkeypatch, attempt, local_rank, line, code=None, written_at=1
     file.parent.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-        patch.setattr(supervision, "time", SimpleNamespace(time=lambda: written_at))
+        patch.setattr(failures, "time", SimpleNamespace(time=lambda: written_at))
         failures.leave_report(line, code)
     return file
 
