@@ -120,20 +120,20 @@ def _draw_run(panels: Sequence[Any], run: RunMetrics, number: int | None) -> Non
     marker = {"marker": "o", "markersize": 3.5} if len(run.epochs) <= MARKED_POINTS else {}
     epochs = np.array([epoch["epoch"] + 1 for epoch in run.epochs])  # 1 is the end of the first epoch
 
-    def line(axis: Any, key: str, label: str, own: int, dashed: bool = False) -> None:
+    def line(axis: Any, key: str, label: str, own: int, **style: Any) -> None:
         values = run.values(key)
         if np.isfinite(values).any():
             colour = COLOURS[(own if number is None else number) % len(COLOURS)]
-            style = {"color": colour, "linestyle": "--" if dashed else "-", "linewidth": 1.6, **marker}
-            axis.plot(epochs, values, label=prefix + label, **style)
+            axis.plot(epochs, values, color=colour, label=prefix + label, **{"linewidth": 1.6, **marker, **style})
 
-    line(loss, "train_loss", "training", 0)
+    line(loss, "train_loss", "training", 0, linewidth=0.8, alpha=0.6)
     for key, name, own in (("raw", "raw weights", 1), ("ema", "EMA weights", 2)):
-        line(loss, f"loss_{key}", f"validation, {name}", own, dashed=key == "ema")
+        linestyle = "--" if key == "ema" else "-"
+        line(loss, f"loss_{key}", f"validation, {name}", own, linestyle=linestyle)
         values = run.values(f"{run.deciding}_{key}")
         finite = values[np.isfinite(values)]
         if len(finite):
-            line(best, f"{run.deciding}_{key}", f"{name}, best {finite.max():.5g}", own, dashed=key == "ema")
+            line(best, f"{run.deciding}_{key}", f"{name}, best {finite.max():.5g}", own, linestyle=linestyle)
     line(rate, "lr", "", 0)
     line(norm, "grad_norm", "", 0)
 
