@@ -1,4 +1,4 @@
-"""Whether one network is better than another, from the predictions of both on the same images.
+"""Is one network better than another? From the predictions of both on the same images.
 
     python -m tools.compare A.csv B.csv [--json FILE]
 
@@ -22,20 +22,19 @@ from utils.files import STDOUT, check_json_target, write_json
 def compare_predictions(first: Predictions, second: Predictions) -> dict[str, Any]:
     """Top-1 and top-5 of two networks on the images that have labels; {'acc1': Comparison, 'acc5': ..., ...}.
 
-    Images are matched by their paths, in whatever order they stand. Raises UserError where the two are not about the
-    same images or labels.
+    Images are matched by their paths, in any order. Raises UserError where images or labels differ.
     """
     second = _in_order_of(first, second)
     known = first.labelled
     if not known.any():
-        raise UserError("no image has a label: there is nothing to compare")
+        raise UserError("no image has a label; there is nothing to compare")
     results: dict[str, Any] = {f"acc{k}": compare(first.correct(k)[known], second.correct(k)[known]) for k in (1, 5)}
     results["agreement"] = 100 * float(np.mean(first.top[:, 0] == second.top[:, 0]))
     return results
 
 
 def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
-    """The second predictions with their rows where the first has the same images."""
+    """The second predictions, their rows in the order of the first's images."""
     position = {path: row for row, path in enumerate(second.paths)}
     for predictions, name in ((first, "first"), (second, "second")):
         if len(set(predictions.paths)) < len(predictions):

@@ -1,12 +1,11 @@
-"""Weights in and out: from any file of this network to one that is fit to publish.
+"""Convert weights into a file that is fit to publish.
 
 python -m tools.convert FILE --to pth                   {'model': state dict}, as released files are
 python -m tools.convert FILE --to safetensors           for timm and other libraries
-python -m tools.convert FILE --to birder                for birder's re-implementation, with what its loader asks for
 
-FILE is a released file, a training checkpoint (--weights raw, ema or best), a safetensors file, or a file of birder's.
-What is written holds the weights alone (for birder also class names, input size and normalisation), and the first 8
-hex digits of its SHA-256 end its name, as timm's do.
+FILE is a released file, a training checkpoint of this repository or of timm (--weights raw, ema or best), or a
+safetensors file. The new file holds the weights alone. Its name ends with the first 8 hex digits of its SHA-256, as in
+timm.
 """
 
 import argparse
@@ -22,8 +21,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from configs import UserError
@@ -32,26 +29,12 @@ from models import VARIANTS, GroupMixFormer
 from utils.checkpoint import load_file, select_weights, some
 from utils.files import STDOUT, check_json_target, write_file, write_json
 
-SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "birder": ".pt"}
-
-# Names here, and in birder 0.8's `birder/net/groupmixformer.py`. Stages count from 1 there; "{0}" is the number of a
-# stage. Names that no rule changes below a prefix are the same in both.
-_BIRDER_PREFIXES = (
-    ("conv_stem.proj1.", "stem.0.0."),
-    ("conv_stem.norm1.", "stem.0.1."),
-    ("conv_stem.proj2.", "stem.1.0."),
-    ("conv_stem.norm2.", "stem.1.1."),
-    ("patch_embed_layers.{0}.", "body.stage{0}.patch_embed."),
-    ("groupmixformer_backbone.{0}.gma_stage.", "body.stage{0}.gma_blocks."),
-    ("norm4.", "features.0."),
-    ("head.", "classifier."),
-)
-_BIRDER_INNER = ((".att.", ".attn."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.3."))
+SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors"}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done, for the log and for scripts."""
+    """A finished conversion, for the log and for scripts."""
 
     source: str
     weights: str  # 'raw weights', 'ema weights'
@@ -65,53 +48,70 @@ class Conversion:
     bytes: int
 
 
-# --------------------------------------------------------------------------------------------------------------- names
-def to_birder(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of this network under the names of birder's re-implementation."""
-    return {_rename(name, here=0): value for name, value in state.items()}
+def convert(source: str | Path, to: str, folder: str | Path, name: str = "", which: str = "best") -> Conversion:
+    """Write the weights of a file in another format, and read them back; a file that differs is removed.
 
+    Args:
+        source: the file to read.
+        to: 'pth' or 'safetensors'.
+        folder: for the new file; is made if it does not exist.
+        name: of the new file, before its hash; default: the variant's name, else the source's.
+        which: weights of a training checkpoint, see `select_weights`.
 
-def from_birder(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of birder's re-implementation under the names of this network."""
-    return {_rename(name, here=1): value for name, value in state.items()}
-
-
-def _rename(name: str, here: int) -> str:
-    """The name in the other library; `here` is 0 for our names and 1 for birder's. Unknown names stay."""
-    for pair in _BIRDER_PREFIXES:
-        match = re.match(re.escape(pair[here]).replace(r"\{0\}", r"(\d+)"), name)
-        if match:
-            stages = [int(number) + (1 if here == 0 else -1) for number in match.groups()]
-            inner = name[match.end() :]
-            for words in _BIRDER_INNER:
-                inner = f".{inner}".replace(words[here], words[1 - here], 1)[1:]
-            return pair[1 - here].format(*stages) + inner
-    return name
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-def read_weights(path: str | Path, which: str = "best") -> tuple[dict[str, Tensor], str]:
-    """The state dict in a file of any kind, under our names, and which weights it is.
-
-    Raises UserError where the file cannot be read or its weights are not those of a GroupMixFormer.
+    A file of the same name and content is left as it is. Raises UserError where the source does not hold the weights of
+    one whole GroupMixFormer, or the new name is taken by other content.
     """
-    return _weights_in(load_file(path), which, str(path))
+    state, kind = read_weights(source, which)
+    label, network = describe_network(state, str(source))
+    content = _encode(state, to)
+    digest = hashlib.sha256(content).hexdigest()
+    without_hash = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)
+    name = name or (label if label in VARIANTS else without_hash)
+    path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
+    if not path.exists():
+        write_file(content, path)
+    elif path.read_bytes() != content:
+        raise UserError(f"{path}: already exists with other content, and is not overwritten; give another --name")
+    try:
+        again, _ = read_weights(path, "raw")
+        equal = list(again) == list(state) and all(torch.equal(again[key], state[key]) for key in state)
+    except UserError:
+        equal = False
+    if not equal:
+        path.unlink()
+        raise UserError(f"{path}: did not read back equal, and was removed")
+    return Conversion(
+        source=str(source),
+        weights=kind,
+        network=label,
+        num_classes=network.num_classes,
+        format=to,
+        path=str(path),
+        sha256=digest,
+        tensors=len(state),
+        parameters=sum(p.numel() for p in network.parameters()),
+        bytes=len(content),
+    )
 
 
-def _weights_in(content: dict[str, Any], which: str, origin: str) -> tuple[dict[str, Tensor], str]:
-    if isinstance(content.get("state"), dict) and "model" not in content:  # birder's layout
-        content = {"model": content["state"]}
-    state, kind = select_weights(content, which, origin)
-    if any(name.startswith("body.stage1.") for name in state):
-        state = from_birder(state)
-    return _in_order(state, origin), kind
+def read_weights(path: str | Path, which: str = "best") -> tuple[dict[str, Tensor], str]:
+    """The state dict in a file, in the network's own order, and which weights it is.
+
+    Raises UserError where the file cannot be read or does not hold the weights of one whole GroupMixFormer.
+    """
+    state, kind = select_weights(load_file(path), which, str(path))
+    own = describe_network(state, str(path))[1].state_dict()
+    wrong = [name for name in (*own, *state) if name not in own or name not in state]
+    wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
+    if wrong:
+        raise UserError(f"{path}: not the weights of one whole GroupMixFormer; look at {some(wrong)}")
+    return {name: state[name] for name in own}, kind  # safetensors files sort by name
 
 
 def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[str, GroupMixFormer]:
-    """The network that a state dict belongs to, by its shapes alone: variant or sizes, and the network on `meta`.
+    """The variant or the sizes of a state dict, told by its shapes, and that network on the device `meta`.
 
-    The number of heads leaves no trace in the shapes, nor does it matter to them.
-    Raises UserError where the shapes are not those of a GroupMixFormer.
+    The number of heads changes no shape, so it is the default's. Raises UserError for shapes of another network.
     """
     pattern = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
     blocks = sorted((int(m[1]), int(m[2]), name) for name in state if (m := pattern.fullmatch(name)))
@@ -131,125 +131,26 @@ def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple
                 **sizes,
             )
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {some(state)})") from None
+        raise UserError(f"{origin}: holds no weights of a GroupMixFormer; its first names are {some(state)}") from None
     name = next((name for name, numbers in VARIANTS.items() if sizes.items() <= numbers.items()), "")
     return name or "GroupMixFormer " + ", ".join(f"{key} {value}" for key, value in sizes.items()), network
 
 
 def _mlp_ratio(hidden: int, dim: int) -> float:
-    """The ratio for which int(dim * ratio) is `hidden`; a division alone may round to one row less."""
+    """The ratio for which int(dim * ratio) is `hidden`; the plain quotient may round to one row less."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def convert(source: str | Path, to: str, folder: str | Path, name: str = "", which: str = "best") -> Conversion:
-    """Write the weights of a file in another format; nothing is written that does not read back equal.
-
-    Args:
-        source: the file to read.
-        to: 'pth', 'safetensors' or 'birder'.
-        folder: where the new file goes; made where it is not there.
-        name: of the new file, before its hash; '' takes the variant's, or else the source's.
-        which: of a training checkpoint, 'raw', 'ema', or 'best': those that it was kept for, else raw.
-
-    Where the very file is there already, it is left and told like a new one. Raises UserError where the source is not
-    fit, or another file has the new one's name.
-    """
-    checkpoint = load_file(source)
-    state, kind = _weights_in(checkpoint, which, str(source))
-    label, network = describe_network(state, str(source))
-    content = _encode(_for_birder(state, network, checkpoint, label) if to == "birder" else state, to)
-    digest = hashlib.sha256(content).hexdigest()
-    unhashed = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)  # of a file that this command wrote
-    name = name or (label if label in VARIANTS else unhashed)
-    path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
-    if not path.exists():
-        write_file(content, path)
-    elif path.read_bytes() != content:
-        raise UserError(f"{path}: already exists, with other content, and is not overwritten; give another --name")
-    try:
-        again, _ = read_weights(path, "raw")
-        equal = list(again) == list(state) and all(torch.equal(again[key], state[key]) for key in state)
-    except UserError:
-        equal = False
-    if not equal:
-        path.unlink()
-        raise UserError(f"{path}: does not read back as it was written, and was removed")
-    return Conversion(
-        source=str(source),
-        weights=kind,
-        network=label,
-        num_classes=network.num_classes,
-        format=to,
-        path=str(path),
-        sha256=digest,
-        tensors=len(state),
-        parameters=sum(p.numel() for p in network.parameters()),
-        bytes=len(content),
-    )
-
-
-def _for_birder(
-    state: dict[str, Tensor], network: GroupMixFormer, checkpoint: dict[str, Any], label: str
-) -> dict[str, Any]:
-    """What birder's loader asks for beside the weights, as far as the file tells it; ImageNet's values otherwise."""
-    names = checkpoint.get("classes")
-    if not isinstance(names, list) or len(names) != network.num_classes:
-        names = [str(number) for number in range(network.num_classes)]
-    content = {
-        "state": to_birder(state),
-        "task": "image_classification",
-        "signature": {
-            "inputs": [{"data_shape": [0, network.in_chans, *[_image_size(checkpoint)] * 2]}],
-            "outputs": [{"data_shape": [0, network.num_classes]}],
-        },
-        "class_to_idx": {name: number for number, name in enumerate(names)},
-        "rgb_stats": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
-    }
-    mlps = [stage.gma_stage[0].mlp for stage in network.groupmixformer_backbone]
-    if label not in VARIANTS:  # birder has the five under names of its own, and takes other sizes on top of any of them
-        content["config"] = {
-            "embed_dims": [info["num_chs"] for info in network.feature_info],
-            "depths": [len(stage.gma_stage) for stage in network.groupmixformer_backbone],
-            "mlp_ratios": [_mlp_ratio(mlp.fc1.out_features, mlp.fc1.in_features) for mlp in mlps],
-        }
-    return content
-
-
-def _image_size(checkpoint: dict[str, Any]) -> int:
-    """The edge of the images that a training checkpoint was trained on, in pixels; 224 where it does not say."""
-    config = checkpoint.get("config")
-    try:
-        return int((yaml.safe_load(config) if isinstance(config, str) else config)["DATA"]["IMG_SIZE"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
-        return 224
-
-
-def _encode(content: dict[str, Any], to: str) -> bytes:
-    """The bytes of a file; the same for the same content, so that the hash in the name identifies it.
-
-    Args:
-        content: a state dict, or for 'birder' what `_for_birder` returns.
-        to: 'pth', 'safetensors' or 'birder'.
-    """
-    # Clones: a view would drag the whole storage that it was cut from into the file.
-    state = content["state"] if to == "birder" else content
+def _encode(state: dict[str, Tensor], to: str) -> bytes:
+    """The bytes of a file: the same for equal weights, so that the hash in the name identifies them."""
+    # Clones, because a view would bring its whole storage into the file.
     state = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     if to == "safetensors":
         return safetensors.torch.save(state, metadata={"format": "pt"})
     buffer = BytesIO()
-    torch.save({**content, "state": state} if to == "birder" else {"model": state}, buffer)
+    torch.save({"model": state}, buffer)
     return buffer.getvalue()
-
-
-def _in_order(state: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """The entries in the network's own order, after a check that they are its; safetensors files sort by name."""
-    own = describe_network(state, origin)[1].state_dict()
-    wrong = [name for name in (*own, *state) if name not in own or name not in state]
-    wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
-    if wrong:
-        raise UserError(f"{origin}: not the weights of one whole GroupMixFormer: look at {some(wrong)}")
-    return {name: state[name] for name in own}
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -272,15 +173,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.convert", __doc__)
     parser.add_argument("file", metavar="FILE", help="weights to read")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format to write")
-    parser.add_argument("--output", default=".", metavar="FOLDER", help="where to write; default: the present folder")
+    parser.add_argument("--output", default=".", metavar="FOLDER", help="where to write; default: the current folder")
     parser.add_argument("--name", default="", help="name before the hash; default: the variant's, else FILE's")
     parser.add_argument(
         "--weights", default="best", choices=("best", "raw", "ema"), help="of a training checkpoint; default: best"
     )
-    parser.add_argument("--json", metavar="FILE", help="write what was done as JSON; - prints it")
+    parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
     if {"/", "\\"} & set(args.name):
-        parser.error(f"--name {args.name}: names a file; the folder goes to --output")
+        parser.error(f"--name {args.name}: must be a name without folders; give the folder with --output")
     return args
 
 

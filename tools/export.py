@@ -1,60 +1,42 @@
-"""The network as a file that runs without this code: ONNX or torch.export, for any batch and any height and width.
+"""Export the network as a file that runs without this code: ONNX or torch.export, for any batch, height and width.
 
 python -m tools.export --cfg configs/groupmixformer_small.yaml --pretrained FILE --format onnx
 python -m tools.export --cfg configs/groupmixformer_small.yaml --resume FILE --weights ema --format pt2 --features
 
-The file takes images (B, channels, H, W), float32, normalised as in evaluation, and gives logits (B, classes), or with
+The file takes images (B, channels, H, W), float32, normalised as in evaluation. It gives logits (B, classes), or with
 --features the maps of all stages. It is read back, run at two sizes with two batch sizes each, and compared with the
-network; a file that differs by more than 1e-4 is not kept.
+network. A file that differs by more than 1e-4 is not kept.
 """
 
 import argparse
 import logging
 import os
-import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from configs import UserError, read_config
 from configs.commands import CommandParser, command
 from configs.errors import first_line
 from tasks import keys_of
-from utils.checkpoint import network_with
+from utils.checkpoint import load_file, network_with, select_weights
 from utils.files import STDOUT, check_json_target, write_json
 
-from .convert import read_weights
-
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4  # largest difference from the network, over the largest value where that is above 1
-OLDEST_OPSET = 18  # what torch writes; others are converted from it
-MIN_SIZE = 33  # the last map of a smaller image has one pixel, which the exporter would take for a constant
-AXES = ("batch", "channels", "height", "width")
+OPSET = 18  # of ONNX: what torch writes, and the oldest that it can
+MIN_SIZE = 33  # pixels; a smaller image has a last map of one pixel, which the exporter takes for a constant
+AXES = {0: "batch", 2: "height", 3: "width"}
 BATCHES = (1, 3)
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was exported, and by how much it differs from the network; for scripts."""
-
-    path: str
-    format: str
-    weights: str
-    inputs: list[str]
-    outputs: list[str]
-    largest_differences: dict[str, float]  # by the shape of the input, such as '3x3x224x224'
-    bytes: int
 
 
 class StageMaps(nn.Module):
@@ -68,32 +50,22 @@ class StageMaps(nn.Module):
         return tuple(self.network.forward_stages(x))
 
 
-def load_network(config: CfgNode, path: str, which: str) -> tuple[nn.Module, str]:
-    """The configuration's network for evaluation, with the classes of the weights, and which weights it has."""
-    state, kind = read_weights(path, which)
-    return network_with(config, state, path), f"{kind} of {path}"
-
-
-def export(
-    network: nn.Module, path: Path, to: str, size: int, opset: int = OLDEST_OPSET, report: Report = lambda line: None
-) -> dict[str, float]:
-    """Write a network as a file, after comparing what it computes with the network itself.
+def export(network: nn.Module, path: Path, to: str, size: int, report: Report = lambda line: None) -> dict[str, float]:
+    """Export a network to a file, after comparing what the file computes with the network.
 
     Args:
-        network: takes images (B, C, H, W), and returns a tensor or a tuple of them.
+        network: takes images (B, C, H, W), and returns a tensor or a tuple of tensors.
         path: the new file.
         to: 'onnx' or 'pt2'.
         size: height and width to export and verify with, in pixels; the file takes any from MIN_SIZE on.
-        opset: of ONNX.
-        report: is called with one line for every step.
+        report: is called with one line for each step.
 
-    Returns the largest difference for every shape tried. Raises UserError where the export fails, its values differ, or
-    the file already exists; then nothing is written.
+    Returns the largest difference for each shape tried, such as {'3x3x224x224': 2e-6}. Raises UserError, and writes
+    nothing, where the export fails, its values differ, or the file already exists.
     """
     if path.exists():
         raise UserError(f"{path}: already exists and is not overwritten; give another --output")
     channels = next(p for p in network.parameters() if p.ndim == 4).shape[1]
-    images = _images((2, channels, size, size))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True)
@@ -103,12 +75,9 @@ def export(
         partial = Path(folder.name) / path.name
         report(f"exporting for any batch, height and width, by images of {size} x {size}")
         try:
-            with warnings.catch_warnings(), _quiet_libraries():
-                warnings.simplefilter("ignore")
-                _write(network, images, partial, to, opset, report)
+            with quiet_exporters():
+                _write(network, _images((2, channels, size, size)), partial, to)
                 compute = _open(partial, to)
-        except UserError:
-            raise
         except Exception as error:  # exporters raise whatever they like
             raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}
@@ -126,29 +95,25 @@ def _images(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _write(network: nn.Module, images: Tensor, path: Path, to: str, opset: int, report: Report) -> None:
-    dynamic = torch.export.Dim.DYNAMIC
-    with torch.no_grad():
-        program = torch.export.export(network, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+def _write(network: nn.Module, images: Tensor, path: Path, to: str) -> None:
     if to == "pt2":
-        torch.export.save(program, path)
+        dynamic = dict.fromkeys(AXES, torch.export.Dim.DYNAMIC)
+        with torch.no_grad():
+            torch.export.save(torch.export.export(network, (images,), dynamic_shapes=(dynamic,)), path)
         return
-    report("traced; converting to ONNX")
-    count = len(_tuple(network(images[:1])))
-    outputs = _output_names(count)
-    with redirect_stdout(sys.stderr):  # some versions of the exporter tell how many rules they applied
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=["images"],
-            output_names=outputs,
-            optimize=False,
-            verbose=False,
-        )
-        _simplify(onnx_program.model)
-    _name_axes(onnx_program.model)
-    onnx_program.save(str(path))
+    program = torch.onnx.export(
+        network,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=(AXES,),
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=output_names(network),
+        optimize=False,
+        verbose=False,
+    )
+    _simplify(program.model)
+    program.save(str(path))
 
 
 def _simplify(model: Any) -> None:
@@ -173,18 +138,6 @@ def _simplify(model: Any) -> None:
         passes.NameFixPass(),
     ):
         simplify(model)
-
-
-def _name_axes(model: Any) -> None:
-    """Call the axes of the images batch, height and width, everywhere in an ONNX model; the exporter calls them s77."""
-    (images,) = model.graph.inputs
-    names = {str(dim): name for dim, name in zip(images.shape, AXES) if not isinstance(dim, int)}
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
-    values = [images, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)]
-    for value in values:
-        for axis, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int) and dim.value is not None:
-                value.shape[axis] = pattern.sub(lambda found: names[found[0]], str(dim.value))
 
 
 def _open(path: Path, to: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -225,19 +178,23 @@ def _tuple(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (values,) if isinstance(values, Tensor) else tuple(values)
 
 
-def _output_names(count: int) -> list[str]:
-    return ["logits"] if count == 1 else [f"stage{i}" for i in range(1, count + 1)]
+def output_names(network: nn.Module) -> list[str]:
+    if isinstance(network, StageMaps):
+        return [f"stage{i}" for i, _ in enumerate(network.network.feature_info, 1)]
+    return ["logits"]
 
 
-class _quiet_libraries:
-    """Keep exporters from logging below errors: what they did is verified."""
-
-    def __enter__(self) -> None:
-        self.before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *exception: object) -> None:
-        logging.disable(self.before)
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Show nothing of the exporters but errors: the file is verified, whatever they say."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -255,22 +212,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not weights:
         raise UserError("no weights to export: give a file with --resume or --pretrained")
     if config.DATA.IMG_SIZE < MIN_SIZE:
-        raise UserError(
-            f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: exports are verified at {MIN_SIZE} pixels and more; pass "
-            "--img-size 64"
-        )
-    default = f"{config.MODEL.NAME}{'_features' if args.features else ''}{SUFFIXES[args.format]}"
-    path = Path(args.output or default)
-    network, kind = load_network(config, weights, config.TEST.WEIGHTS)
-    report(f"{config.MODEL.NAME}: {kind}")
+        raise UserError(f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: must be at least {MIN_SIZE}; pass --img-size 64")
+    state, kind = select_weights(load_file(weights), config.TEST.WEIGHTS, weights)
+    report(f"{config.MODEL.NAME}: {kind} of {weights}")
+    network = network_with(config, state, weights)
     if args.features:
         network = StageMaps(network)
-    differences = export(network, path, args.format, config.DATA.IMG_SIZE, args.opset, report)
-    outputs = _output_names(len(config.MODEL.GMA.SERIAL_DEPTHS) if args.features else 1)
-    done = Export(str(path), args.format, kind, ["images"], outputs, differences, path.stat().st_size)
-    report(f"written: {path} ({done.bytes / 2**20:.1f} MiB)")
+    path = Path(args.output or f"{config.MODEL.NAME}{'_features' if args.features else ''}.{args.format}")
+    differences = export(network, path, args.format, config.DATA.IMG_SIZE, report)
+    report(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     if args.json:
-        write_json(args.json, asdict(done))
+        done = {"path": str(path), "format": args.format, "weights": f"{kind} of {weights}", "inputs": ["images"]}
+        done |= {"outputs": output_names(network), "largest_differences": differences, "bytes": path.stat().st_size}
+        write_json(args.json, done)
 
 
 def _require_onnx() -> None:
@@ -281,7 +235,7 @@ def _require_onnx() -> None:
         except ImportError:
             missing.append(name)
     if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install -r requirements-extras.txt")
+        raise UserError(f"--format onnx: needs {', '.join(missing)}; pip install -r requirements-extras.txt")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -291,15 +245,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrained", metavar="FILE", help="weights to export")
     parser.add_argument("--resume", metavar="FILE", help="training checkpoint to export")
     parser.add_argument("--weights", choices=("best", "raw", "ema"), help="of a training checkpoint; default: best")
-    parser.add_argument("--format", required=True, choices=tuple(SUFFIXES), help="what to write")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--features", action="store_true", help="give the maps of all stages instead of logits")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="to verify with; default: DATA.IMG_SIZE")
-    parser.add_argument("--opset", type=int, default=OLDEST_OPSET, help=f"of ONNX; default: {OLDEST_OPSET}")
     parser.add_argument("--output", default="", metavar="FILE", help="default: <MODEL.NAME>[_features].<format>")
-    parser.add_argument("--json", metavar="FILE", help="write what was done as JSON; - prints it")
+    parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
-    if args.opset < OLDEST_OPSET:
-        parser.error(f"--opset {args.opset}: must be at least {OLDEST_OPSET}")
     if args.img_size is not None:
         args.opts += ["DATA.IMG_SIZE", str(args.img_size)]
     return args

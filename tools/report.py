@@ -1,9 +1,10 @@
-"""One HTML page about an evaluation, which holds all that it shows and opens without a network.
+"""One HTML page about an evaluation; it contains all that it shows, so it opens offline.
 
     python -m tools.report FOLDER [--data-path DIR] [--out FILE] [--json FILE]
 
 FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and predictions.csv (or .parquet). The pictures
-of mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json; without them the page says so.
+of the mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json. Where they are missing, the
+page says so.
 """
 
 import base64
@@ -26,54 +27,44 @@ from tasks.classification.metrics import TEMPERATURE_RANGE, class_results, confu
 from tasks.classification.predictions import Predictions
 from utils.files import STDOUT, atomic_write, check_json_target, write_json
 
-WORST_CLASSES, CONFUSED_PAIRS, MATRIX_CLASSES, MISTAKES = 20, 15, 10, 24
+WORST_CLASSES, CONFUSED_PAIRS, MISTAKES = 20, 15, 24
 THUMBNAIL_PIXELS, JPEG_QUALITY = 192, 80
 
-# Nothing here names another file; the policy has the browser refuse what a class name might try to fetch.
+# The page fetches nothing. The policy makes browsers refuse what a class name might try to fetch.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --page: #fff; --card: #f3f5f7; --line: #d5dbe1;
-  --main: #0072B2; --bad: #b8400a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #9aa5b1; --page: #14171a; --card: #1f2428;
-  --line: #3a424a; --main: #56B4E9; --bad: #f0995f; } }
-@media print { :root { --ink: #000; --soft: #444; --page: #fff; --card: #fff; --line: #bbb; --main: #0072B2;
-  --bad: #b8400a; color-scheme: light; } section, figure { break-inside: avoid-page; } }
+:root { color-scheme: light dark; --soft: GrayText; --line: color-mix(in srgb, CanvasText 20%, Canvas);
+  --card: color-mix(in srgb, CanvasText 5%, Canvas); --main: #3b93c9; --bad: #d9622b; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: Canvas; color: CanvasText;
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p { max-width: 46rem; } .soft, figcaption, small { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
+.card, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; }
 .card b { display: block; font-size: 1.6rem; line-height: 1.2; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
 th.name, td.name { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
-.matrix { width: auto; }
-.matrix td { print-color-adjust: exact; text-align: center; border: 1px solid var(--line); min-width: 2.6rem; }
-.matrix th.name { max-width: 12rem; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; }
+figure { margin: 0; break-inside: avoid-page; }
 figure img, .missing { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; }
 .missing { border: 1px dashed var(--line); padding: 1rem; text-align: center; color: var(--soft); }
 figcaption { font-size: .82rem; overflow-wrap: anywhere; } .wrong { color: var(--bad); font-weight: 600; }
-.right { color: var(--ink); font-weight: 600; } svg { width: 100%; max-width: 34rem; height: auto; }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg rect { print-color-adjust: exact; }
-svg .bar { fill: var(--main); }
-svg .few { fill-opacity: .35; } svg .axis { stroke: var(--soft); fill: none; }
+.right { color: CanvasText; font-weight: 600; } svg { width: 100%; max-width: 34rem; height: auto; }
+svg text { fill: CanvasText; font: 12px system-ui, sans-serif; } svg rect { print-color-adjust: exact; }
+svg .bar { fill: var(--main); } svg .few { fill-opacity: .35; } svg .axis { stroke: var(--soft); fill: none; }
 svg .ideal { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 2; }
 """
 
 
 @dataclass(frozen=True)
 class WrittenEvaluation:
-    """What test.py wrote about one evaluation."""
+    """The files that test.py wrote about one evaluation."""
 
     folder: Path
     metrics: dict[str, Any]
     predictions: Predictions
-    images_root: Path | None  # the folder that the predictions' paths are relative to; None where it is not known
+    images_root: Path | None  # the predictions' paths are relative to this folder; None where it was not found
 
 
 def read_evaluation(folder: str | Path, data_path: str | None = None) -> WrittenEvaluation:
@@ -81,10 +72,9 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Written
     folder = Path(folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        # KeyError where one is missing
-        _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]
+        _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]  # or KeyError
     except OSError:
-        raise UserError(f"{folder}: not an evaluation of test.py: it holds no metrics.json") from None
+        raise UserError(f"{folder}: holds no metrics.json; give a folder that test.py wrote") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'metrics.json'}: damaged, or not written by test.py") from None
     files = [folder / f"predictions.{suffix}" for suffix in ("csv", "parquet")]
@@ -98,13 +88,13 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Written
 
 
 def _images_root(folder: Path, data_path: str | None, paths: Sequence[str]) -> Path | None:
-    """Where the images lie: the data folder itself or its validation split. UserError where --data-path has none."""
+    """The data folder or its validation split, whichever holds the images. UserError where --data-path holds none."""
     given, dataset = data_path, "imagenet"
     try:
         config = json.loads((folder.absolute().parents[1] / "config.json").read_text(encoding="utf-8"))["DATA"]
         given, dataset = given or config["DATA_PATH"], config["DATASET"]
     except (OSError, ValueError, KeyError, IndexError):
-        pass  # an evaluation that was copied elsewhere
+        pass  # the evaluation was copied elsewhere
     if not given:
         return None
     names = [SPLIT_NAMES[dataset]["val"]] if dataset in SPLIT_NAMES else []
@@ -118,7 +108,7 @@ def _images_root(folder: Path, data_path: str | None, paths: Sequence[str]) -> P
 
 # -------------------------------------------------------------------------------------------------------------- content
 def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
-    """What the page shows, without its pictures: worst classes, confused pairs, most confident mistakes."""
+    """What the page shows, pictures aside: metrics, worst classes, confused pairs, most confident mistakes."""
     predictions = evaluation.predictions
     known = np.flatnonzero(predictions.labelled)
     labels, top = predictions.labels[known], predictions.top[known]
@@ -155,7 +145,6 @@ def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
             }
             for i in pairs
         ],
-        "matrix": _matrix(cells.toarray() if len(names) <= 64 else cells.tocsr(), rows[pairs], columns[pairs], names),
         "mistakes": [
             {
                 "path": predictions.paths[known[i]],
@@ -168,16 +157,6 @@ def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
         ],
         "num_mistakes": len(mistakes),
     }
-
-
-def _matrix(counts: Any, rows: np.ndarray, columns: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """The confusion matrix of the classes in the most confused pairs."""
-    chosen: dict[int, None] = {}
-    for row, column in zip(rows.tolist(), columns.tolist()):
-        if len(chosen | {row: None, column: None}) <= MATRIX_CLASSES:
-            chosen |= {row: None, column: None}
-    order = sorted(chosen)
-    return {"names": [names[i] for i in order], "counts": [[int(counts[i, j]) for j in order] for i in order]}
 
 
 def thumbnail(path: Path) -> str | None:
@@ -195,10 +174,10 @@ def thumbnail(path: Path) -> str | None:
 
 # ----------------------------------------------------------------------------------------------------------------- page
 def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
-    """The page as HTML. Every text that comes from files is escaped."""
+    """The page as HTML. All text from files is escaped."""
     title = f"Evaluation {evaluation.folder.resolve().name}"
     sections = [_numbers(content), _calibration(content["metrics"]), _mistakes(content, evaluation.images_root)]
-    sections += [_worst(content["worst_classes"]), _confusion(content)]
+    sections += [_worst(content["worst_classes"]), _confused(content["confused_pairs"])]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -209,7 +188,7 @@ def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
 
 
 def _origin(m: dict[str, Any]) -> str:
-    """What was evaluated, on what and how, as one line; older folders know less."""
+    """Network, data and settings of the evaluation in one line."""
     size = m.get("image_size")
     views = {"none": "one centre crop" if m.get("crop", True) else "the whole image", None: None}
     known = [
@@ -228,7 +207,7 @@ def _origin(m: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """Escaped; bytes of a name that are no text are shown as such."""
+    """Escaped for HTML. Bytes of a file name that are no text are shown as \\x.."""
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
@@ -252,11 +231,11 @@ def _numbers(content: dict[str, Any]) -> str:
         ("Images", f"{m['counted']:,}", f"{content['num_mistakes']:,} predicted wrongly"),
     ]
     body = "".join(f'<div class="card">{_text(a)}<b>{_text(b)}</b><small>{_text(c)}</small></div>' for a, b, c in cards)
-    return f'<section><div class="cards">{body}</div></section>'
+    return f'<section><div class="grid">{body}</div></section>'
 
 
 def _calibration(m: dict[str, Any]) -> str:
-    """A reliability diagram as inline SVG, which takes the page's colours; faint bars stand for few images."""
+    """A reliability diagram as inline SVG; faint bars stand for few images."""
     bins, left, top, size = m["calibration"], 52, 12, 300
     few = 0.01 * sum(bins["counts"])
     shapes = []
@@ -275,15 +254,15 @@ def _calibration(m: dict[str, Any]) -> str:
     gap = np.nansum(
         [n * (c - a) for n, c, a in zip(bins["counts"], bins["confidence"], bins["accuracy"]) if n and a is not None]
     )
-    verdict = "more sure than it is right" if gap > 0 else "less sure than it is right"
+    verdict = "too sure" if gap > 0 else "not sure enough"
     fitted = m.get("temperature")
     note = f" A temperature of {fitted['value']:.3f} would fit these images best." if fitted else ""
     if fitted and fitted["value"] in TEMPERATURE_RANGE:
         note = f" No temperature from {TEMPERATURE_RANGE[0]:g} to {TEMPERATURE_RANGE[1]:g} would fit these images best."
     return (
-        "<section><h2>Calibration</h2><p>Of the images that are predicted with a given confidence, how many are "
-        f"correct. On average the network is {verdict}. Bars below the dashed line say: too sure.{_text(note)} Faint "
-        "bars hold less than 1 % of the images.</p>"
+        "<section><h2>Calibration</h2><p>Share of correct predictions at each confidence. Bars below the dashed line "
+        f"are too sure. On average the network is {verdict}.{_text(note)} Faint bars hold less than 1 % of the images."
+        "</p>"
         f'<svg viewBox="0 0 {left + size + 20} {top + size + 44}" role="img" aria-label="calibration plot">'
         f'<rect class="axis" x="{left}" y="{top}" width="{size}" height="{size}"/>{"".join(shapes)}'
         f'<line class="ideal" x1="{left}" y1="{top + size}" x2="{left + size}" y2="{top}"/>'
@@ -296,7 +275,7 @@ def _calibration(m: dict[str, Any]) -> str:
 def _mistakes(content: dict[str, Any], root: Path | None) -> str:
     figures = []
     for mistake in content["mistakes"]:
-        # A predictions file may name any path; only pictures below the data folder go into the page.
+        # A predictions file may name any path. Only pictures in the data folder go into the page.
         path = None if root is None else (root / mistake["path"])
         inside = path is not None and path.resolve().is_relative_to(root.resolve())
         source = thumbnail(path) if inside else None
@@ -311,10 +290,10 @@ def _mistakes(content: dict[str, Any], root: Path | None) -> str:
             f"({100 * mistake['label_probability']:.1f} %)<br>{_text(mistake['path'])}</figcaption></figure>"
         )
     note = "" if root is not None else " The pictures were not found: give their folder with --data-path."
-    body = f'<div class="gallery">{"".join(figures)}</div>' if figures else "<p>There are none.</p>"
+    body = f'<div class="grid">{"".join(figures)}</div>' if figures else "<p>There are none.</p>"
     return (
-        "<section><h2>Most confident mistakes</h2><p>What the network was surest of and had wrong; some of these may "
-        f"be wrong labels.{note}</p>{body}</section>"
+        "<section><h2>Most confident mistakes</h2><p>Wrong predictions with the highest probabilities. Some labels may "
+        f"be wrong.{note}</p>{body}</section>"
     )
 
 
@@ -340,28 +319,10 @@ def _worst(classes: Sequence[dict[str, Any]]) -> str:
     return f"<section><h2>Worst classes</h2>{_table(head, rows, (0, 4))}</section>"
 
 
-def _confusion(content: dict[str, Any]) -> str:
-    pairs = content["confused_pairs"]
-    if not pairs:
-        return "<section><h2>Most confused pairs</h2><p>There are none.</p></section>"
+def _confused(pairs: Sequence[dict[str, Any]]) -> str:
     rows = [(p["label"], p["predicted"], p["images"], f"{100 * p['images'] / p['of']:.1f}") for p in pairs]
-    table = _table(("label", "predicted as", "images", "% of the label"), rows, (0, 1))
-    names, counts = content["matrix"]["names"], content["matrix"]["counts"]
-    largest = max((v for i, row in enumerate(counts) for j, v in enumerate(row) if i != j), default=1) or 1
-    lines = ["<tr><th></th>" + "".join(f"<th>({i})</th>" for i in range(1, len(names) + 1)) + "</tr>"]
-    for i, (name, row) in enumerate(zip(names, counts)):
-        cells = ""
-        for j, value in enumerate(row):
-            # The diagonal is not coloured: it would outshine the mistakes.
-            share = 0 if i == j else 60 * value // largest
-            colour = f"color-mix(in srgb, var(--bad) {share}%, transparent)"
-            cells += f'<td style="background:{colour}">{value or ""}</td>'
-        lines.append(f'<tr><th class="name">({i + 1}) {_text(name)}</th>{cells}</tr>')
-    return (
-        f"<section><h2>Most confused pairs</h2>{table}</section><section><h2>Confusion among their classes</h2>"
-        "<p>Rows are labels, columns predictions in the same order; the stronger the colour, the more mistakes.</p>"
-        f'<div class="scroll"><table class="matrix">{"".join(lines)}</table></div></section>'
-    )
+    body = _table(("label", "predicted as", "images", "% of the label"), rows, (0, 1)) if rows else "<p>There are none."
+    return f"<section><h2>Most confused pairs</h2>{body}</section>"
 
 
 @command("tools.report")

@@ -2,11 +2,10 @@
 
     python -m tools.visualize --cfg FILE --resume FILE --image FILE [--stage 4] [--block -1] [--out FILE] [--json FILE]
 
-Drawn are the input, Grad-CAM for the predicted class, the top-5, the response maps of the five branches of one
-Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and how much each branch contributes in
-every block.
-All flags of test.py that choose weights and preprocessing work here too, such as --cfg, --resume, --pretrained,
---weights, --img-size and --opts (test.py --help shows them), and --json FILE for the numbers.
+The PNG shows the input, Grad-CAM for the predicted class, the top-5, the response maps of all branches of one
+Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and the share of each branch in every block.
+The flags of test.py that choose weights and preprocessing work here too, such as --cfg, --resume, --pretrained,
+--weights, --img-size and --opts (see test.py --help). --json FILE writes the numbers.
 """
 
 import sys
@@ -26,98 +25,96 @@ from configs.commands import CommandParser, command
 from data import ImageDataset
 from data.normalization import denormalize
 from data.sources import PictureSource
+from models.groupmixformer import SeparableConv2d
 from tasks import keys_of
 from tasks.classification.transforms import views_transform
 from utils.checkpoint import find_weights, load_classifier
 from utils.files import STDOUT, check_json_target, write_json
 
-BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito: for any colour vision
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito's
 TOP = 5
 DEFAULT_FOLDER = Path("output", "visualized")
 
 
 @dataclass(frozen=True)
 class Branches:
-    """The five branches of one attention for one image; H, W are the stage's map."""
+    """The n branches of one attention for one image; H, W are the height and width of the stage's map."""
 
     stage: int  # from 1
     block: int  # of the stage, from 1
-    proxies: np.ndarray  # (5, H, W) L2 norm over channels, after the aggregators; of q, k and v the v part
-    responses: np.ndarray  # (5, H, W) L2 norm over channels of what the branch adds to the attention's output
+    names: list[str]
+    proxies: np.ndarray  # (n, H, W) L2 norm over the channels of v, after the aggregators
+    responses: np.ndarray  # (n, H, W) L2 norm over the channels of what the branch adds to the attention's output
 
     @property
     def norms(self) -> np.ndarray:
-        """(5,) mean response over the tokens."""
+        """(n,) mean response over the tokens."""
         return self.responses.mean(axis=(1, 2))
 
     @property
     def shares(self) -> np.ndarray:
-        """(5,) norms over their sum."""
+        """(n,) norms over their sum."""
         return self.norms / max(self.norms.sum(), np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is drawn of one image."""
+    """What the picture shows of one image."""
 
     cam: np.ndarray  # (h, w) Grad-CAM on the last map, 0 to 1
-    probabilities: np.ndarray  # (K,)
+    probabilities: np.ndarray  # (classes,)
     branches: list[Branches]  # of all blocks, in order of depth
 
 
 def explain(network: nn.Module, image: Tensor) -> Explanation:
-    """Run one image (3, H, W), normalised, and record all that is drawn. The network must be in evaluation mode.
+    """Run a network in evaluation mode on one normalised image (3, H, W), and record what the picture shows.
 
-    A branch's contribution to a token is ||W_proj[:, segment] y[segment]||: the projection after the attention is
-    linear, so its output is the sum of five such vectors and the bias. The segments stay apart until there, because
-    each of the first four fills whole heads. The vectors may partly cancel, so the shares say how large, not how
-    useful, a branch is.
+    The response of a branch at a token is the norm of W_proj[:, segment] y[segment]. The projection after the attention
+    is linear, so its output is the sum of these vectors and the bias. The segments are separate until there, because
+    each of those that attend fills whole heads. Shares are normalised norms: magnitude, not importance.
     """
     attentions = [
         (s, b, block.att)
         for s, stage in enumerate(network.groupmixformer_backbone, 1)
         for b, block in enumerate(stage.gma_stage, 1)
     ]
-    seen: dict[tuple[str, nn.Module], Any] = {}
-
-    def keep(name: str, module: nn.Module) -> list[Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen[name, module] = (args, output)
-
-        return [module.register_forward_hook(hook)]
-
-    handles = keep("map", network.norm4)
-    for _, _, attention in attentions:
-        handles += keep("sizes", attention) + keep("aggregated", attention.aggregator) + keep("y", attention.proj)
+    seen: dict[nn.Module, tuple[Any, Any]] = {}
+    recorded = [m for _, _, attention in attentions for m in (attention, attention.aggregator, attention.proj)]
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: seen.update({module: (inputs, output)}))
+        for module in (network.norm4, *recorded)
+    ]
     try:
         with torch.enable_grad():
-            logits = network(image[None])
+            logits = network(image[None])[0]
     finally:
         for handle in handles:
             handle.remove()
     branches = []
     for stage, block, attention in attentions:
-        size = seen["sizes", attention][0][1]
-        proxies, local = seen["aggregated", attention.aggregator][1]
-        (y,), _ = seen["y", attention.proj]
-        branches.append(_branches(stage, block, attention.proj.weight, y[0], proxies[2, 0], local[0], size))
-    return Explanation(
-        _grad_cam(logits[0], seen["map", network.norm4][1]), logits[0].detach().softmax(0).cpu().numpy(), branches
-    )
+        (_, size), _ = seen[attention]
+        _, (proxies, local) = seen[attention.aggregator]
+        (y,), _ = seen[attention.proj]
+        names = branch_names(attention.aggregator)
+        norms = _norms(attention.proj.weight, y[0], proxies[2, 0], local[0], size)
+        branches.append(Branches(stage, block, names, *norms))
+    return Explanation(_grad_cam(logits, seen[network.norm4][1]), logits.detach().softmax(0).cpu().numpy(), branches)
+
+
+def branch_names(aggregator: nn.Module) -> list[str]:
+    """Names of an attention's branches, in the order of their channels."""
+    windows = [m.conv1.kernel_size[0] for m in aggregator.children() if isinstance(m, SeparableConv2d)]
+    return ["single tokens", *(f"{window}x{window} groups" for window in windows), "local branch"]
 
 
 @torch.no_grad()
-def _branches(
-    stage: int, block: int, weight: Tensor, y: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]
-) -> Branches:
-    """weight: (C, C); y: (N, C); v: (N, 4C/5); local: (N, C/5)."""
-    num_segments = len(BRANCHES)
-    proxies = [part.norm(dim=-1) for part in (*v.chunk(num_segments - 1, dim=-1), local)]
-    pieces = zip(weight.chunk(num_segments, dim=1), y.chunk(num_segments, dim=-1))
-    responses = [F.linear(segment, part).norm(dim=-1) for part, segment in pieces]
-    maps = [torch.stack(rows).reshape(num_segments, *size).cpu().numpy() for rows in (proxies, responses)]
-    return Branches(stage, block, *maps)
+def _norms(weight: Tensor, y: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]) -> list[np.ndarray]:
+    """Proxies and responses of `Branches`. weight: (C, C); y: (N, C); v: (N, C - s); local: (N, s)."""
+    s = local.shape[-1]
+    proxies = [part.norm(dim=-1) for part in (*v.split(s, dim=-1), local)]
+    pairs = zip(weight.split(s, dim=1), y.split(s, dim=-1))
+    responses = [F.linear(part, segment).norm(dim=-1) for segment, part in pairs]
+    return [torch.stack(rows).reshape(-1, *size).cpu().numpy() for rows in (proxies, responses)]
 
 
 def _grad_cam(logits: Tensor, features: Tensor) -> np.ndarray:
@@ -128,21 +125,10 @@ def _grad_cam(logits: Tensor, features: Tensor) -> np.ndarray:
     return (cam / cam.max().clamp(min=torch.finfo(cam.dtype).tiny)).cpu().numpy()
 
 
-def table(explanation: Explanation) -> str:
-    """Shares of the branches in every block, percent, as text."""
-    lines = [
-        "contribution of each branch, % of the summed norms",
-        f"stage block {''.join(f'{b:>15}' for b in BRANCHES)}",
-    ]
-    for block in explanation.branches:
-        lines.append(f"{block.stage:>5} {block.block:>5} {''.join(f'{100 * share:15.1f}' for share in block.shares)}")
-    return "\n".join(lines)
-
-
 def draw(
     path: Path, title: str, image: np.ndarray, names: Sequence[str], result: Explanation, chosen: Branches
 ) -> None:
-    """Draw everything; image is (H, W, 3) from 0 to 1. UserError where the file cannot be written."""
+    """Draw an image (H, W, 3), 0 to 1, and its explanation. UserError where the file cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 15.5), layout="constrained")
@@ -150,9 +136,9 @@ def draw(
     bands = figure.subfigures(3, 1, height_ratios=(4.2, 6.4, 4))
     _draw_class(bands[0], image, names, result)
     _draw_maps(bands[1], chosen)
-    _draw_depth(bands[2], result.branches, chosen)
+    _draw_depth(bands[2], result.branches)
     try:
-        if path.parent == DEFAULT_FOLDER:  # any other one that is missing is a mistake in --out
+        if path.parent == DEFAULT_FOLDER:  # another missing folder is a mistake in --out
             path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -164,15 +150,13 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
     order = np.argsort(-result.probabilities, kind="stable")[:TOP]
     height, width = image.shape[:2]
     pictures[0].imshow(image)
-    pictures[0].set_title(f"what the network is given ({width} x {height})")
+    pictures[0].set_title(f"network input ({width} x {height})")
     cam = F.interpolate(torch.from_numpy(result.cam)[None, None], size=(height, width), mode="bilinear")[0, 0].numpy()
     pictures[1].imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1)
-    overlay = pictures[1].imshow(cam, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+    pictures[1].imshow(cam, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     h, w = result.cam.shape
-    note = f"from a {w} x {h} map" if h * w > 1 else "a 1 x 1 map tells no place"
-    pictures[1].set_title(f"Grad-CAM: what speaks for\n{_short(names[order[0]])} ({note})")
-    bar = band.colorbar(overlay, ax=pictures[1], shrink=0.7, location="bottom", ticks=(0, 1))
-    bar.ax.set_xticklabels(("little", "much"))
+    note = f"from a {w} x {h} map" if h * w > 1 else "a 1 x 1 map has no location"
+    pictures[1].set_title(f"Grad-CAM: evidence for\n{_short(names[order[0]])} ({note})")
     for axis in pictures[:2]:
         axis.set_axis_off()
     shares = 100 * result.probabilities[order]
@@ -186,13 +170,13 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
 def _draw_maps(band: Any, chosen: Branches) -> None:
     band.suptitle(
         f"Branches of Group-Mix Attention in stage {chosen.stage}, block {chosen.block}: bright tokens respond "
-        "strongly (each map has its own scale)",
+        "strongly; each map has its own scale",
         fontweight="bold",
     )
-    rows = band.subplots(2, len(BRANCHES))
+    rows = band.subplots(2, len(chosen.names))
     labels = ("group proxies\n(norm of v before attention)", "contribution\n(norm after the projection)")
     for axes, maps, label in zip(rows, (chosen.proxies, chosen.responses), labels):
-        for axis, values, name, share in zip(axes, maps, BRANCHES, chosen.shares):
+        for axis, values, name, share in zip(axes, maps, chosen.names, chosen.shares):
             shown = axis.imshow(values, cmap="viridis")
             band.colorbar(
                 shown, ax=axis, shrink=0.7, format="%.2g", location="bottom", ticks=(values.min(), values.max())
@@ -202,37 +186,41 @@ def _draw_maps(band: Any, chosen: Branches) -> None:
         axes[0].set_ylabel(label)
 
 
-def _draw_depth(band: Any, branches: Sequence[Branches], chosen: Branches) -> None:
+def _draw_depth(band: Any, branches: Sequence[Branches]) -> None:
     axis = band.subplots()
     positions = np.arange(len(branches))
     base = np.zeros(len(branches))
-    for number, name in enumerate(BRANCHES):
+    for number, name in enumerate(branches[0].names):
         shares = np.array([100 * block.shares[number] for block in branches])
-        axis.bar(positions, shares, bottom=base, color=COLOURS[number], width=0.9, label=name, edgecolor="white")
+        axis.bar(
+            positions,
+            shares,
+            bottom=base,
+            color=COLOURS[number % len(COLOURS)],
+            width=0.9,
+            label=name,
+            edgecolor="white",
+        )
         base += shares
     for position, block in enumerate(branches):
         if position and block.block == 1:
             axis.axvline(position - 0.5, color="black", linewidth=1.5)
     labels = [f"stage {b.stage}\nblock 1" if b.block == 1 else str(b.block) for b in branches]
     axis.set_xticks(positions, labels)
-    for tick, block in zip(axis.get_xticklabels(), branches):
-        if block is chosen:
-            tick.set_fontweight("bold")
-            tick.set_color("#D55E00")
     axis.set(xlim=(-0.5, len(branches) - 0.5), ylim=(0, 100), ylabel="share of the summed norms, %")
-    axis.set_title("How much each branch contributes, block by block (the block drawn above in red)", fontweight="bold")
+    axis.set_title("Share of each branch, block by block", fontweight="bold")
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def _short(name: str, length: int = 28) -> str:
     name = name.split(" (n")[0].split(",")[0]  # without WordNet's number and second names
-    name = name.replace("$", r"\$")  # which begins mathematics to matplotlib
+    name = name.replace("$", r"\$")  # in matplotlib, $ begins mathematics
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def choose_block(branches: Sequence[Branches], stage: int, block: int) -> Branches:
-    """The block of a stage, both from 1; negative from the stage's end. UserError where there is none."""
+    """The block of a stage, both from 1; a negative block counts from the end. UserError where there is none."""
     last_stage = branches[-1].stage
     if not 1 <= stage <= last_stage:
         raise UserError(f"--stage {stage}: there are stages 1 to {last_stage}")
@@ -243,8 +231,8 @@ def choose_block(branches: Sequence[Branches], stage: int, block: int) -> Branch
 
 
 def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -> dict[str, Any]:
-    """Draw a picture and return its numbers; prints nothing. Raises UserError for missing weights, picture or block."""
-    weights = find_weights(config)  # random weights would look like a result
+    """Draw the explanation of a picture and return its numbers. UserError for missing weights, picture or block."""
+    weights = find_weights(config)
     if not image.is_file():
         raise UserError(f"--image {image}: no such file")
     network, names, loaded = load_classifier(config, weights)
@@ -259,12 +247,11 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
         "weights": loaded,
         "top": [{"class": i, "name": names[i], "probability": float(result.probabilities[i])} for i in order],
         "grad_cam": result.cam.tolist(),
-        "branches": list(BRANCHES),
+        "branches": chosen.names,
         "blocks": [
             {"stage": b.stage, "block": b.block, "norms": b.norms.tolist(), "shares": b.shares.tolist()}
             for b in result.branches
         ],
-        "table": table(result),
     }
 
 
@@ -279,13 +266,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parser.parse_known_args(argv)
     common, config, _ = read_command(rest, keys_of, lambda line: print(line, file=sys.stderr))
     check_json_target(common.json)
-    # Not beside the picture: in a data set it would be one more image.
+    # Not in the picture's folder: in a data set, the drawing would be one more image.
     out = args.out or DEFAULT_FOLDER / f"{args.image.stem}.png"
     result = visualize(config, args.image, args.stage, args.block, out)
     stream = sys.stderr if common.json == STDOUT else sys.stdout
     for entry in result["top"]:
         print(f"{100 * entry['probability']:6.2f} %  {entry['name']}", file=stream)
-    print(result.pop("table"), file=stream)
     if common.json:
         write_json(common.json, result)
     print(f"wrote {out}", file=stream)

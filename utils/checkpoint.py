@@ -277,10 +277,7 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
     else:
         state = next((checkpoint[k] for k in _RAW_KEYS if isinstance(checkpoint.get(k), dict)), checkpoint)
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        hint = (
-            "; birder's files go through python -m tools.convert" if {"state", "signature"} <= set(checkpoint) else ""
-        )
-        raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)}){hint}")
+        raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)})")
     return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
 
 

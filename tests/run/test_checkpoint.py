@@ -431,14 +431,7 @@ def test_which_weights_of_a_checkpoint():
 )  # fmt: skip
 def test_files_without_a_state_dict(content):
     message = message_of(select_weights, content, "best", "f.pth")
-    assert message.startswith("f.pth: holds no state dict") and "birder" not in message
-
-
-def test_a_file_of_birders_is_sent_to_convert():
-    content = {"state": {"w": torch.zeros(1)}, "signature": {}, "task": "image_classification"}
-    assert message_of(select_weights, content, "best", "f.pt").endswith(
-        "birder's files go through python -m tools.convert"
-    )
+    assert message.startswith("f.pth: holds no state dict")
 
 
 def test_weights_of_another_network_are_named(tmp_path, make_network):

@@ -1,53 +1,126 @@
-"""curves.png: what is read from the event files, and that drawing never ends a run."""
+"""tools.curves: what is read from metrics.jsonl, that numbers of any task are drawn, and that no run ends by it."""
 
 import json
 import logging
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from runs import arguments, run_folder, train_here
 
-from configs import UserError
 from tools import curves
-from utils.run_log import TensorBoard
 
 
-def write(folder: Path, first: int, last: int, value: float, num_updates: int = 0) -> None:
-    board = TensorBoard(folder, True, num_updates)
-    for update in range(first, last + 1):
-        board.scalars({"train/loss": value, "train/lr": value}, update)
-    board.close()
+def write_metrics(folder: Path, epochs: int = 3, best: str = "acc1", **numbers: Any) -> list[dict[str, Any]]:
+    """A metrics.jsonl as train.py writes it; returns its lines. `numbers` replace or add some; a list has one an epoch.
+
+    A number whose value is None is null in the file.
+    """
+    lines = []
+    for epoch in range(epochs):
+        line = {"epoch": epoch, "updates": 25 * (epoch + 1), "lr": 0.0016 / (epoch + 1), "seconds": 12.3}
+        line |= {"images_per_second": 130.0, "train_loss": 2.1 / (epoch + 1), "grad_norm": 1.2 + epoch}
+        for weights, value in (("raw", 50.0 + epoch), ("ema", 40.0 + 9 * epoch)):
+            line |= {f"{best}_{weights}": value, f"acc5_{weights}": 90.0, f"loss_{weights}": 1.9 / (epoch + 1)}
+        lines.append(line | {k: v[epoch] if isinstance(v, list) else v for k, v in numbers.items()} | {"best": best})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
-def test_a_run_draws_its_curves_and_a_stopped_one_continues_without_points_twice(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def lines_of(axis: Any) -> dict[str, list[float]]:
+    return {line.get_label(): line.get_ydata().tolist() for line in axis.lines}
+
+
+def test_the_panels_show_the_numbers_of_any_task(tmp_path: Path) -> None:
+    """Nothing is known of the task: a network that detects, without EMA and without a loss of validation."""
+    none = dict.fromkeys(("loss_raw", "loss_ema", "mAP_ema"))
+    lines = write_metrics(tmp_path / "run", best="mAP", train_loss_boxes=1.0, **none)
+    figure = curves.draw_figure([curves.read_run(tmp_path / "run")])
+    loss, best, rate, norm = figure.axes
+    assert lines_of(loss) == {"training": [line["train_loss"] for line in lines]}
+    assert best.get_title(loc="left") == "Validation: mAP"
+    assert lines_of(best) == {"raw weights, best 52": [50.0, 51.0, 52.0]}
+    assert [*lines_of(rate).values()] == [[line["lr"] for line in lines]]
+    assert [*lines_of(norm).values()] == [[1.2, 2.2, 3.2]]
+    assert {tuple(line.get_xdata()) for axis in figure.axes for line in axis.lines} == {(1, 2, 3)}
+
+
+def test_raw_and_ema_weights_are_drawn_and_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "run", acc1_ema=[40.0, None, 70.25])
+    loss, best, _, _ = curves.draw_figure([curves.read_run(tmp_path / "run")]).axes
+    assert [*lines_of(loss)] == ["training", "validation, raw weights", "validation, EMA weights"]
+    raw, ema = best.lines
+    assert (raw.get_label(), ema.get_label()) == ("raw weights, best 52", "EMA weights, best 70.25")
+    assert str(ema.get_ydata().tolist()) == "[40.0, nan, 70.25]" and ema.get_linestyle() == "--"
+
+
+def test_the_command_draws_one_run_in_its_folder_and_compares_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = arguments(data, tmp_path)
-    train_here(monkeypatch, args, stop_at=3)
-    assert (run_folder(tmp_path) / "curves.png").is_file(), "a stopped run draws too"
-    assert curves.read_run(run_folder(tmp_path)).updates_per_epoch is None
-    train_here(monkeypatch, args)
-    run = curves.read_run(run_folder(tmp_path))
-    assert run.series["train/loss"].updates.tolist() == list(range(1, len(run.series["train/loss"].updates) + 1))
-    assert run.epochs("val/acc1_raw").tolist() == [1, 2]
-    assert set(run.series) >= {"train/lr", "train/grad_norm", "val/acc1_ema", "val/loss_raw"}
-    with Image.open(run_folder(tmp_path) / "curves.png") as picture:
+    lines = write_metrics(tmp_path / "a" / "one")
+    write_metrics(tmp_path / "b" / "two", epochs=2, best="top1")
+    monkeypatch.chdir(tmp_path)
+    assert curves.main(["a/one"]) == 0
+    with Image.open(tmp_path / "a" / "one" / "curves.png") as picture:
         assert picture.size == (1440, 1008)
+    assert capsys.readouterr().out == "wrote a/one/curves.png\n"
+    assert curves.main(["a/one", "b/two", "--json", "-"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["run"] for run in runs] == ["a/one", "b/two"] and runs[0]["epochs"] == lines
+    assert (tmp_path / "curves.png").is_file()
+    assert curves.main(["a/one", "--out", "both.svg"]) == 0 and (tmp_path / "both.svg").is_file()
 
 
-@pytest.mark.parametrize("continued_at", [0, 3])
-def test_what_a_continued_run_overwrote_is_not_shown(tmp_path: Path, continued_at: int) -> None:
-    write(tmp_path, 1, 6, 1.0)
-    (before,) = tmp_path.iterdir()
-    before.rename(tmp_path / "events.out.tfevents.1000000000.host.0")  # names tell the second: not the same twice
-    write(tmp_path, continued_at + 1, continued_at + 2, 2.0, continued_at)
-    for series in curves.read_run(tmp_path).series.values():
-        assert series.updates.tolist() == list(range(1, continued_at + 3))
-        assert series.values.tolist() == [1.0] * continued_at + [2.0] * 2
+def test_a_last_line_that_is_half_written_is_skipped(tmp_path: Path) -> None:
+    lines = write_metrics(tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text + text[:40])
+    assert curves.read_run(tmp_path).epochs == lines
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "metrics.jsonl: No such file or directory; give the folder of a run that has finished an epoch"),
+        ("", "metrics.jsonl: holds no finished epoch"),
+        ('{"epoch": 0', "metrics.jsonl: holds no finished epoch"),
+        ('{"epoch": 0\n{"epoch": 1}\n', "metrics.jsonl: line 1 is damaged"),
+        ('[1]\n{"epoch": 1}\n', "metrics.jsonl: line 1 is damaged"),
+    ],
+)
+def test_a_folder_without_epochs_is_one_line(
+    tmp_path: Path, content: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert curves.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_run_is_drawn_once_an_epoch_is_finished_and_within_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, drawn = 0.0, []
+
+    def slow(runs: list[curves.RunMetrics], path: Path) -> None:
+        nonlocal now
+        now += 1
+        drawn.append((path.name, len(runs[0].epochs)))
+
+    monkeypatch.setattr(curves.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(curves, "draw", slow)
+    drawing = curves.RunCurves(tmp_path, True, logging.getLogger("curves"))
+    drawing.draw()
+    assert drawn == [], "no epoch is finished"
+    for epochs in (1, 2, 3):  # each takes 30 s, and drawing 1 s
+        now += 30
+        write_metrics(tmp_path, epochs)
+        drawing.after_epoch()
+    assert drawn == [("curves.png", 1), ("curves.png", 3)]
 
 
 def test_a_failure_to_draw_is_one_line(
@@ -56,7 +129,7 @@ def test_a_failure_to_draw_is_one_line(
     def broken(*_: object) -> None:
         raise RuntimeError("no fonts\nat all")
 
-    write(tmp_path, 1, 2, 1.0)
+    write_metrics(tmp_path)
     monkeypatch.setattr(curves, "draw", broken)
     drawing = curves.RunCurves(tmp_path, True, logging.getLogger("curves"))
     drawing.after_epoch()
@@ -64,30 +137,11 @@ def test_a_failure_to_draw_is_one_line(
     assert [record.getMessage() for record in caplog.records] == ["curves.png is not drawn: no fonts at all"]
 
 
-def test_several_runs_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [tmp_path / name for name in ("a", "b")]
-    for folder in folders:
-        folder.mkdir()
-        write(folder, 1, 3, 0.5)
-    picture = tmp_path / "both.png"
-    assert curves.main([*map(str, folders), "--out", str(picture), "--json", "-"]) == 0
-    runs = json.loads(capsys.readouterr().out)["runs"]
-    assert [run["run"].split("/")[-1] for run in runs] == ["a", "b"]
-    assert runs[0]["series"]["train/loss"] == {"update": [1, 2, 3], "epoch": None, "value": [0.5, 0.5, 0.5]}
-    assert picture.is_file()
-
-
-@pytest.mark.parametrize("norms", [(0.09, 3), (1.1, 1.3), (1.1, 3.4), (1e-6, 1e4), (0.0, 2.0)], ids=str)
-def test_axes_can_be_read(norms: tuple[float, float]) -> None:
+@pytest.mark.parametrize("norms", [(1.1, 1.3), (0.03, 2.9), (0.02, 2.1), (1e-6, 1e4), (0.0, 2.0)], ids=str)
+def test_axes_can_be_read(tmp_path: Path, norms: tuple[float, float]) -> None:
     """No tick label covers another, each axis has some, and epochs are whole."""
-    updates = np.arange(1, 201)
-    series = {
-        "train/loss": curves.Series(updates, np.linspace(3, 1, 200)),
-        "train/lr": curves.Series(updates, np.linspace(1e-3, 1e-6, 200)),
-        "train/grad_norm": curves.Series(updates, np.geomspace(norms[0] or 0.5, norms[1], 200) * (norms[0] > 0)),
-        "val/acc1_raw": curves.Series(updates[9::10], np.linspace(10, 90, 20)),
-    }
-    figure = curves.draw_figure([curves.Run("a/b", series, 10.0)])
+    write_metrics(tmp_path, 8, grad_norm=[*norms] * 4)
+    figure = curves.draw_figure([curves.read_run(tmp_path)])
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     for axes in figure.axes:
@@ -100,12 +154,3 @@ def test_axes_can_be_read(norms: tuple[float, float]) -> None:
             boxes = sorted(tuple(sorted(getattr(extent, f"interval{along}"))) for extent in extents)
             assert all(box[1] < following[0] for box, following in pairwise(boxes))
             assert along == "y" or all(label.get_text().isdigit() for label in labels)
-
-
-@pytest.mark.parametrize("name", ["missing", "empty"])
-def test_no_run_is_one_line(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError):
-        curves.read_run(tmp_path / name)
-    assert curves.main([str(tmp_path / name)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -1,8 +1,9 @@
-"""The report page: its numbers, that it fetches nothing and runs nothing, and how a browser sees it."""
+"""The report page: its numbers, that it fetches nothing and runs nothing, and which pictures it contains."""
 
+import base64
+import io
 import json
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from tasks.classification.predictions import Predictions
 from tools import report
 
 EVIL = '<script src="http://x.test/a.js"></script>'
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -64,12 +64,13 @@ def test_page_holds_the_numbers_escapes_names_and_names_no_other_file(evaluation
     addresses.feed(page)
     assert len(addresses.found) == 2 and all(a.startswith("data:image/jpeg;base64,") for a in addresses.found)
     assert "@import" not in page and "url(" not in page
+    for address in addresses.found:
+        assert Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).size == (60, 40)
     content = json.loads((tmp_path / "content.json").read_text())
     assert [m["path"] for m in content["mistakes"]] == ["c/5.png", "a/1.png"], "the surest first"
     assert [c["name"] for c in content["worst_classes"]] == ["ant", "cat", EVIL]
     pairs = [(p["label"], p["predicted"], p["images"], p["of"]) for p in content["confused_pairs"]]
     assert pairs == [("ant", EVIL, 1, 2), ("cat", "ant", 1, 2)]
-    assert content["matrix"] == {"names": ["ant", EVIL, "cat"], "counts": [[1, 1, 0], [0, 2, 0], [1, 0, 1]]}
 
 
 def test_page_says_what_was_evaluated_and_puts_wordnet_ids_in_words(tmp_path: Path) -> None:
@@ -81,7 +82,9 @@ def test_page_says_what_was_evaluated_and_puts_wordnet_ids_in_words(tmp_path: Pa
     assert "a_model \N{MIDDLE DOT} ema weights of &lt;b&gt;.pth \N{MIDDLE DOT} data /d" in page
     assert "validation set v2 \N{MIDDLE DOT} 48 x 48 pixels \N{MIDDLE DOT} flip<" in page
     content = json.loads((tmp_path / "content.json").read_text())
-    assert content["matrix"]["names"] == ["tench (n01440764)", "goldfish (n01443537)", "tabby (n02123045)"]
+    assert [c["name"] for c in content["worst_classes"]] == [
+        *("tench (n01440764)", "tabby (n02123045)", "goldfish (n01443537)")
+    ]
 
 
 def test_pictures_that_are_missing_damaged_or_outside_the_data_are_left_out(evaluation: Path, tmp_path: Path) -> None:
@@ -112,18 +115,3 @@ def test_mistakes_are_one_line(
     assert report.main(args) == 2
     error = capsys.readouterr().err
     assert broken in error and error.count("\n") == 1
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page is not looked at in a browser")
-def test_a_browser_shows_the_numbers_and_decodes_the_pictures(evaluation: Path, tmp_path: Path) -> None:
-    assert report.main([str(evaluation)]) == 0
-    page = evaluation / "report.html"
-    # The page itself runs no scripts, so a copy without its policy tells how large its pictures came out.
-    probe = "<script>onload=()=>{document.title=[...document.images].map(i=>i.naturalWidth).join()}</script></body>"
-    copy = tmp_path / "probe.html"
-    copy.write_text(page.read_text().replace(report.POLICY, "img-src data:").replace("</body>", probe))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    dom = subprocess.run([CHROMIUM, *flags, copy.as_uri()], capture_output=True, text=True, timeout=120).stdout
-    assert "<title>60,60</title>" in dom
-    assert "66.667 %" in dom and "&lt;script" in dom

@@ -71,31 +71,23 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return weights, picture
 
 
-def test_the_drawing_is_not_put_beside_the_picture(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_draws_the_numbers_that_it_prints_and_writes_and_not_beside_the_picture(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a data set it would be one more image of the class."""
+    """In a data set, a drawing beside the picture would be one more image of the class."""
     weights, picture = files
     before = set(tmp_path.iterdir())
-    (tmp_path / "elsewhere").mkdir()
-    args = ["--cfg", str(Path(CFG[1]).resolve()), "--resume", str(weights), "--image", str(picture), "--opts", *TINY]
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert visualize.main([*args, "--stage", "5"]) == 2
-    assert not any((tmp_path / "elsewhere").iterdir())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    args = [*CFG, "--resume", str(weights), "--image", str(picture), "--json", "numbers.json", "--opts", *TINY]
     assert visualize.main(args) == 0
-    assert set(tmp_path.iterdir()) - before == {tmp_path / "elsewhere"}
-    assert (tmp_path / "elsewhere" / "output" / "visualized" / f"{picture.stem}.png").is_file()
-
-
-def test_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights, picture = files
-    out, numbers = tmp_path / "out.png", tmp_path / "numbers.json"
-    args = [*CFG, "--resume", str(weights), "--image", str(picture), "--out", str(out), "--json", str(numbers)]
-    assert visualize.main([*args, "--opts", *TINY]) == 0
-    content = json.loads(numbers.read_text())
+    content = json.loads((elsewhere / "numbers.json").read_text())
     assert len(content["blocks"]) == 4 and len(content["top"]) == 3
-    assert f"{100 * content['blocks'][0]['shares'][0]:.1f}" in capsys.readouterr().out
-    with Image.open(out) as drawn:
+    assert content["branches"] == ["single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch"]
+    assert f"{100 * content['top'][0]['probability']:.2f} %" in capsys.readouterr().out
+    assert set(tmp_path.iterdir()) - before == {elsewhere}
+    with Image.open(elsewhere / "output" / "visualized" / f"{picture.stem}.png") as drawn:
         assert drawn.width > 1000
 
 

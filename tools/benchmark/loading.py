@@ -1,14 +1,15 @@
-"""From the bytes of an image to network input: the exact way, the fast one, and packed copies."""
+"""From the bytes of an image to network input: the exact way, the fast one, and the fast one from packed copies."""
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from configs import UserError, read_config, with_values
+from configs import read_config
 from data.datasets import decode_image
 from data.fast.decoding import EncodedImage, decode_to_tensor, decodes_regions
 from data.fast.transforms import FastEvalTransform, FastTrainTransform
@@ -18,59 +19,57 @@ from tasks import keys_of
 from tasks.classification.transforms import eval_transform, train_transform
 from tools.pack import shrink
 
-from . import ROOT
-from .measuring import time_in_turns
+from .measuring import time_interleaved
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """From the bytes of an image to what the loader collates, on one core."""
-    if not args.data_path:
-        raise UserError("load: needs --data-path DIR, a folder of class folders with photographs")
-    config = read_config(["--cfg", str(ROOT / "configs" / f"{args.variant}.yaml")], keys_of)
+def benchmark_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Decode and transform photographs of --data-path, on one core as a loader's worker does."""
+    config = read_config(["--cfg", str(CONFIGS / f"{args.variant}.yaml")], keys_of, lambda line: None)
     source = FolderSource(args.data_path)
     chosen = np.linspace(0, len(source.samples) - 1, min(args.images, len(source.samples))).astype(int)
     encoded = [source.read(int(index)) for index in chosen]
     packed = [shrink(content, 256, 95) for content in encoded]
     exact_train, fast_train = train_transform(config), FastTrainTransform(config)
-    no_policy = FastTrainTransform(with_values(config, {"AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0}))
     exact_eval, fast_eval = eval_transform(config), FastEvalTransform(config)
+    training = {
+        "exact": lambda: _load(encoded, decode_image, exact_train),
+        "fast": lambda: _load(encoded, fast_train.decode_crop, fast_train),
+        "fast, packed (256, quality 95)": lambda: _load(packed, fast_train.decode_crop, fast_train),
+    }
+    if decodes_regions():
+        whole = _whole_then_crop(fast_train)
+        training["fast, without nvImageCodec"] = lambda: _load(encoded, whole, fast_train)
+    validation = {
+        "exact": lambda: _load(encoded, decode_image, exact_eval),
+        "fast": lambda: _load(encoded, decode_to_tensor, fast_eval),
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        cpu = torch.device("cpu")
-        training = {
-            "exact": lambda: _each(encoded, decode_image, exact_train),
-            "fast": lambda: _each(encoded, fast_train.decode_crop, fast_train),
-        }
-        if decodes_regions():
-            whole = _whole_then_crop(fast_train)
-            training["fast, whole images decoded"] = lambda: _each(encoded, whole, fast_train)
-        training |= {
-            "exact, packed (256, quality 95)": lambda: _each(packed, decode_image, exact_train),
-            "fast, packed (256, quality 95)": lambda: _each(packed, fast_train.decode_crop, fast_train),
-            "fast, without the policy": lambda: _each(encoded, no_policy.decode_crop, no_policy),
-            "decoding whole images alone": lambda: _each(encoded, decode_to_tensor, lambda image: image),
-        }
-        validation = {
-            "exact": lambda: _each(encoded, decode_image, exact_eval),
-            "fast": lambda: _each(encoded, decode_to_tensor, fast_eval),
-        }
         return [
-            time_in_turns(f"{what}, {len(encoded)} photographs, one core", ways, args.trials, len(encoded), cpu)
-            for what, ways in (("loading to train", training), ("loading to validate", validation))
+            time_interleaved(
+                f"loading to {purpose}, {len(encoded)} photographs, one core",
+                candidates,
+                args.trials,
+                len(encoded),
+                torch.device("cpu"),
+            )
+            for purpose, candidates in (("train", training), ("validate", validation))
         ]
     finally:
         torch.set_num_threads(threads)
 
 
-def _each(encoded: Sequence[bytes], decode: Callable, transform: Callable) -> None:
+def _load(encoded: Sequence[bytes], decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor]) -> None:
     for index, content in enumerate(encoded):
         seed_everything(0, index)
         transform(decode(content))
 
 
 def _whole_then_crop(transform: FastTrainTransform) -> Callable[[bytes], Tensor]:
-    """`transform.decode_crop` as it is where nvImageCodec is not installed."""
+    """What `transform.decode_crop` does where nvImageCodec is not installed."""
 
     def decode(encoded: bytes) -> Tensor:
         image = EncodedImage(encoded)
