@@ -16,11 +16,9 @@ from yacs.config import CfgNode
 
 from configs import SPLIT_NAMES, UserError
 from data.fast.decoding import decode_to_tensor
-from data.fast.transforms import FastEvalTransform, FastTrainTransform, FastViewsTransform, build_erasing
-from tasks.classification.transforms import eval_transform, train_transform, views_transform
+from data.fast.transforms import FastEvalTransform
 
 from .datasets import AugmentedDataset, ImageDataset, decode_image
-from .normalization import normalize
 from .samplers import TrainingOrder
 from .sources import Source, check_same_classes, class_folders, open_source
 
@@ -57,10 +55,12 @@ class TrainingData:
         worker_init_fn: Callable[[int], None] | None = None,
         samples_log: Path | None = None,
     ) -> None:
+        from tasks.classification.transforms import fast_train_transform, train_transform
+
         if config.DATA.FAST_LOADING == "no":
             self.images = ImageDataset(source, train_transform(config))
         else:
-            transform = FastTrainTransform(config)
+            transform = fast_train_transform(config)
             self.images = ImageDataset(source, transform, transform.decode_crop)
         self.config = config
         self.order = TrainingOrder(
@@ -109,9 +109,7 @@ class TrainingData:
         """
         if images.dtype != torch.uint8:
             return images
-        erasing = build_erasing(self.config, images.device)
-        images = normalize(images)
-        return images if erasing is None else erasing(images)
+        return self.images.transform.normalize_batch(images)
 
     def _log_samples(self, line: str) -> None:
         try:
@@ -149,8 +147,11 @@ def build_eval_loader(
 
     With DATA.FAST_LOADING 'all' images are uint8 (B, H, W, 3): `normalize` them on their device.
     """
+    from tasks.classification.transforms import eval_transform
+
     if config.DATA.FAST_LOADING == "all":
-        dataset = ImageDataset(source, FastEvalTransform(config), decode_to_tensor)
+        views = FastEvalTransform(eval_transform(config).transforms)
+        dataset = ImageDataset(source, lambda image: views(image)[0], decode_to_tensor)
     else:
         dataset = ImageDataset(source, eval_transform(config))
     return _loader(config, Subset(dataset, range(rank, len(dataset), world_size)), pin_memory, worker_init_fn)
@@ -165,8 +166,10 @@ def build_prediction_loader(
 
     Which images make up a batch does not depend on the number of processes, and so the bits of a prediction do not.
     """
+    from tasks.classification.transforms import fast_views_transform, views_transform
+
     if config.DATA.FAST_LOADING == "all":
-        dataset = ImageDataset(source, FastViewsTransform(config), decode_to_tensor)
+        dataset = ImageDataset(source, fast_views_transform(config), decode_to_tensor)
     else:
         dataset = ImageDataset(source, views_transform(config))
     size = config.DATA.BATCH_SIZE

@@ -11,10 +11,10 @@ from torch import Tensor
 from configs import UserError, get_config, parse_args, with_values
 from data.datasets import decode_image
 from data.fast.decoding import EncodedImage, decode_to_tensor, decodes_regions
-from data.fast.transforms import FastEvalTransform, FastTrainTransform
+from data.fast.transforms import FastTrainTransform
 from data.randomness import seed_everything
 from data.sources import FolderSource
-from tasks.classification.transforms import eval_transform, train_transform
+from tasks.classification.transforms import eval_transform, fast_train_transform, fast_views_transform, train_transform
 from tools.pack import shrink
 
 from . import ROOT
@@ -30,9 +30,9 @@ def row_load(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     chosen = np.linspace(0, len(source.samples) - 1, min(args.images, len(source.samples))).astype(int)
     encoded = [source.read(int(index)) for index in chosen]
     packed = [shrink(content, 256, 95) for content in encoded]
-    exact_train, fast_train = train_transform(config), FastTrainTransform(config)
-    no_policy = FastTrainTransform(with_values(config, {"AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0}))
-    exact_eval, fast_eval = eval_transform(config), FastEvalTransform(config)
+    exact_train, fast_train = train_transform(config), fast_train_transform(config)
+    no_policy = fast_train_transform(with_values(config, {"AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0}))
+    exact_eval, fast_eval = eval_transform(config), fast_views_transform(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
