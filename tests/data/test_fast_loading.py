@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import runs
 import torch
+from image_data import UNREADABLE, made_images
 from PIL import Image
 from scipy.stats import ks_2samp
-from test_sources import UNREADABLE, made_images
 from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
