@@ -5,12 +5,12 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from configs import SPLIT_NAMES, UserError
 
@@ -61,23 +61,51 @@ class FolderSource:
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
     Hidden folders are no classes: an editor's leftover must not shift every label after it.
-    Raises UserError where the folder is missing or empty, or a class has no image.
+    Raises UserError if the folder is missing or has no classes, if a class has no image (unless `allow_empty`), or if a
+    folder cannot be read or a link leads back to it.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, allow_empty: bool = False) -> None:
         self.root = Path(root)
         self.classes = class_folders(self.root)
         if not self.classes:
             raise UserError(f"{self.root}: holds no class folders; expected {self.root}/<class>/<image>")
-        class_to_index = {name: i for i, name in enumerate(self.classes)}
-        samples = make_dataset(str(self.root), class_to_index, IMG_EXTENSIONS, allow_empty=True)
-        self.samples = SampleList(samples)
-        empty = sorted(set(self.classes) - {self.classes[label] for _, label in samples})
-        if empty:
-            raise UserError(f"{self.root}: no images ({', '.join(IMG_EXTENSIONS)}) in class {_list(empty)}")
+        images = {name: _image_files(self.root, name) for name in self.classes}
+        self.samples = SampleList((path, label) for label, name in enumerate(self.classes) for path in images[name])
+        self.empty_classes = [name for name in self.classes if not images[name]]
+        if self.empty_classes and not allow_empty:
+            suffixes = ", ".join(IMG_EXTENSIONS)
+            raise UserError(f"{self.root}: no images ({suffixes}) in class {_list(self.empty_classes)}")
 
     def read(self, index: int) -> bytes:
         return Path(self.samples[index][0]).read_bytes()
+
+
+def _image_files(root: Path, name: str) -> list[str]:
+    """Paths of the images in a class folder, in the order of torchvision's ImageFolder. Links are followed."""
+
+    def walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+        real = os.path.realpath(folder)
+        if real in above:
+            raise UserError(f"{folder}: a link that leads back to {real}; remove it")
+        files, folders = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    (folders if is_folder(entry) else files).append(entry.name)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}") from None
+        yield folder, sorted(files)
+        for below in folders:
+            yield from walk(f"{folder}{os.sep}{below}", (*above, real))
+
+    listed = sorted(walk(str(root / name), (os.path.realpath(root),)))
+    return [f"{folder}{os.sep}{file}" for folder, files in listed for file in files if is_image_name(file)]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether training reads a file of this name: by its suffix."""
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 class ZipSource:

@@ -15,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import GroupMixFormer
-from utils.compilation import compile_blocks
+from tasks.networks import compile_blocks
 from utils.processes import WITHOUT_BUFFERS
 from utils.sync_batchnorm import TraceableSyncBatchNorm, use_traceable_batch_norms
 

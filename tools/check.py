@@ -1,78 +1,81 @@
-"""Inspect a data set before a long run: every file is read, hashed and decoded as training would decode it.
+"""Inspect a data set before a long run: python -m tools.check --data-path DIR [--zip] [--json FILE] [--strict]
 
-    python -m tools.check --data-path DIR [--dataset imagenet_21k] [--zip] [--workers N] [--strict]
-                         [--report FILE] [--manifest FILE] [--json FILE]
-
-Exit status: 0 nothing that would harm training or evaluation, 1 something would (with --strict: anything found at all),
-2 wrong use. The report lists errors first, then warnings, then what is merely unusual; `--report` and `--json` hold
-every line of it (`--json -`: to standard output, and the report to standard error). The manifest has one line per
-image, sorted by path: path, size in bytes, SHA-256, class index, with tabs between. The fingerprint printed at the end
-is a hash of the manifest: same fingerprint, same data.
+The splits are opened, and every image is read and decoded, as training does it, on all cores. The report names what is
+missing, misnamed, empty, damaged, or stored twice, above all in both train and val. Exit status: 0 nothing that harms
+training or evaluation; 1 something does (with --strict: anything was found); 2 wrong use.
 """
 
 import argparse
 import hashlib
 import json
+import mmap
+import multiprocessing
 import os
 import signal
-import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
-from data.loaders import available_cores
+from configs.errors import one_line
+from data.datasets import IMAGE_FORMATS, decode_image
+from data.sources import (
+    MAX_MEMBER_BYTES,
+    FolderSource,
+    Source,
+    ZipSource,
+    check_same_classes,
+    fingerprint,
+    is_image_name,
+    open_source,
+)
+from data.workers import available_cores, set_parent_death_signal
 
-from .inspection import inspect_all
-from .listing import File, Problem, Split, list_folders, list_zips
-
-ERROR, WARNING, NOTE = "error", "warning", "note"
-LEVEL_TITLES = {
-    ERROR: "ERRORS: these harm training or evaluation",
-    WARNING: "WARNINGS",
-    NOTE: "UNUSUAL, for information",
-}
-
+ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
-    "split": (ERROR, "split missing or misnamed"),
-    "no-classes": (ERROR, "split without classes"),
-    "class": (ERROR, "class in one split only"),
+    "split": (ERROR, "split that training cannot open"),
+    "classes": (ERROR, "train and val differ in their classes"),
     "empty-class": (ERROR, "class without images"),
-    "map-line": (ERROR, "line of a map file that is wrong"),
     "unread-image": (ERROR, "image that training does not read"),
-    "broken-link": (ERROR, "symbolic link to nothing"),
-    "link-loop": (ERROR, "symbolic link that leads back"),
-    "unreadable": (ERROR, "file or folder that cannot be read"),
-    "special-file": (ERROR, "pipe, socket or device"),
-    "zero-byte": (ERROR, "empty file"),
-    "text": (ERROR, "text instead of an image"),
-    "header-only": (ERROR, "header without pixels"),
-    "truncated": (ERROR, "image that ends too early"),
-    "corrupt": (ERROR, "file that does not decode"),
+    "unreadable": (ERROR, "file that cannot be read"),
+    "empty": (ERROR, "empty file"),
+    "damaged": (ERROR, "file that does not decode"),
     "bomb": (ERROR, "file that decodes to too much"),
     "crash": (ERROR, "file that ends or blocks the process that decodes it"),
-    "train-and-val": (ERROR, "file that is in both train and val"),
-    "duplicate": (WARNING, "file that occurs twice in a split"),
-    "hidden": (WARNING, "hidden file or folder"),
+    "train-and-val": (ERROR, "image that is in both train and val"),
+    "duplicate": (WARNING, "image that is in a split twice"),
+    "misnamed": (WARNING, "image of another format than its suffix says; training reads it"),
     "not-image": (WARNING, "file that is no image; training does not read it"),
-    "extra": (WARNING, "folder or zip file that belongs to no split"),
-    "unlisted": (WARNING, "file in the zip that the map does not name"),
-    "large": (WARNING, "image of very many pixels"),
-    "cmyk": (NOTE, "CMYK"),
-    "deep": (NOTE, "more than 8 bits per channel"),
-    "palette": (NOTE, "palette"),
-    "alpha": (NOTE, "alpha channel or transparent colour, which training drops"),
-    "exif-orientation": (NOTE, "EXIF orientation, which training ignores"),
-    "other-format": (NOTE, "format other than the suffix says"),
 }
 LINES_PER_KIND = 10  # on the console
+FILES_PER_TASK = 16
+SECONDS_PER_FILE = 120  # then the process that decodes it is ended
+
+
+class Problem(NamedTuple):
+    kind: str  # key of KINDS
+    path: str  # below the data path; members of train.zip as train.zip/<member>
+    reason: str
+
+
+class Inspection(NamedTuple):
+    """The result for one image. `digest` and `mode` are empty if it does not decode."""
+
+    digest: bytes = b""  # 16 bytes of its SHA-256
+    mode: str = ""  # Pillow's, such as 'RGB'
+    problem: tuple[str, str] | None = None  # kind and reason
 
 
 @dataclass
@@ -80,13 +83,9 @@ class Report:
     """The result of a check; `problems` are in the order of the report."""
 
     data_path: str
-    dataset: str
-    zipped: bool
-    splits: dict[str, Split]
-    modes: dict[str, int]  # number of images of each of Pillow's modes
-    problems: list[Problem]
-    manifest: str
-    fingerprint: str
+    splits: dict[str, Source]
+    modes: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
 
     def count(self, level: str) -> int:
         return sum(KINDS[problem.kind][0] == level for problem in self.problems)
@@ -96,219 +95,301 @@ class Report:
 
 
 # ------------------------------------------------------------------------------------------------------------ the check
+def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> Report:
+    """Inspect both splits of the data set below `data_path` in `workers` processes.
 
-
-def check_data_set(
-    data_path: str, dataset: str = "imagenet", zipped: bool = False, workers: int | None = None
-) -> Report:
-    """Inspect the data set below `data_path`, in as many processes as there are cores unless `workers` says otherwise.
-
-    The report does not depend on the number of processes. Raises UserError where the folder is not there.
+    The report does not depend on the number of processes. Raises UserError if the folder does not exist.
     """
-    root = Path(data_path)
-    if not root.is_dir():
+    if not Path(data_path).is_dir():
         raise UserError(f"--data-path {data_path}: no such folder")
-    listing = (list_zips if zipped else list_folders)(root, dataset)
-    files, problems = listing.files, listing.problems
-    sizes = np.full(len(files), -1, np.int64)
-    digests = np.zeros((len(files), 32), np.uint8)
-    is_hashed, is_sound = np.zeros(len(files), bool), np.zeros(len(files), bool)
-    modes: Counter[str] = Counter()
-    with tqdm(total=len(files), desc="inspecting", unit="file", disable=None) as progress:
-        for index, (size, digest, mode, findings) in inspect_all(root, listing, workers or available_cores()):
-            sizes[index] = size
-            if digest:
-                digests[index] = np.frombuffer(digest, np.uint8)
-                is_hashed[index] = True
-            if mode:
-                is_sound[index] = True
-                modes[mode] += 1
-            problems += [Problem(kind, files[index].path, reason) for kind, reason in findings]
-            progress.update()
-
-    by_path = sorted((i for i, file in enumerate(files) if file.label is not None), key=lambda i: files[i])
-    problems += _repeated(files, digests, np.array([i for i in by_path if is_sound[i]], np.int64))
-    for i in by_path:
-        listing.splits[files[i].split].num_bytes += max(0, int(sizes[i]))
-    manifest = "".join(
-        f"{_printable(files[i].path)}\t{sizes[i] if sizes[i] >= 0 else '-'}"
-        f"\t{digests[i].tobytes().hex() if is_hashed[i] else '-'}\t{files[i].label}\n"
-        for i in by_path
-    )
-    order = {kind: position for position, kind in enumerate(KINDS)}
-    return Report(
-        data_path=data_path,
-        dataset=dataset,
-        zipped=zipped,
-        splits=listing.splits,
-        modes=dict(sorted(modes.items())),
-        problems=sorted(problems, key=lambda problem: (order[problem.kind], problem.path, problem.reason)),
-        manifest=manifest,
-        fingerprint=hashlib.sha256(manifest.encode()).hexdigest()[:16],
-    )
+    report = Report(data_path, {})
+    problems, digests = report.problems, {}
+    for split, name in SPLIT_NAMES[dataset].items():
+        try:
+            report.splits[split] = _open(data_path, dataset, split, zipped)
+        except UserError as error:
+            problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
+    for split, source in report.splits.items():
+        digests[split] = np.zeros(len(source.samples), "S16")
+        with tqdm(total=len(source.samples), desc=split, unit="image", disable=None) as progress:
+            for index, found in inspect_all(source, workers):
+                digests[split][index] = found.digest
+                if found.digest:
+                    report.modes[found.mode] += 1
+                if found.problem:
+                    kind, reason = found.problem
+                    problems.append(Problem(kind, _name(source, source.samples[index][0]), reason))
+                progress.update()
+        if isinstance(source, FolderSource):
+            problems += _not_read(source)
+    problems += _repeated(report.splits, digests)
+    if len(report.splits) == 2:
+        try:
+            check_same_classes(report.splits["train"].classes, report.splits["val"].classes, data_path)
+        except UserError as error:
+            problems.append(Problem("classes", ".", error.one_line()))
+    order = list(KINDS)
+    problems.sort(key=lambda problem: (order.index(problem.kind), problem.path, problem.reason))
+    return report
 
 
-def _repeated(files: list[File], digests: np.ndarray, candidates: np.ndarray) -> Iterator[Problem]:
-    """Problems of files with the same content. `candidates` are the indices of the sound images, sorted by path."""
-    if not len(candidates):
+def _open(data_path: str, dataset: str, split: str, zipped: bool) -> Source:
+    """The source that training would open. Empty classes are left for the report, which names all of them."""
+    folder = Path(data_path) / SPLIT_NAMES[dataset][split]
+    if folder.is_dir() and not zipped:
+        return FolderSource(folder, allow_empty=True)
+    return open_source(data_path, dataset, split, zipped, "no", 0, 1)
+
+
+def _name(source: Source, path: str) -> str:
+    """The path of a file of this source below the data path."""
+    if isinstance(source, ZipSource):
+        return f"{source.path.name}/{path}"
+    return source.root.name + path.removeprefix(str(source.root))
+
+
+def _not_read(source: FolderSource) -> Iterator[Problem]:
+    """Empty classes, and the files of a split that training passes over. It ignores hidden ones, and so does this."""
+    for name in source.empty_classes:
+        yield Problem("empty-class", f"{source.root.name}/{name}", "no file with the suffix of an image")
+    for folder, subfolders, names in os.walk(source.root):
+        in_class = folder != str(source.root)
+        if not in_class:
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in (Path(folder) / name for name in names if not name.startswith(".")):
+            why = "another suffix than an image has" if in_class else "in no class folder"
+            if in_class and is_image_name(path.name):
+                continue
+            if no_file := _why_no_file(path):
+                yield Problem("unreadable", _name(source, str(path)), no_file)
+                continue
+            try:
+                Image.open(path, formats=IMAGE_FORMATS).close()
+                kind = "unread-image"
+            except Exception:  # Pillow raises nearly anything on files that are no images
+                kind = "not-image"
+            yield Problem(kind, _name(source, str(path)), why)
+
+
+def _why_no_file(path: Path) -> str:
+    """Why a path is no regular file, '' if it is one. Reading anything else may never end."""
+    if path.is_file():
+        return ""
+    return "not a regular file" if path.exists() else "a link to nothing, or a file that is gone"
+
+
+def _repeated(sources: dict[str, Source], digests: dict[str, np.ndarray]) -> Iterator[Problem]:
+    """Images with the same bytes. Each is compared to the first of its kind, which is in train if any is."""
+    if not digests:
         return
-    keys = digests[candidates].view(np.uint64)
-    order = np.lexsort(keys.T)  # stable: equal ones stay sorted by path
-    is_first = np.append(True, (keys[order][1:] != keys[order][:-1]).any(axis=1))
-    starts = np.flatnonzero(is_first)
-    lengths = np.diff(np.append(starts, len(order)))
-    for start, length in zip(starts[lengths > 1], lengths[lengths > 1]):
-        group = [files[i] for i in candidates[order[start : start + length]]]
-        by_split: defaultdict[str, list[File]] = defaultdict(list)
-        for file in group:
-            by_split[file.split].append(file)
-        train, val = by_split["train"], by_split["val"]
-        pairs = [("train-and-val", file, train[0]) for file in val if train]
-        pairs += [("duplicate", file, train[0]) for file in train[1:]]
-        pairs += [("duplicate", file, val[0]) for file in val[1:] if not train]
-        for kind, file, first in pairs:
-            if file.path != first.path:  # a map may name a member twice
-                label = "" if file.label == first.label else f", but class {file.label} instead of {first.label}"
-                yield Problem(kind, file.path, f"same content as {first.path}{label}")
+    every = np.concatenate(list(digests.values()))
+    starts = np.cumsum([0, *map(len, digests.values())])
+    splits = list(digests)
+
+    def locate(position: int) -> tuple[str, str, str]:
+        """Split, name and class of an image."""
+        number = int(np.searchsorted(starts, position, "right")) - 1
+        source = sources[splits[number]]
+        path, label = source.samples[int(position - starts[number])]
+        return splits[number], _name(source, path), source.classes[label]
+
+    _, group, counts = np.unique(every, return_inverse=True, return_counts=True)
+    first: dict[int, int] = {}
+    for position in np.flatnonzero((counts[group] > 1) & (every != b"")):
+        original = first.setdefault(group[position], position)
+        if position != original:
+            (split, name, label), (first_split, first_name, first_label) = locate(position), locate(original)
+            reason = f"same content as {first_name}"
+            reason += f", but class {label} instead of {first_label}" if label != first_label else ""
+            yield Problem("duplicate" if split == first_split else "train-and-val", name, reason)
+
+
+# ------------------------------------------------------------------------------------------------- inspecting one image
+def inspect(source: Source, index: int) -> Inspection:
+    """Read, hash and decode one image. It never raises: what goes wrong is in the result."""
+    path = Path(source.samples[index][0])
+    if isinstance(source, FolderSource):
+        if no_file := _why_no_file(path):
+            return Inspection(problem=("unreadable", no_file))
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            return Inspection(problem=("bomb", f"{path.stat().st_size:,} bytes, more than {MAX_MEMBER_BYTES:,}"))
+    try:
+        encoded = source.read(index)
+    except OSError as error:
+        return Inspection(problem=("unreadable", one_line(error)))
+    except Exception as error:  # damaged or encrypted members of zip files
+        return Inspection(problem=("damaged", one_line(error)))
+    if not encoded:
+        return Inspection(problem=("empty", "0 bytes"))
+    try:
+        with Image.open(BytesIO(encoded), formats=IMAGE_FORMATS) as header:
+            mode, form = header.mode, header.format or ""
+        decode_image(encoded)
+    except Image.DecompressionBombError as error:
+        return Inspection(problem=("bomb", one_line(error)))
+    except UnidentifiedImageError:
+        return Inspection(problem=("damaged", f"not an image: begins {encoded[:24]!r}"))
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        return Inspection(problem=("damaged", one_line(error)))
+    form = "JPEG" if form == "MPO" else form  # what cameras write: a JPEG, and more after it
+    expected = Image.registered_extensions().get(path.suffix.lower(), form)
+    problem = None if form == expected else ("misnamed", f"{form}, not {expected}")
+    return Inspection(hashlib.sha256(encoded).digest()[:16], mode, problem)
+
+
+# ------------------------------------------------------------------------------------------------ inspecting all images
+def inspect_all(source: Source, workers: int) -> Iterator[tuple[int, Inspection]]:
+    """Inspect the images of a source in `workers` processes: yields (index, result) in any order.
+
+    A process that dies takes its pool with it. The images that were being decoded are then tried alone, because one of
+    them may be the reason. The others go to a new pool.
+    """
+    pending = set(range(len(source.samples)))
+    in_work = mmap.mmap(-1, max(1, len(pending)))  # a byte for each image, shared with the processes
+    while pending:
+        try:
+            for index, inspection in _inspect_in_pool(source, sorted(pending), workers, in_work):
+                pending.remove(index)
+                yield index, inspection
+        except BrokenProcessPool:
+            suspects = [index for index in sorted(pending) if in_work[index]]
+            if not suspects:
+                raise UserError("processes die before they decode an image; try fewer --workers") from None
+            for index in suspects:
+                pending.remove(index)
+                try:
+                    yield from _inspect_in_pool(source, [index], 1, in_work)
+                except BrokenProcessPool:
+                    reason = f"the process that decodes it dies, or has to be ended after {SECONDS_PER_FILE} s"
+                    yield index, Inspection(problem=("crash", reason))
+
+
+def _inspect_in_pool(
+    source: Source, indices: Sequence[int], workers: int, in_work: mmap.mmap
+) -> Iterator[tuple[int, Inspection]]:
+    """`inspect` each of these images. Raises BrokenProcessPool if a process dies."""
+    tasks = [indices[start : start + FILES_PER_TASK] for start in range(0, len(indices), FILES_PER_TASK)]
+    # Forked processes share the source, which may be gigabytes, instead of copying it.
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, fork, _start_worker, (source, in_work))
+    try:
+        for task in as_completed([pool.submit(_inspect_task, task) for task in tasks]):
+            yield from task.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(source: Source, in_work: mmap.mmap) -> None:
+    global _work  # of this process
+    _work = source, in_work
+    set_parent_death_signal(signal.SIGKILL)  # or it would outlive a check that is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in the middle of a decoder too
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # libtiff and others report every damaged file there
+
+
+def _inspect_task(indices: Sequence[int]) -> list[tuple[int, Inspection]]:
+    source, in_work = _work
+    found = []
+    for index in indices:
+        in_work[index] = 1
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_FILE)
+        found.append((index, inspect(source, index)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        in_work[index] = 0
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
-
-
-def format_report(report: Report, strict: bool, lines_per_kind: int | None = None) -> str:
-    """The report as text, each problem in one line; no more than `lines_per_kind` of a kind, where that is given."""
+def format_report(report: Report, strict: bool) -> str:
+    """The report as text, errors first, each problem in one line, at most LINES_PER_KIND of a kind."""
+    found: dict[str, list[Problem]] = defaultdict(list)
+    for problem in report.problems:
+        found[problem.kind].append(problem)
     lines = []
-    for level, title in LEVEL_TITLES.items():
-        found: dict[str, list[Problem]] = defaultdict(list)
-        for problem in report.problems:
-            if KINDS[problem.kind][0] == level:
-                found[problem.kind].append(problem)
-        if not found:
-            continue
-        lines += [title]
-        for kind, problems in found.items():
-            lines += [f"  {kind}: {KINDS[kind][1]} ({len(problems):,})"]
-            shown = problems[:lines_per_kind]
-            lines += [f"    {_printable(problem.path)}: {_printable(problem.reason)}" for problem in shown]
-            if len(problems) > len(shown):
-                lines += [f"    and {len(problems) - len(shown):,} more"]
-        lines += [""]
-    form = "zip files" if report.zipped else "folders"
-    lines += [f"data set     {_printable(report.data_path)} ({report.dataset}, {form})"]
-    for split, content in report.splits.items():
-        lines += [f"{split:12} {_describe(content)}"]
-    if report.modes:
-        lines += [f"modes        {', '.join(f'{mode} {count:,}' for mode, count in report.modes.items())}"]
-    lines += [f"fingerprint  {report.fingerprint} (of the manifest: paths, sizes, SHA-256, classes)"]
-    counts = ", ".join(f"{report.count(level):,} {level}s" for level in LEVEL_TITLES)
+    for kind, problems in found.items():
+        level, meaning = KINDS[kind]
+        lines.append(f"{level}: {kind}: {meaning} ({len(problems):,})")
+        lines += [
+            f"    {_printable(problem.path)}: {_printable(problem.reason)}" for problem in problems[:LINES_PER_KIND]
+        ]
+        if len(problems) > LINES_PER_KIND:
+            lines.append(f"    and {len(problems) - LINES_PER_KIND:,} more; --json FILE names all")
+    for split, source in report.splits.items():
+        sizes = _class_sizes(source)
+        lines.append(
+            f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
+            f"fingerprint {fingerprint(source)[:16]}"
+        )
+    lines.append(f"modes    {', '.join(f'{mode} {count:,}' for mode, count in sorted(report.modes.items()))}")
     verdict = "do not train on it as it is" if report.exit_code(strict) else "ready"
-    return "\n".join([*lines, f"result       {counts}: {verdict}", ""])
-
-
-def _describe(split: Split) -> str:
-    sizes = split.class_sizes or [0]
-    return (
-        f"{sum(sizes):,} images of {len(split.classes):,} classes, {split.num_bytes / 2**20:,.1f} MiB; "
-        f"class size {min(sizes):,} / {statistics.median(sizes):,g} / {max(sizes):,} (minimum / median / maximum); "
-        f"paths and classes {split.fingerprint[:16]}"
+    return "\n".join(
+        [*lines, f"result   {report.count(ERROR):,} errors, {report.count(WARNING):,} warnings: {verdict}", ""]
     )
 
 
 def format_json(report: Report, strict: bool) -> str:
-    """Everything that the report says, for programs."""
+    """The whole report, for programs. `fingerprint` is what training notes in its checkpoints."""
     content = {
         "data_path": report.data_path,
-        "dataset": report.dataset,
-        "zip": report.zipped,
         "exit_code": report.exit_code(strict),
-        "fingerprint": report.fingerprint,
-        "counts": {level: report.count(level) for level in LEVEL_TITLES},
+        "counts": {level: report.count(level) for level in (ERROR, WARNING)},
         "splits": {
-            split: {
-                "name": content.name,
-                "images": sum(content.class_sizes),
-                "bytes": content.num_bytes,
-                "classes": dict(zip(content.classes, content.class_sizes)),
-                "class_size_min": min(content.class_sizes, default=0),
-                "class_size_median": statistics.median(content.class_sizes or [0]),
-                "class_size_max": max(content.class_sizes, default=0),
-                "fingerprint": content.fingerprint,
-            }
-            for split, content in report.splits.items()
+            split: {"classes": dict(zip(source.classes, _class_sizes(source))), "fingerprint": fingerprint(source)}
+            for split, source in report.splits.items()
         },
-        "modes": report.modes,
-        "problems": [
-            {"level": KINDS[kind][0], "kind": kind, "meaning": KINDS[kind][1], "path": path, "reason": reason}
-            for kind, path, reason in report.problems
-        ],
+        "modes": dict(sorted(report.modes.items())),
+        "problems": [{"level": KINDS[problem.kind][0], **problem._asdict()} for problem in report.problems],
     }
     return json.dumps(content, indent=1) + "\n"
 
 
+def _class_sizes(source: Source) -> list[int]:
+    labels = Counter(label for _, label in source.samples)
+    return [labels[label] for label in range(len(source.classes))]
+
+
 def _printable(text: str) -> str:
     """One line without control characters, so that a file's name can neither fake a line nor steer the terminal."""
-    if text.isprintable() and "\\" not in text:
-        return text
     return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in text)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.check", __doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings and unusual images too")
-    parser.add_argument("--report", metavar="FILE", help="write the report here too, with every line")
-    parser.add_argument("--manifest", metavar="FILE", help="write path, size, SHA-256 and class index of every image")
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (one per core)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
     parser.add_argument("--json", metavar="FILE", help="write the report for programs; - is standard output")
     args = parser.parse_args(argv)
-    if args.workers is not None and args.workers < 1:
+    if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
-    for name in (args.report, args.manifest, args.json):
-        # Found out now rather than after an hour.
-        if name not in (None, "-") and (Path(name).is_dir() or not _is_writable(Path(name))):
-            raise UserError(f"{name}: cannot be written: a folder, or in none that exists and may be written to")
+    if args.json not in (None, "-") and not os.access(Path(args.json).absolute().parent, os.W_OK):
+        raise UserError(f"--json {args.json}: cannot be written: no folder that may be written to")  # not after an hour
     return args
-
-
-def _is_writable(path: Path) -> bool:
-    return os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
 @command("tools.check")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit status. `argv` are the arguments without the program's name."""
+    args = _parse(argv)
     try:
-        args = _parse(argv)
         report = check_data_set(args.data_path, args.dataset, args.zip, args.workers)
-        console = sys.stderr if args.json == "-" else sys.stdout
-        console.write(format_report(report, args.strict, LINES_PER_KIND))
-        if args.report is not None:
-            _write(args.report, format_report(report, args.strict))
-        if args.json == "-":
-            sys.stdout.write(format_json(report, args.strict))
-        elif args.json is not None:
-            _write(args.json, format_json(report, args.strict))
-        if args.manifest is not None:
-            _write(args.manifest, report.manifest)
-    except OSError as error:  # a folder that vanished meanwhile
-        print(f"tools.check: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("tools.check: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    (sys.stderr if args.json == "-" else sys.stdout).write(format_report(report, args.strict))
+    if args.json == "-":
+        sys.stdout.write(format_json(report, args.strict))
+    elif args.json is not None:
+        try:
+            Path(args.json).write_text(format_json(report, args.strict), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
     return report.exit_code(args.strict)
-
-
-def _write(name: str, text: str) -> None:
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

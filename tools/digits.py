@@ -1,9 +1,7 @@
-"""A real, small data set that needs no download: scikit-learn's 1,797 handwritten digits as an ImageFolder.
+"""A real, small data set without a download: python -m tools.digits [--output DIR]
 
-    python -m tools.digits --output datasets/digits
-
-writes `<output>/{train,val}/<digit>/<number>.png`, 32 x 32 grey; every fifth image of each digit is held out for
-validation. A complete data set is left as it is.
+Writes scikit-learn's 1,797 handwritten digits as an ImageFolder: `<output>/{train,val}/<digit>/<number>.png`, 32 x 32
+pixels, grey. Every fifth image of each digit is for validation. A folder that exists is left as it is.
 """
 
 import os
@@ -23,17 +21,17 @@ HELD_OUT_EVERY = 5
 
 
 def write_digits(output: Path) -> bool:
-    """Write the data set to the folder `output`; returns False where it is there already.
+    """Write the data set to the folder `output`; returns False if that exists.
 
-    It is written beside and renamed, so that an interrupted run leaves nothing that looks complete.
-    Raises UserError where scikit-learn is missing or the folder cannot be written.
+    It is written to another folder and then renamed, so that an interrupted run leaves nothing that looks complete.
+    Raises UserError if scikit-learn is missing or the folder cannot be written.
     """
     if output.is_dir():
         return False
     try:
-        from sklearn.datasets import load_digits  # needed here only: training and evaluation run without scikit-learn
+        from sklearn.datasets import load_digits  # needed here only
     except ImportError:
-        raise UserError("scikit-learn brings the digits: pip install scikit-learn") from None
+        raise UserError("scikit-learn, which has the digits, is not installed; pip install scikit-learn") from None
 
     digits = load_digits()
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
@@ -59,7 +57,7 @@ def write_digits(output: Path) -> bool:
 
 @command("tools.digits")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the data set of a command line."""
+    """Write the data set. `argv` are the arguments without the program's name."""
     parser = CommandParser("tools.digits", __doc__)
     parser.add_argument("--output", type=Path, default=Path("datasets/digits"), help="folder to write")
     output = parser.parse_args(argv).output

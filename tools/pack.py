@@ -1,10 +1,9 @@
 """Pack a data set for fast reading: python -m tools.pack --data-path DIR --out DIR
 
-Writes train.zip with train_map.txt and val.zip with val_map.txt, which `train.py --zip` reads: one file per split
-instead of a million. Training images whose short side is longer than --short-side are made smaller, so that they decode
-faster; they become JPEGs of --quality. Smaller training images, and all validation images, keep their bytes: an
-evaluation finds the very same pixels. Exit status: 0 done; 2 wrong use, or an image that cannot be read: then its split
-leaves nothing behind.
+Writes train.zip with train_map.txt and val.zip with val_map.txt for `train.py --zip`: one file per split instead of a
+million. Training images with a short side above --short-side are resized to it, and stored as JPEGs of --quality: they
+decode faster. All other images keep their bytes, so that an evaluation sees the very same pixels. Exit status: 0 done;
+2 wrong use, or an image that cannot be read. A split that fails leaves no files.
 """
 
 import argparse
@@ -23,14 +22,14 @@ from tqdm import tqdm
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 from data.datasets import ImageDataset, decode_image
-from data.loaders import available_cores
 from data.sources import FolderSource, check_same_classes, open_source
+from data.workers import available_cores
 
 
 def shrink(encoded: bytes, short_side: int | None, quality: int) -> bytes:
-    """Encoded image -> a JPEG whose short side is `short_side` pixels; or its own bytes, where it is no larger or None.
+    """Encoded image -> a JPEG whose short side is `short_side` pixels, or the same bytes if it is not larger, or None.
 
-    Raises what Pillow raises for damaged files, in either case.
+    Raises what Pillow raises for damaged files, also where the bytes stay the same.
     """
     image = decode_image(encoded)
     if short_side is None or min(image.size) <= short_side:
@@ -45,18 +44,18 @@ def shrink(encoded: bytes, short_side: int | None, quality: int) -> bytes:
 def pack_split(
     source: FolderSource, out: Path, name: str, short_side: int | None, quality: int, workers: int
 ) -> tuple[int, int, int]:
-    """Write <out>/<name>.zip and <out>/<name>_map.txt, whole or not at all.
+    """Write <out>/<name>.zip and <out>/<name>_map.txt, complete or not at all.
 
     Args:
         source: the images.
         out: an existing folder.
         name: of the split.
-        short_side: largest allowed short side, in pixels; None keeps every byte.
-        quality: of the JPEGs that are made, 1 to 95.
+        short_side: largest short side, in pixels; None keeps every byte.
+        quality: of the new JPEGs, 1 to 95.
         workers: processes that read and shrink; 0: this one.
 
-    Returns the number of images, and their bytes before and after. Raises UserError, with the path, for an image that
-    cannot be read, and where a file cannot be written.
+    Returns the number of images, and their bytes before and after. Raises UserError with the path if an image cannot be
+    read or a file cannot be written.
     """
     images = ImageDataset(source, _as_it_is, partial(shrink, short_side=short_side, quality=quality))
     loader = DataLoader(images, batch_size=None, num_workers=workers)
@@ -76,7 +75,7 @@ def pack_split(
     except OSError as error:
         raise UserError(f"{error.filename or archive_path}: cannot be written: {error.strerror}") from None
     except UnicodeEncodeError:
-        raise UserError(f"{member!r}: a map file holds names in UTF-8 only; rename it") from None
+        raise UserError(f"{member!r}: not a name in UTF-8, which map files need; rename it") from None
     finally:
         for part in unfinished:
             part.unlink(missing_ok=True)
@@ -90,16 +89,10 @@ def _as_it_is(encoded: bytes) -> bytes:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.pack", __doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds train/ and val/")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the zip files; made if it is not there")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the zip files")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        default=320,
-        metavar="PIXELS",
-        help="largest allowed short side of training images, in pixels (320)",
-    )
-    parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the JPEGs that are made, 1 to 95 (95)")
+    parser.add_argument("--short-side", type=int, default=320, metavar="N", help="of training images, at most (320)")
+    parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the new JPEGs, 1 to 95 (95)")
     parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (one per core)")
     args = parser.parse_args(argv)
     if args.short_side < 32:
@@ -113,7 +106,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @command("tools.pack")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pack both splits of a command line's data set; exit status 2 for wrong use or an unreadable image."""
+    """Pack both splits. `argv` are the arguments without the program's name."""
     args = _parse(argv)
     out = Path(args.out)
     names = SPLIT_NAMES[args.dataset]
@@ -126,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-    for split in ("val", "train"):  # the short one first: a mistake then shows early
+    for split in ("val", "train"):  # the short one first, so that mistakes show early
         source = sources[split]
         short_side = args.short_side if split == "train" else None
         count, before, after = pack_split(source, out, names[split], short_side, args.quality, args.workers)

@@ -1,8 +1,8 @@
 """Decode images to uint8 tensors: whole, or only the region that a crop shows.
 
-Whole JPEGs are decoded by torchvision, regions by nvImageCodec where it is installed (requirements-extras.txt; CPU
-only): libjpeg-turbo then skips what lies outside, and stops below. Pixels of intact files are Pillow's in all of these
-ways, which is tested, and what none of them can do is left to Pillow, whose errors are those of `decode_image`.
+torchvision decodes whole JPEGs. nvImageCodec, if installed (requirements-extras.txt; on CPUs), decodes regions:
+libjpeg-turbo then skips what lies outside, and stops below. Intact files have Pillow's pixels in each of these ways;
+tests hold that. Pillow decodes everything else, and its errors are those of `decode_image`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.datasets import IMAGE_FORMATS, decode_image
 
-try:  # torchvision 0.29 announces that its decoders will go; Pillow's way costs 0.2 ms more an image
+try:  # torchvision 0.29 announces that it drops its decoders; Pillow takes 0.2 ms more an image
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
@@ -34,13 +34,13 @@ _EXTENSIONS = "NVIMGCODEC_EXTENSIONS_PATH"
 _VERBOSITY = "PYNVIMGCODEC_VERBOSITY"
 _END_OF_JPEG = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan: no stuffed zero, no restart, no padding
-_one_at_a_time = threading.Lock()  # threads that share a decoder break it
+_one_at_a_time = threading.Lock()  # a decoder breaks if threads share it
 
 
 class EncodedImage:
-    """An image file's bytes, of which only the header is read yet; pixels are decoded when they are asked for.
+    """An image file of which only the header has been read. `header` is Pillow's image, closed; it knows the size.
 
-    `header` is Pillow's image, closed: it tells the size. The same errors as `decode_image` for damaged files.
+    Raises what `decode_image` raises for damaged files.
     """
 
     def __init__(self, encoded: bytes) -> None:
@@ -54,7 +54,7 @@ class EncodedImage:
     def whole(self) -> Tensor:
         """uint8 (H, W, 3), with the pixels of `decode_image`."""
         if self.plain_jpeg and decode_jpeg is not None:
-            # What torchvision refuses, Pillow may accept. A bytearray, because torch warns of read-only buffers.
+            # Pillow may accept what torchvision refuses. A bytearray, because torch warns of read-only buffers.
             with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
                 warnings.simplefilter("ignore", DeprecationWarning)
                 image = decode_jpeg(torch.frombuffer(bytearray(self.encoded), dtype=torch.uint8), ImageReadMode.RGB)
@@ -64,7 +64,7 @@ class EncodedImage:
     def region(self, top: int, left: int, height: int, width: int) -> Tensor:
         """uint8 (height, width, 3): this part of `whole`."""
         pixels = None
-        # timm draws regions without pixels from images of a pixel or two.
+        # timm draws empty regions from images of a pixel or two.
         if height and width and self.plain_jpeg and self._is_one_scan():
             with _one_at_a_time:
                 decode = _region_decoder(os.getpid())
@@ -75,40 +75,40 @@ class EncodedImage:
         return torch.from_numpy(pixels)
 
     def _is_one_scan(self) -> bool:
-        """Whether nothing but the end follows a JPEG's first scan.
+        """Whether a JPEG has one scan, with nothing after it.
 
-        Regions of others are not decoded alone: a marker that decoders refuse could lie behind one, and where a
-        progressive JPEG lacks scans, its blocks are smoothed by those beside them.
+        A marker that decoders refuse could follow a region. A progressive JPEG may lack scans, and then decoders smooth
+        each block by its neighbours. Both are decoded whole.
         """
         marker = _MARKER.search(self.encoded, self.scan_start)
         return marker is not None and marker[0] == _END_OF_JPEG and marker.end() == len(self.encoded)
 
 
 def decode_to_tensor(encoded: bytes) -> Tensor:
-    """Decode to a uint8 tensor (H, W, 3), with the pixels of `decode_image`, and the same errors for damaged files."""
+    """Decode to a uint8 tensor (H, W, 3), with the pixels and the errors of `decode_image`."""
     return EncodedImage(encoded).whole()
 
 
 def decodes_regions() -> bool:
-    """Whether nvImageCodec is there, without which `region` decodes whole images."""
+    """Whether nvImageCodec works here. Without it, `region` decodes whole images."""
     with _one_at_a_time:
         return _region_decoder(os.getpid()) is not None
 
 
 @cache
 def _region_decoder(process: int) -> Callable[[bytes, tuple[int, int], tuple[int, int]], np.ndarray | None] | None:
-    """From a JPEG, and the first and last + 1 row and column, to pixels (None: it cannot); None without nvImageCodec.
+    """A function from a JPEG, its first row and column, and its last ones + 1, to pixels; None without nvImageCodec.
 
-    One for each process, made when that first needs it: what a process made before it forked is not for its child.
+    Pixels are None where it cannot decode. Each process makes its own decoder, because none survives a fork.
     """
     no_gpu = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY of its C interface
     try:
         nvimgcodec = _import_nvimgcodec()
         backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
         decoder = nvimgcodec.Decoder(device_id=no_gpu, max_num_cpu_threads=1, backends=backends)
-    except (ImportError, OSError, RuntimeError):  # not there, not for this machine, no room for temporary files
+    except (ImportError, OSError, RuntimeError):  # not installed, not for this machine, no room for temporary files
         return None
-    # Pillow does not turn images as their EXIF asks, either.
+    # Pillow, too, ignores the orientation that EXIF asks for.
     params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def decode(encoded: bytes, start: tuple[int, int], end: tuple[int, int]) -> np.ndarray | None:
@@ -120,9 +120,9 @@ def _region_decoder(process: int) -> Callable[[bytes, tuple[int, int], tuple[int
 
 
 def _import_nvimgcodec() -> Any:
-    """nvImageCodec with its decoder for JPEGs alone: the others, for GPUs, print which libraries they miss.
+    """nvImageCodec with its JPEG decoder alone: the others are for GPUs, and print which libraries they miss.
 
-    ImportError where there is none, or one before 0.9: those ask the CUDA driver, which forked workers must not.
+    ImportError without it, and before version 0.9, which calls the CUDA driver: forked workers must not.
     """
     found = importlib.util.find_spec("nvidia.nvimgcodec")
     if found is None or found.origin is None:

@@ -1,145 +1,166 @@
-"""Faster loading, chosen by DATA.FAST_LOADING: uint8 tensors in the workers, the rest on the batch.
+"""The fast way from an image file to network input, built from the exact transforms: DATA.FAST_LOADING.
 
-Images are decoded to uint8 tensors (`fast_decoding.py`, the pixels of Pillow) and resized as such, with colours side by
-side as decoders write them; shears and translations of the policy go line by line. Batches of uint8 are normalised
-where the network runs; random erasing works on the normalised batch there, as in timm's prefetcher. What an image is
-drawn from has the same distribution, but not the same bits: antialiased resizing in torch and in Pillow round
-differently, by a few of 255 levels. `transforms.py` is the exact way, which the released numbers were made with.
+Workers decode to uint8 tensors with the pixels of Pillow (`decoding.py`), resize these tensors, and shear and translate
+line by line (`shearing.py`). They send uint8 batches. Normalising and random erasing follow on the batch, where the
+network runs. Draws are those of the exact way, from the same random state; pixels are not: torch and Pillow round
+antialiased resizing differently, by less than 3 of 255 levels. Released numbers are those of the exact way.
+
+A step of the exact transforms that the fast way cannot do is refused, never dropped.
 """
 
+import copy
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import RandAugment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
-from yacs.config import CfgNode
 
 from configs import UserError
-from tasks.classification.transforms import CROP_RATIO, SMALL_IMAGE, policy_ops, train_transform
+from data.normalization import normalize
 
 from .decoding import EncodedImage
-from .shearing import shear_by_lines
+from .shearing import policy_ops, shear_by_lines
 
-_MODES = {
-    "nearest": InterpolationMode.NEAREST,
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-}
+_TENSOR_MODES = (InterpolationMode.NEAREST, InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
 class FastTrainTransform:
-    """uint8 crop (H, W, 3) -> augmented uint8 image (IMG_SIZE, IMG_SIZE, 3), before erasing and normalising.
+    """uint8 crop (H, W, 3) -> augmented uint8 image (size, size, 3), before normalising and erasing.
 
-    `decode_crop` draws the crop before pixels are decoded, so that it can be all that is decoded. Crop, mirror and
-    policy are those of `train_transform`, with its parameters and its draws from the same random state; the policy is
-    timm's on Pillow, but for `shearing.py`.
+    `decode_crop` draws the crop before it decodes, so that nothing else has to be decoded. `normalize_batch` does the
+    rest on a batch. Steps between mirroring and the conversion to a tensor run on Pillow images, as they are.
+
+    Args:
+        exact: the steps of the exact transform: a crop, mirroring (or not), any steps on Pillow images, MaybeToTensor,
+            ImageNet's Normalize, RandomErasing (or not). They are copied.
+
+    Raises UserError, naming the step, where the steps are others.
     """
 
-    def __init__(self, config: CfgNode) -> None:
-        exact = train_transform(config).transforms
-        self.size = config.DATA.IMG_SIZE
-        self.crop = exact[0]
-        self.modes = _interpolation_modes(config, training=True)
-        self.hflip = config.AUG.HFLIP
-        # What stands between mirroring and the conversion to a tensor: the policy, or colour jitter.
-        self.policy = [t for t in exact[1:] if not isinstance(t, transforms.RandomHorizontalFlip)]
-        names = [type(t).__name__ for t in self.policy]
-        self.policy = self.policy[: names.index("MaybeToTensor")]
-        for step in self.policy:
+    def __init__(self, exact: Sequence[Any]) -> None:
+        self.crop, *steps = copy.deepcopy(list(exact))
+        if not isinstance(self.crop, (RandomResizedCropAndInterpolation, transforms.RandomCrop)):
+            raise _cannot(self.crop, "as the first step")
+        self.resizes = isinstance(self.crop, RandomResizedCropAndInterpolation)
+        self.modes = _tensor_modes(self.crop.interpolation) if self.resizes else []
+        self.steps, after = _split_at(MaybeToTensor, steps)
+        self.erasing = after.pop(1) if len(after) > 1 and isinstance(after[1], RandomErasing) else None
+        _check_normalizing(after)
+        self.mirror_probability = 0.0
+        if self.steps and isinstance(self.steps[0], transforms.RandomHorizontalFlip):
+            self.mirror_probability = self.steps.pop(0).p
+        for step in self.steps:
             shear_by_lines(policy_ops(step))
-            if isinstance(step, RandAugment):
-                step.ops = np.array(step.ops, dtype=object)  # which NumPy draws from without making one every time
 
     def draw_box(self, image: EncodedImage) -> tuple[int, int, int, int]:
         """Top, left, height and width of a crop that is to be resized."""
         return self.crop.get_params(image.header, self.crop.scale, self.crop.ratio)
 
     def decode_crop(self, encoded: bytes) -> Tensor:
-        """From the bytes of a file to a crop of its image; errors of damaged files as `decode_image` raises them."""
+        """From the bytes of a file to a crop of its image. Raises what `decode_image` raises for damaged files."""
         image = EncodedImage(encoded)
-        if self.size <= SMALL_IMAGE:  # which is padded and cropped to its final size
+        if not self.resizes:  # small images: padded, and cropped to their final size
             return self.crop(image.whole().permute(2, 0, 1)).permute(1, 2, 0)
         return image.region(*self.draw_box(image))
 
     def __call__(self, crop: Tensor) -> Tensor:
-        image = crop if self.size <= SMALL_IMAGE else _resize(crop, (self.size, self.size), self.modes)
-        if self.hflip and torch.rand(1) < self.hflip:  # as torchvision draws it, and timm leaves it out
+        image = _resize(crop, list(self.crop.size), self.modes) if self.resizes else crop
+        if self.mirror_probability and torch.rand(1) < self.mirror_probability:  # as torchvision draws it
             image = image.flip(1)
-        if self.policy:
+        if self.steps:
             augmented = Image.fromarray(image.numpy())
-            for step in self.policy:
+            for step in self.steps:
                 augmented = step(augmented)
             image = torch.from_numpy(np.array(augmented))
         return image.contiguous()
 
+    def normalize_batch(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) on any device -> normalised, randomly erased float32 (B, 3, H, W)."""
+        images = normalize(images)
+        if self.erasing is None:
+            return images
+        self.erasing.device = images.device
+        return self.erasing(images)
+
 
 class FastEvalTransform:
-    """uint8 image (H, W, 3) -> resized and cropped uint8 image (IMG_SIZE, IMG_SIZE, 3), before normalising."""
+    """uint8 image (H, W, 3) -> uint8 views (views, size, size, 3), before normalising: five by FiveCrop, else one.
 
-    def __init__(self, config: CfgNode) -> None:
-        self.size, self.centre_crop = config.DATA.IMG_SIZE, config.TEST.CROP
-        self.modes = _interpolation_modes(config, training=False)
+    Args:
+        exact: the steps of the exact transform: any of Resize, CenterCrop and FiveCrop, ToTensor, ImageNet's Normalize.
 
-    def __call__(self, image: Tensor) -> Tensor:
-        if not self.centre_crop:
-            return _resize(image, (self.size, self.size), self.modes)
-        image = functional.center_crop(self.resize(image).permute(2, 0, 1), [self.size, self.size])
-        return image.permute(1, 2, 0).contiguous()
+    Raises UserError, naming the step, where the steps are others.
+    """
 
-    def resize(self, image: Tensor) -> Tensor:
-        """Bring the short side to IMG_SIZE * 256 / 224, as torchvision's Resize rounds it."""
-        height, width = image.shape[:2]
-        short = int(self.size / CROP_RATIO)
-        size = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-        return image if size == (height, width) else _resize(image, size, self.modes)
-
-
-class FastViewsTransform:
-    """uint8 image (H, W, 3) -> the views of `views_transform`, uint8 (views, IMG_SIZE, IMG_SIZE, 3)."""
-
-    def __init__(self, config: CfgNode) -> None:
-        self.transform = FastEvalTransform(config)
-        self.crops = config.TEST.TTA in ("five-crop", "ten-crop")
+    def __init__(self, exact: Sequence[Any]) -> None:
+        self.steps, after = _split_at(transforms.ToTensor, list(exact))
+        _check_normalizing(after)
+        for step in self.steps:
+            if not isinstance(step, (transforms.Resize, transforms.CenterCrop, transforms.FiveCrop)):
+                raise _cannot(step, "in validation")
+            if isinstance(step, transforms.Resize):
+                _tensor_modes(step.interpolation)
 
     def __call__(self, image: Tensor) -> Tensor:
-        if not self.crops:
-            return self.transform(image)[None]
-        size = [self.transform.size] * 2
-        views = functional.five_crop(self.transform.resize(image).permute(2, 0, 1), size)
-        return torch.stack([view.permute(1, 2, 0) for view in views])
+        for step in self.steps:
+            if isinstance(step, transforms.Resize):
+                size = step.size if isinstance(step.size, Sequence) else [step.size]
+                image = _resize(image, list(size), [step.interpolation])
+            else:  # crops are torchvision's, which take tensors
+                image = step(image.permute(2, 0, 1))
+                image = torch.stack(image) if isinstance(image, tuple) else image
+                image = image.movedim(-3, -1)
+        return (image if image.dim() == 4 else image[None]).contiguous()
 
 
-def build_erasing(config: CfgNode, device: torch.device) -> RandomErasing | None:
-    """timm's random erasing of normalised batches on `device`, drawn from the global random state; None where off."""
-    aug = config.AUG
-    if aug.REPROB == 0:
-        return None
-    return RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device=str(device))
+def _split_at(kind: type, steps: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The steps before and after the conversion to a tensor, which is of this class."""
+    for number, step in enumerate(steps):
+        if isinstance(step, kind):
+            return steps[:number], steps[number + 1 :]
+    raise UserError(f"DATA.FAST_LOADING: the exact transform has no {kind.__name__}; set DATA.FAST_LOADING 'no'")
 
 
-def _interpolation_modes(config: CfgNode, training: bool) -> list[Any]:
-    name = config.DATA.INTERPOLATION
-    if name == "random":
-        return [_MODES["bilinear"], _MODES["bicubic"]] if training else [_MODES["bicubic"]]
-    if name not in _MODES:
-        raise UserError(
-            f"DATA.INTERPOLATION = {name!r}: DATA.FAST_LOADING resizes tensors, which takes one of "
-            f"{', '.join(map(repr, _MODES))} or 'random'"
-        )
-    return [_MODES[name]]
+def _check_normalizing(steps: list[Any]) -> None:
+    """UserError unless these are what `normalize` does to a batch."""
+    if not steps:
+        raise UserError("DATA.FAST_LOADING: the exact transform has no Normalize; set DATA.FAST_LOADING 'no'")
+    for step in steps[1:] if isinstance(steps[0], transforms.Normalize) else steps:
+        raise _cannot(step, "after the conversion to a tensor")
+    values = [torch.as_tensor(value).tolist() for value in (steps[0].mean, steps[0].std)]
+    if not np.allclose(values, [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]):
+        raise _cannot(steps[0], "with other values than ImageNet's")
 
 
-def _resize(image: Tensor, size: tuple[int, int], modes: list[Any]) -> Tensor:
+def _cannot(step: Any, where: str) -> UserError:
+    name = getattr(step, "__name__", type(step).__name__)
+    return UserError(f"DATA.FAST_LOADING: cannot do the step {name} {where}; set DATA.FAST_LOADING 'no', or remove it")
+
+
+def _tensor_modes(interpolation: InterpolationMode | Sequence[InterpolationMode]) -> list[InterpolationMode]:
+    modes = [interpolation] if isinstance(interpolation, InterpolationMode) else list(interpolation)
+    for mode in modes:
+        if mode not in _TENSOR_MODES:
+            raise UserError(
+                f"DATA.INTERPOLATION = {mode.value!r}: DATA.FAST_LOADING resizes tensors; choose one of "
+                f"{', '.join(repr(known.value) for known in _TENSOR_MODES)} or 'random'"
+            )
+    return modes
+
+
+def _resize(image: Tensor, size: list[int], modes: list[InterpolationMode]) -> Tensor:
     mode = modes[0] if len(modes) == 1 else random.choice(modes)
     if not image.numel():  # timm crops nothing from images of a pixel or two, and Pillow makes black of it
         return image.new_zeros(*size, 3)
-    # Contiguous, so that torch sees a channels-last image, which it resizes faster, into another one.
-    image = functional.resize(image.contiguous().permute(2, 0, 1), list(size), mode, antialias=True)
+    # Contiguous (H, W, 3) is a channels-last (3, H, W), which torch resizes faster.
+    image = functional.resize(image.contiguous().permute(2, 0, 1), size, mode, antialias=True)
     return image.permute(1, 2, 0).contiguous()

@@ -7,10 +7,9 @@ from yacs.config import CfgNode
 from configs import SPLIT_NAMES
 from data import ImageDataset, Source, class_folders
 from data.fast.decoding import decode_to_tensor
-from data.fast.transforms import FastTrainTransform, FastViewsTransform
 from data.sources import check_same_classes, open_source
 
-from .transforms import train_transform, views_transform
+from .transforms import fast_train_transform, fast_views_transform, train_transform, views_transform
 
 
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
@@ -37,7 +36,7 @@ def train_dataset(config: CfgNode, source: Source) -> ImageDataset:
     """Augmented images and class indices: float32 (3, size, size), or with DATA.FAST_LOADING uint8 (size, size, 3)."""
     if config.DATA.FAST_LOADING == "no":
         return ImageDataset(source, train_transform(config))
-    transform = FastTrainTransform(config)
+    transform = fast_train_transform(config)
     return ImageDataset(source, transform, transform.decode_crop)
 
 
@@ -47,5 +46,5 @@ def eval_dataset(config: CfgNode, source: Source) -> ImageDataset:
     Views are float32 (views, 3, size, size), or with DATA.FAST_LOADING 'all' uint8 (views, size, size, 3).
     """
     if config.DATA.FAST_LOADING == "all":
-        return ImageDataset(source, FastViewsTransform(config), decode_to_tensor)
+        return ImageDataset(source, fast_views_transform(config), decode_to_tensor)
     return ImageDataset(source, views_transform(config))

@@ -9,8 +9,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from configs import with_num_classes, with_values
-from data import TrainingData, build_eval_loader, fingerprint, normalize, usable_workers
-from data.fast.transforms import build_erasing
+from data import TrainingData, build_eval_loader, fingerprint, usable_workers
 from models.cpu.depthwise import use_fast_gradients
 from tasks.networks import build_model, compile_for_training
 from utils.checkpoint import load_pretrained
@@ -47,22 +46,16 @@ def build(session: Session) -> Task:
     criterion = build_criterion(mixup, config.MODEL.LABEL_SMOOTHING)
     precision = build_precision(config, processes.device)
 
-    def network_input(images: Tensor) -> Tensor:
-        """A batch of the loader on its device -> float32 (B, 3, H, W), normalised, with DATA.FAST_LOADING erased."""
-        if images.dtype != torch.uint8:
-            return images
-        erasing = build_erasing(config, images.device)
-        images = normalize(images)
-        return images if erasing is None else erasing(images)
-
     def inputs_and_targets(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        images = network_input(images)
-        return (images, labels) if mixup is None else mixup(images, labels)
+        """What the network and the criterion get of a batch: images (B, 3, H, W), labels or soft targets."""
+        pixels, labels = batch
+        # With DATA.FAST_LOADING, batches are uint8: they are normalised and erased on their device.
+        pixels = images.transform.normalize_batch(pixels) if pixels.dtype == torch.uint8 else pixels
+        return (pixels, labels) if mixup is None else mixup(pixels, labels)
 
     def loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images, targets = inputs_and_targets(batch)
-        return criterion(model(images), targets), {}
+        inputs, targets = inputs_and_targets(batch)
+        return criterion(model(inputs), targets), {}
 
     def validate(network: nn.Module) -> dict[str, float]:
         # COMPILE compiles training: validation would compile everything again, and differ by rounding.

@@ -12,6 +12,8 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from configs import UserError
+from data.fast.shearing import policy_ops
+from data.fast.transforms import FastEvalTransform, FastTrainTransform
 
 SMALL_IMAGE = 32  # pixels; up to here training pads and crops, as for CIFAR, instead of cropping and resizing
 SMALL_IMAGE_PADDING = 4
@@ -40,12 +42,6 @@ def train_transform(config: CfgNode) -> transforms.Compose:
     if size <= SMALL_IMAGE:
         transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING, pad_if_needed=True)
     return transform
-
-
-def policy_ops(step: Any) -> list[AugmentOp]:
-    """The operations that a step of timm's transforms draws from: a policy's; none of what is no policy."""
-    pairs = getattr(step, "policy", [])  # AutoAugment: pairs of operations
-    return [*getattr(step, "ops", []), *(op for pair in pairs for op in pair)]
 
 
 def _allow_zero_bits(ops: Sequence[AugmentOp]) -> None:
@@ -91,6 +87,20 @@ def views_transform(config: CfgNode) -> transforms.Compose:
         crop = transforms.FiveCrop(config.DATA.IMG_SIZE)
         return transforms.Compose([resize, crop, _EachView(transforms.Compose(normalize))])
     return transforms.Compose([transform, _add_view_axis])
+
+
+def fast_train_transform(config: CfgNode) -> FastTrainTransform:
+    """`train_transform` for DATA.FAST_LOADING; UserError where it has a step that the fast way cannot do."""
+    return FastTrainTransform(train_transform(config).transforms)
+
+
+def fast_views_transform(config: CfgNode) -> FastEvalTransform:
+    """`views_transform` for DATA.FAST_LOADING 'all'; UserError where it has a step that the fast way cannot do."""
+    steps = eval_transform(config).transforms
+    if config.TEST.TTA in ("five-crop", "ten-crop"):
+        crops = transforms.FiveCrop(config.DATA.IMG_SIZE)
+        steps = [crops if isinstance(step, transforms.CenterCrop) else step for step in steps]
+    return FastEvalTransform(steps)
 
 
 class _EachView:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import runs
 from PIL import Image
-from timm.data.auto_augment import NAME_TO_OP, AugmentOp, auto_augment_transform
+from timm.data.auto_augment import NAME_TO_OP, AugmentOp
 from yacs.config import CfgNode
 
-from data.fast.shearing import SMALLEST_EDGE, LineShift, shear_by_lines
-from data.fast.transforms import FastTrainTransform
-from tasks.classification.transforms import policy_ops, train_transform
+from data.fast.shearing import SMALLEST_EDGE, LineShift, policy_ops, shear_by_lines
+from tasks.classification.transforms import fast_train_transform, train_transform
 
 MakeConfig = Callable[..., CfgNode]
 RELEASED = ("--cfg", str(runs.ROOT / "configs" / "groupmixformer_small.yaml"))
@@ -97,7 +96,7 @@ def test_a_filter_is_drawn_as_timm_draws_it() -> None:
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0", "augmix-m5-w4"])
 def test_only_the_fast_way_uses_them(make_config: MakeConfig, policy: str) -> None:
     config = make_config(*RELEASED, "--opts", "AUG.AUTO_AUGMENT", policy)
-    fast = [op for step in FastTrainTransform(config).policy for op in policy_ops(step)]
+    fast = [op for step in fast_train_transform(config).steps for op in policy_ops(step)]
     exact = [op for step in train_transform(config).transforms for op in policy_ops(step)]
     assert [op.name for op in fast] == [op.name for op in exact] and exact
     assert any(isinstance(op.aug_fn, LineShift) for op in fast)
@@ -106,32 +105,5 @@ def test_only_the_fast_way_uses_them(make_config: MakeConfig, policy: str) -> No
         assert isinstance(op.aug_fn, LineShift) == op.name.startswith(("Shear", "Translate"))
 
 
-def test_the_fast_policy_gives_the_images_of_the_exact_one(make_config: MakeConfig) -> None:
-    """Same draws, same operations: whole policies differ where line by line differs from Pillow, and nowhere else."""
-    config = make_config(*RELEASED)
-    (fast,) = FastTrainTransform(config).policy
-    exact = train_transform(config).transforms[2]
-    image, far = photo(), 0
-    for seed in range(60):
-        results = []
-        for policy in (fast, exact):
-            random.seed(seed)
-            np.random.seed(seed)
-            results.append(np.asarray(policy(image)).astype(int))
-        far += np.abs(results[0] - results[1]).mean() > 0.05  # one level may become many in a later operation
-    assert far <= 2
-
-
 def test_workers_may_pickle_it(make_config: MakeConfig) -> None:
-    pickle.loads(pickle.dumps(FastTrainTransform(make_config(*RELEASED))))
-
-
-def test_policies_of_pairs_may_keep_no_bits(make_config: MakeConfig) -> None:
-    """timm's v0 asks for 0 bits at level 2, which Pillow 13 refuses."""
-    assert any(op.name == "Posterize" for op in policy_ops(auto_augment_transform("v0", {})))
-    config = make_config(*RELEASED, "--opts", "AUG.AUTO_AUGMENT", "v0")
-    ops = [op for step in train_transform(config).transforms for op in policy_ops(step) if op.name == "Posterize"]
-    for op in ops:
-        op.prob = 1.0
-        op.magnitude, op.magnitude_std = 2, 0
-        assert not np.asarray(op(photo())).any()
+    pickle.loads(pickle.dumps(fast_train_transform(make_config(*RELEASED))))

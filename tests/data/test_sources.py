@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_data import message_of, pixels, png, write_zip, zip_image_folder
+from image_data import UNREADABLE, made_images, message_of, pixels, png, write_zip, zip_image_folder
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -138,6 +138,19 @@ def test_many_differing_classes_are_cut_short():
 def test_a_class_folder_that_links_to_itself_is_no_class(image_folder):
     (image_folder / "train" / "loop").symlink_to("loop")
     assert FolderSource(image_folder / "train").classes == ["ant", "bee", "cat"]
+
+
+def test_links_are_followed_and_loops_refused(image_folder, tmp_path):
+    before = [Path(path).name for path, _ in FolderSource(image_folder / "train").samples]
+    (image_folder / "train" / "ant").rename(tmp_path / "elsewhere")
+    (image_folder / "train" / "ant").symlink_to(tmp_path / "elsewhere")
+    assert [Path(path).name for path, _ in FolderSource(image_folder / "train").samples] == before
+    # Two classes that lead to each other twice: followed blindly, these are more than 2 ** 40 folders.
+    for here, there in (("bee", "cat"), ("cat", "bee")):
+        for name in ("x", "y"):
+            (image_folder / "train" / here / name).symlink_to(f"../{there}")
+    message = message_of(FolderSource, image_folder / "train")
+    assert "bee/" in message and "a link that leads back to" in message
 
 
 # ----------------------------------------------------------------------------------------------------------- zip files
@@ -346,33 +359,6 @@ def test_a_member_of_a_zip_file_that_is_too_large_is_refused(tmp_path, monkeypat
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
-def made_images() -> dict[str, tuple[Image.Image, str, dict]]:
-    rng = np.random.default_rng(3)
-    rgb = Image.fromarray(rng.integers(0, 256, (20, 31, 3), dtype=np.uint8))
-    rgba = Image.fromarray(rng.integers(0, 256, (20, 31, 4), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated; the reference does not turn it
-    return {
-        "rgb.png": (rgb, "PNG", {}),
-        "rgb.jpeg": (rgb, "JPEG", {}),
-        "grey.png": (rgb.convert("L"), "PNG", {}),
-        "grey.jpeg": (rgb.convert("L"), "JPEG", {}),
-        "bilevel.png": (rgb.convert("1"), "PNG", {}),
-        "grey_alpha.png": (rgba.convert("LA"), "PNG", {}),
-        "cmyk.jpeg": (rgb.convert("CMYK"), "JPEG", {}),
-        "rgba.png": (rgba, "PNG", {}),
-        "palette.png": (rgb.convert("P"), "PNG", {}),
-        "palette_transparent.png": (rgb.convert("P"), "PNG", {"transparency": 3}),
-        "rotated.jpeg": (rgb, "JPEG", {"exif": exif}),
-        "one_pixel.png": (rgb.crop((0, 0, 1, 1)), "PNG", {}),
-        "lossy.webp": (rgb, "WEBP", {}),
-        "lossless.webp": (rgba, "WEBP", {"lossless": True}),
-        "rgb.bmp": (rgb, "BMP", {}),
-        "rgb.tiff": (rgb, "TIFF", {}),
-        "rgb.ppm": (rgb, "PPM", {}),
-    }
-
-
 @pytest.mark.parametrize("name", made_images())
 def test_decoding_equals_torchvision(tmp_path, name):
     image, form, options = made_images()[name]
@@ -390,15 +376,6 @@ def test_16_bit_grey_keeps_its_upper_bits(form):
     decoded = np.asarray(decode_image(buffer.getvalue()))
     assert np.array_equal(decoded, np.repeat((values >> 8)[..., None], 3, axis=2))
     assert len(np.unique(decoded)) == 256, "neither clipped to white nor coarser"
-
-
-UNREADABLE = {
-    "truncated.png": png(5, (64, 64))[:90],
-    "empty.png": b"",
-    "text.png": b"this is no image",
-    "header_only.png": png(5)[:16],
-    "zeros.png": bytes(1000),
-}
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

@@ -6,9 +6,11 @@ import torch
 from image_data import message_of, released
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.auto_augment import auto_augment_transform
 from torchvision.transforms import InterpolationMode
 
 import data
+from data.fast.shearing import policy_ops
 from tasks.classification.transforms import build_mixup, eval_transform, train_transform
 
 
@@ -133,6 +135,17 @@ def test_denormalize_undoes_the_normalisation(make_config):
 def test_unknown_augmentation_policy_is_named(make_config):
     message = message_of(train_transform, released(make_config, "AUG.AUTO_AUGMENT", "fancy"))
     assert "AUG.AUTO_AUGMENT = 'fancy'" in message
+
+
+def test_policies_of_pairs_may_keep_no_bits(make_config):
+    """timm's v0 asks for 0 bits at level 2, which Pillow 13 refuses."""
+    assert any(op.name == "Posterize" for op in policy_ops(auto_augment_transform("v0", {})))
+    config = released(make_config, "AUG.AUTO_AUGMENT", "v0")
+    ops = [op for step in train_transform(config).transforms for op in policy_ops(step) if op.name == "Posterize"]
+    for op in ops:
+        op.prob = 1.0
+        op.magnitude, op.magnitude_std = 2, 0
+        assert not np.asarray(op(Image.new("RGB", (9, 9), (200, 100, 50)))).any()
 
 
 # ----------------------------------------------------------------------------------------------------------- mixup

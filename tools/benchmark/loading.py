@@ -12,11 +12,11 @@ from torch import Tensor
 from configs import read_config
 from data.datasets import decode_image
 from data.fast.decoding import EncodedImage, decode_to_tensor, decodes_regions
-from data.fast.transforms import FastEvalTransform, FastTrainTransform
+from data.fast.transforms import FastTrainTransform
 from data.randomness import seed_everything
 from data.sources import FolderSource
 from tasks import keys_of
-from tasks.classification.transforms import eval_transform, train_transform
+from tasks.classification.transforms import eval_transform, fast_train_transform, fast_views_transform, train_transform
 from tools.pack import shrink
 
 from .measuring import time_interleaved
@@ -31,8 +31,8 @@ def benchmark_load(args: argparse.Namespace, device: torch.device) -> list[dict[
     chosen = np.linspace(0, len(source.samples) - 1, min(args.images, len(source.samples))).astype(int)
     encoded = [source.read(int(index)) for index in chosen]
     packed = [shrink(content, 256, 95) for content in encoded]
-    exact_train, fast_train = train_transform(config), FastTrainTransform(config)
-    exact_eval, fast_eval = eval_transform(config), FastEvalTransform(config)
+    exact_train, fast_train = train_transform(config), fast_train_transform(config)
+    exact_eval, fast_eval = eval_transform(config), fast_views_transform(config)
     training = {
         "exact": lambda: _load(encoded, decode_image, exact_train),
         "fast": lambda: _load(encoded, fast_train.decode_crop, fast_train),
