@@ -14,9 +14,9 @@ from data import TrainingData, build_eval_loader, check_val_classes, open_split,
 from models.cpu.depthwise import use_fast_gradients
 from tasks.classification.evaluate import run_evaluation
 from tasks.classification.transforms import build_mixup
+from tasks.classification.weights import load_pretrained
 from tasks.networks import build_model
 from tools.curves import RunCurves
-from utils.checkpoint import load_pretrained
 from utils.engine import (
     Progress,
     Trainer,

@@ -58,6 +58,7 @@ _C.MODEL.GMA.NUM_CLASSES = 1000  # outputs; a run takes the number of classes of
 _C.MODEL.GMA.EMBEDDING_DIMS = [80, 160, 320, 320]  # channels of each stage
 _C.MODEL.GMA.SERIAL_DEPTHS = [2, 4, 12, 4]  # blocks of each stage
 _C.MODEL.GMA.NUM_HEADS = 8  # attention heads in every block
+_C.MODEL.GMA.GROUP_SIZES = [3, 5, 7]  # edges of the token groups; their number + 2 segments share the channels
 _C.MODEL.GMA.MLP_RATIOS = [4, 4, 4, 4]  # hidden width of the MLP / channels, of each stage
 _C.MODEL.GMA.QKV_BIAS = True  # bias of the projection to q, k and v
 _C.MODEL.GMA.QKV_SCALE = None  # factor on the attended values; None: (channels / heads) ** -0.5
@@ -194,6 +195,7 @@ _RULES: dict[str, Rule] = {
     "MODEL.GMA.EMBEDDING_DIMS": _ALL_POSITIVE,
     "MODEL.GMA.SERIAL_DEPTHS": _ALL_POSITIVE,
     "MODEL.GMA.NUM_HEADS": _at_least(1),
+    "MODEL.GMA.GROUP_SIZES": ((lambda v: all(x >= 3 and x % 2 for x in v)), "must be odd numbers of at least 3"),
     "MODEL.GMA.MLP_RATIOS": _ALL_POSITIVE,
     "MODEL.GMA.DROP_RATE": _BELOW_ONE,
     "MODEL.GMA.ATTN_DROP_RATE": _BELOW_ONE,

@@ -11,7 +11,6 @@ hex digits of its SHA-256 end its name, as timm's do.
 
 import argparse
 import hashlib
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from configs import UserError
 from configs.commands import CommandParser, command
-from models import VARIANTS, GroupMixFormer
+from models.groupmixformer import GROUP_SIZES, GroupMixFormer
+from models.weights import Architecture, architecture_of, network_of
 from utils.checkpoint import load_file, select_weights, some
 from utils.files import STDOUT, check_json_target, write_file, write_json
 
@@ -107,39 +107,15 @@ def _weights_in(content: dict[str, Any], which: str, origin: str) -> tuple[dict[
     return _in_order(state, origin), kind
 
 
-def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[str, GroupMixFormer]:
-    """The network that a state dict belongs to, by its shapes alone: variant or sizes, and the network on `meta`.
+def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[Architecture, GroupMixFormer]:
+    """Sizes of the network that a state dict belongs to, by its shapes alone, and the network on `meta`.
 
-    The number of heads leaves no trace in the shapes, nor does it matter to them.
     Raises UserError where the shapes are not those of a GroupMixFormer.
     """
-    pattern = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
-    blocks = sorted((int(m[1]), int(m[2]), name) for name in state if (m := pattern.fullmatch(name)))
-    first = {stage: state[name].shape for stage, block, name in blocks if block == 0}
     try:
-        sizes: dict[str, Any] = dict(
-            embed_dims=tuple(first[stage][1] for stage in range(len(first))),
-            depths=tuple(sum(stage == s for s, _, _ in blocks) for stage in range(len(first))),
-            mlp_ratios=tuple(_mlp_ratio(*first[stage]) for stage in range(len(first))),
-        )
-        num_classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-        with torch.device("meta"):
-            network = GroupMixFormer(
-                num_classes,
-                in_chans=state["conv_stem.proj1.weight"].shape[1],
-                qkv_bias="groupmixformer_backbone.0.gma_stage.0.att.qkv.bias" in state,
-                **sizes,
-            )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return architecture_of(state), network_of(state)
+    except ValueError:
         raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {some(state)})") from None
-    name = next((name for name, numbers in VARIANTS.items() if sizes.items() <= numbers.items()), "")
-    return name or "GroupMixFormer " + ", ".join(f"{key} {value}" for key, value in sizes.items()), network
-
-
-def _mlp_ratio(hidden: int, dim: int) -> float:
-    """The ratio for which int(dim * ratio) is `hidden`; a division alone may round to one row less."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def convert(source: str | Path, to: str, folder: str | Path, name: str = "", which: str = "best") -> Conversion:
@@ -157,11 +133,13 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     """
     checkpoint = load_file(source)
     state, kind = _weights_in(checkpoint, which, str(source))
-    label, network = describe_network(state, str(source))
-    content = _encode(_for_birder(state, network, checkpoint, label) if to == "birder" else state, to)
+    sizes, network = describe_network(state, str(source))
+    if to == "birder" and sizes.group_sizes != GROUP_SIZES:
+        raise UserError(f"{source}: has group sizes {sizes.group_sizes}; birder's network has {GROUP_SIZES} only")
+    content = _encode(_for_birder(state, network, checkpoint, sizes) if to == "birder" else state, to)
     digest = hashlib.sha256(content).hexdigest()
     unhashed = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)  # of a file that this command wrote
-    name = name or (label if label in VARIANTS else unhashed)
+    name = name or sizes.variant or unhashed
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
     if not path.exists():
         write_file(content, path)
@@ -178,7 +156,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     return Conversion(
         source=str(source),
         weights=kind,
-        network=label,
+        network=str(sizes),
         num_classes=network.num_classes,
         format=to,
         path=str(path),
@@ -190,7 +168,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
 
 
 def _for_birder(
-    state: dict[str, Tensor], network: GroupMixFormer, checkpoint: dict[str, Any], label: str
+    state: dict[str, Tensor], network: GroupMixFormer, checkpoint: dict[str, Any], sizes: Architecture
 ) -> dict[str, Any]:
     """What birder's loader asks for beside the weights, as far as the file tells it; ImageNet's values otherwise."""
     names = checkpoint.get("classes")
@@ -206,12 +184,11 @@ def _for_birder(
         "class_to_idx": {name: number for number, name in enumerate(names)},
         "rgb_stats": {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
     }
-    mlps = [stage.gma_stage[0].mlp for stage in network.groupmixformer_backbone]
-    if label not in VARIANTS:  # birder has the five under names of its own, and takes other sizes on top of any of them
+    if not sizes.variant:  # birder has the five under names of its own, and takes other sizes on top of any of them
         content["config"] = {
-            "embed_dims": [info["num_chs"] for info in network.feature_info],
-            "depths": [len(stage.gma_stage) for stage in network.groupmixformer_backbone],
-            "mlp_ratios": [_mlp_ratio(mlp.fc1.out_features, mlp.fc1.in_features) for mlp in mlps],
+            "embed_dims": list(sizes.embed_dims),
+            "depths": list(sizes.depths),
+            "mlp_ratios": list(sizes.mlp_ratios),
         }
     return content
 

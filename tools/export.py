@@ -28,7 +28,7 @@ from yacs.config import CfgNode
 from configs import UserError, get_config
 from configs.commands import CommandParser, command
 from configs.errors import first_line
-from utils.checkpoint import network_with
+from tasks.classification.weights import network_with
 from utils.files import STDOUT, check_json_target, write_json
 
 from .convert import read_weights

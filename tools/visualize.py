@@ -2,9 +2,8 @@
 
     python -m tools.visualize --cfg FILE --resume FILE --image FILE [--stage 4] [--block -1] [--out FILE] [--json FILE]
 
-Drawn are the input, Grad-CAM for the predicted class, the top-5, the response maps of the five branches of one
-Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and how much each branch contributes in
-every block.
+Drawn are the input, Grad-CAM for the predicted class, the top-5, the response maps of the branches of one Group-Mix
+Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and how much each branch contributes in every block.
 All flags of test.py that choose weights and preprocessing work here too, such as --cfg, --resume, --pretrained,
 --weights, --img-size and --opts (test.py --help shows them), and --json FILE for the numbers.
 """
@@ -12,6 +11,7 @@ All flags of test.py that choose weights and preprocessing work here too, such a
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,33 @@ from data import ImageDataset
 from data.normalization import denormalize
 from data.sources import PictureSource
 from tasks.classification.transforms import views_transform
-from utils.checkpoint import find_weights, load_classifier
+from tasks.classification.weights import load_classifier
+from utils.checkpoint import find_weights
 from utils.files import STDOUT, check_json_target, write_json
 
-BRANCHES = ("single tokens", "3x3 groups", "5x5 groups", "7x7 groups", "local branch")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito: for any colour vision
+# Okabe and Ito: for any colour vision. More than eight branches repeat them.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 TOP = 5
 DEFAULT_FOLDER = Path("output", "visualized")
 
 
 @dataclass(frozen=True)
 class Branches:
-    """The five branches of one attention for one image; H, W are the stage's map."""
+    """The S branches of one attention for one image; H, W are the stage's map."""
 
     stage: int  # from 1
     block: int  # of the stage, from 1
-    proxies: np.ndarray  # (5, H, W) L2 norm over channels, after the aggregators; of q, k and v the v part
-    responses: np.ndarray  # (5, H, W) L2 norm over channels of what the branch adds to the attention's output
+    proxies: np.ndarray  # (S, H, W) L2 norm over channels, after the aggregators; of q, k and v the v part
+    responses: np.ndarray  # (S, H, W) L2 norm over channels of what the branch adds to the attention's output
 
     @property
     def norms(self) -> np.ndarray:
-        """(5,) mean response over the tokens."""
+        """(S,) mean response over the tokens."""
         return self.responses.mean(axis=(1, 2))
 
     @property
     def shares(self) -> np.ndarray:
-        """(5,) norms over their sum."""
+        """(S,) norms over their sum."""
         return self.norms / max(self.norms.sum(), np.finfo(np.float32).tiny)
 
 
@@ -63,15 +64,16 @@ class Explanation:
     cam: np.ndarray  # (h, w) Grad-CAM on the last map, 0 to 1
     probabilities: np.ndarray  # (K,)
     branches: list[Branches]  # of all blocks, in order of depth
+    names: list[str]  # of the branches
 
 
 def explain(network: nn.Module, image: Tensor) -> Explanation:
     """Run one image (3, H, W), normalised, and record all that is drawn. The network must be in evaluation mode.
 
     A branch's contribution to a token is ||W_proj[:, segment] y[segment]||: the projection after the attention is
-    linear, so its output is the sum of five such vectors and the bias. The segments stay apart until there, because
-    each of the first four fills whole heads. The vectors may partly cancel, so the shares say how large, not how
-    useful, a branch is.
+    linear, so its output is the sum of such a vector for each segment and the bias. With the published group sizes each
+    segment fills whole heads, and the segments stay apart until the projection. With other sizes a head may lie in two
+    segments. The vectors may partly cancel: a share is a magnitude, not an importance.
     """
     attentions = [
         (s, b, block.att)
@@ -101,8 +103,12 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
         proxies, local = seen["aggregated", attention.aggregator][1]
         (y,), _ = seen["y", attention.proj]
         branches.append(_branches(stage, block, attention.proj.weight, y[0], proxies[2, 0], local[0], size))
+    groups = [f"{edge}x{edge} groups" for edge in network.group_sizes]
     return Explanation(
-        _grad_cam(logits[0], seen["map", network.norm4][1]), logits[0].detach().softmax(0).cpu().numpy(), branches
+        cam=_grad_cam(logits[0], seen["map", network.norm4][1]),
+        probabilities=logits[0].detach().softmax(0).cpu().numpy(),
+        branches=branches,
+        names=["single tokens", *groups, "local branch"],
     )
 
 
@@ -110,8 +116,8 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
 def _branches(
     stage: int, block: int, weight: Tensor, y: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]
 ) -> Branches:
-    """weight: (C, C); y: (N, C); v: (N, 4C/5); local: (N, C/5)."""
-    num_segments = len(BRANCHES)
+    """weight: (C, C); y: (N, C); v: (N, C - s); local: (N, s)."""
+    num_segments = len(weight) // local.shape[-1]
     proxies = [part.norm(dim=-1) for part in (*v.chunk(num_segments - 1, dim=-1), local)]
     pieces = zip(weight.chunk(num_segments, dim=1), y.chunk(num_segments, dim=-1))
     responses = [F.linear(segment, part).norm(dim=-1) for part, segment in pieces]
@@ -131,7 +137,7 @@ def table(explanation: Explanation) -> str:
     """Shares of the branches in every block, percent, as text."""
     lines = [
         "contribution of each branch, % of the summed norms",
-        f"stage block {''.join(f'{b:>15}' for b in BRANCHES)}",
+        f"stage block {''.join(f'{name:>15}' for name in explanation.names)}",
     ]
     for block in explanation.branches:
         lines.append(f"{block.stage:>5} {block.block:>5} {''.join(f'{100 * share:15.1f}' for share in block.shares)}")
@@ -148,8 +154,8 @@ def draw(
     figure.suptitle(title, fontsize=15, fontweight="bold")
     bands = figure.subfigures(3, 1, height_ratios=(4.2, 6.4, 4))
     _draw_class(bands[0], image, names, result)
-    _draw_maps(bands[1], chosen)
-    _draw_depth(bands[2], result.branches, chosen)
+    _draw_maps(bands[1], result.names, chosen)
+    _draw_depth(bands[2], result, chosen)
     try:
         if path.parent == DEFAULT_FOLDER:  # any other one that is missing is a mistake in --out
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,16 +188,16 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
     pictures[2].spines[["top", "right"]].set_visible(False)
 
 
-def _draw_maps(band: Any, chosen: Branches) -> None:
+def _draw_maps(band: Any, names: Sequence[str], chosen: Branches) -> None:
     band.suptitle(
         f"Branches of Group-Mix Attention in stage {chosen.stage}, block {chosen.block}: bright tokens respond "
         "strongly (each map has its own scale)",
         fontweight="bold",
     )
-    rows = band.subplots(2, len(BRANCHES))
+    rows = band.subplots(2, len(names))
     labels = ("group proxies\n(norm of v before attention)", "contribution\n(norm after the projection)")
     for axes, maps, label in zip(rows, (chosen.proxies, chosen.responses), labels):
-        for axis, values, name, share in zip(axes, maps, BRANCHES, chosen.shares):
+        for axis, values, name, share in zip(axes, maps, names, chosen.shares):
             shown = axis.imshow(values, cmap="viridis")
             band.colorbar(
                 shown, ax=axis, shrink=0.7, format="%.2g", location="bottom", ticks=(values.min(), values.max())
@@ -201,13 +207,13 @@ def _draw_maps(band: Any, chosen: Branches) -> None:
         axes[0].set_ylabel(label)
 
 
-def _draw_depth(band: Any, branches: Sequence[Branches], chosen: Branches) -> None:
-    axis = band.subplots()
+def _draw_depth(band: Any, result: Explanation, chosen: Branches) -> None:
+    axis, branches = band.subplots(), result.branches
     positions = np.arange(len(branches))
     base = np.zeros(len(branches))
-    for number, name in enumerate(BRANCHES):
+    for number, (name, colour) in enumerate(zip(result.names, cycle(COLOURS))):
         shares = np.array([100 * block.shares[number] for block in branches])
-        axis.bar(positions, shares, bottom=base, color=COLOURS[number], width=0.9, label=name, edgecolor="white")
+        axis.bar(positions, shares, bottom=base, color=colour, width=0.9, label=name, edgecolor="white")
         base += shares
     for position, block in enumerate(branches):
         if position and block.block == 1:
@@ -258,7 +264,7 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
         "weights": loaded,
         "top": [{"class": i, "name": names[i], "probability": float(result.probabilities[i])} for i in order],
         "grad_cam": result.cam.tolist(),
-        "branches": list(BRANCHES),
+        "branches": result.names,
         "blocks": [
             {"stage": b.stage, "block": b.block, "norms": b.norms.tolist(), "shares": b.shares.tolist()}
             for b in result.branches

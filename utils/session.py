@@ -21,10 +21,10 @@ from configs import UserError, get_config, parse_args
 from configs.defaults import to_dict
 from configs.errors import first_line
 
-from .checkpoint import LOCK_NAME, lock_run_folder
 from .compilation import remove_unfinished_binary
 from .files import whole_file
 from .processes import Processes, close_processes, decide_on_main, init_processes
+from .run_lock import LOCK_NAME, lock_run_folder
 from .run_log import create_logger, log_provenance
 from .supervision import (
     EXIT_MISTAKE,

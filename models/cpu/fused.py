@@ -9,8 +9,9 @@ What is done, and why it is exact:
 - the residual of the position encoding is the centre of its 3x3 window;
 - q, k and v of a segment come from one Linear and lie side by side in memory, (B, N, 3s), so that nothing is stacked,
   sliced and permuted: convolutions read them as maps in channels-last order;
-- a segment holds a quarter of the heads, as channels that follow each other. Attention runs on a segment at a time, and
-  products of one head with another are masked, which is cheaper than to bring heads into an order of their own;
+- attention runs on a segment at a time, which holds a quarter of the heads (of all segments together where group sizes
+  are such that a head lies in two of them). Products of one head with another are masked, which is cheaper than to
+  bring heads into an order of their own;
 - windows of 5x5 positions are padded with zeros where they share a segment with 7x7 ones;
 - on a CPU, the blocks of a stage take a few images at a time, which stay in its caches;
 - on a CPU in float32, Linears and convolutions run with packed weights and their activation in oneDNN, where PyTorch
@@ -25,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from models.groupmixformer import (
-    NUM_SEGMENTS,
+from ..groupmixformer import (
     GMABlock,
+    GroupAggregator,
     GroupMixAttention,
     GroupMixFormer,
     LocalBranch,
@@ -85,7 +86,7 @@ def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias
     """x + MLP(layer norm of x) with packed Linears: (B, N, C) -> (B, N, C), float32 on a CPU.
 
     Hidden values are made a slab at a time: 32 MB of them, which one large image may need, go back to the system when
-    they are freed, and every page of them is then faulted in anew at each call.
+    they are freed, and every page of them is then faulted in again at each call.
     """
     results = []
     for rows in x.flatten(0, 1).split(max(1, SLAB_VALUES // weight1.shape[0])):
@@ -191,11 +192,10 @@ class FusedConv2d(nn.Module):
 
 
 class FusedSegment(nn.Module):
-    """One of the first four segments, from tokens to attended values: (B, N, C) -> (B, N, s)."""
+    """A segment that takes part in attention, from tokens to its q, k and v side by side: (B, N, C) -> (B, N, 3s)."""
 
-    def __init__(self, attention: GroupMixAttention, index: int, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, aggregator: GroupAggregator, index: int, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        aggregator, s = attention.aggregator, attention.aggregator.segment_dim
         norm = getattr(aggregator, f"norm{index}")
         if index == 0:
             repeated = [x.repeat(3) for x in _scale_and_shift(norm)]
@@ -204,27 +204,36 @@ class FusedSegment(nn.Module):
         else:
             aggregate: SeparableConv2d = getattr(aggregator, f"agg{index}")
             self.linear = FusedLinear(weight, bias)
-            self.depthwise = FusedConv2d(aggregate.conv1.weight.repeat(3, 1, 1, 1), None, groups=3 * s)
+            self.depthwise = FusedConv2d(aggregate.conv1.weight.repeat(3, 1, 1, 1), None, groups=weight.shape[0])
             self.pointwise = FusedLinear(*_folded(aggregate.pointwise_conv, norm, flat=True), "hardswish")
-        self.position = FusedConv2d(*_position_windows(attention, index), groups=s)
-        head_dim = 4 * s // attention.num_heads
-        heads = torch.arange(s, device=weight.device) // head_dim
-        same_head = (heads[:, None] == heads).to(weight.dtype)
-        self.register_buffer("scaled_mask", same_head * attention.scale)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.linear(x)  # (B, N, 3s)
+        x = self.linear(x)
         if self.depthwise is not None:
             x = _tokens(self.depthwise(_maps(x, size)))
             x = self.pointwise(x.unflatten(2, (3, x.shape[2] // 3))).flatten(2)
-        q, k, v = x.chunk(3, dim=2)  # each (B, N, s)
-        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v) * self.scaled_mask  # (B, s, s)
+        return x
+
+
+class FusedHeads(nn.Module):
+    """Attention of the heads on channels `first` to `last`: q, k and v (B, N, last - first) -> same."""
+
+    def __init__(self, attention: GroupMixAttention, first: int, last: int) -> None:
+        super().__init__()
+        self.position = FusedConv2d(*_position_windows(attention, first, last), groups=last - first)
+        head_dim = sum(attention.crpe.channel_splits) // attention.num_heads
+        heads = torch.arange(first, last, device=attention.proj.weight.device) // head_dim
+        same_head = (heads[:, None] == heads).to(attention.proj.weight.dtype)
+        self.register_buffer("scaled_mask", same_head * attention.scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v) * self.scaled_mask
         position = _tokens(self.position(_maps(v, size)))
         return torch.bmm(q, context).addcmul_(position, q)
 
 
 class FusedLocalBranch(nn.Module):
-    """The fifth segment: (B, N, C) -> (B, N, s)."""
+    """The last segment: (B, N, C) -> (B, N, s)."""
 
     def __init__(self, branch: LocalBranch, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -243,8 +252,8 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: GMABlock) -> None:
         super().__init__()
-        attention, C = block.att, block.att.proj.in_features
-        s = C // NUM_SEGMENTS
+        attention, aggregator, C = block.att, block.att.aggregator, block.att.proj.in_features
+        S, s = aggregator.num_segments, aggregator.segment_dim
         window = block.cpe.proj.weight.clone()
         window[:, :, 1, 1] += 1
         self.position = FusedConv2d(window, block.cpe.proj.bias, groups=C)
@@ -252,18 +261,28 @@ class FusedBlock(nn.Module):
         self.eps = block.norm1.eps
         bias = torch.zeros_like(attention.qkv.weight[:, 0]) if attention.qkv.bias is None else attention.qkv.bias
         weight, bias = _after_affine(attention.qkv.weight, bias, block.norm1)
-        weight, bias = weight.view(3, NUM_SEGMENTS, s, C), bias.view(3, NUM_SEGMENTS, s)
-        parts = [(weight[:, i].reshape(3 * s, C), bias[:, i].reshape(3 * s)) for i in range(NUM_SEGMENTS)]
-        self.segments = nn.ModuleList(FusedSegment(attention, i, *parts[i]) for i in range(NUM_SEGMENTS - 1))
-        self.local = FusedLocalBranch(attention.aggregator.agg0, *parts[-1])
+        weight, bias = weight.view(3, S, s, C), bias.view(3, S, s)
+        parts = [(weight[:, i].reshape(3 * s, C), bias[:, i].reshape(3 * s)) for i in range(S)]
+        self.segments = nn.ModuleList(FusedSegment(aggregator, i, *parts[i]) for i in range(S - 1))
+        head_dim = (C - s) // attention.num_heads
+        width = s if s % head_dim == 0 else C - s  # of the channels that attend together: whole heads
+        self.heads = nn.ModuleList(FusedHeads(attention, first, first + width) for first in range(0, C - s, width))
+        self.local = FusedLocalBranch(aggregator.agg0, *parts[-1])
         self.proj = FusedLinear(attention.proj.weight, attention.proj.bias)
         self.mlp = FusedMLP(block.norm2, block.mlp)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = _tokens(self.position(_maps(x, size)))
         y = F.layer_norm(x, x.shape[2:], eps=self.eps)
-        y = torch.cat([segment(y, size) for segment in self.segments] + [self.local(y, size)], dim=2)
+        y = torch.cat([*self.attend(y, size), self.local(y, size)], dim=2)
         return self.mlp(self.proj(y, residual=x))
+
+    def attend(self, y: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """(B, N, C) -> attended values of each segment [(B, N, s)], or of all together [(B, N, C - s)]."""
+        if len(self.heads) == len(self.segments):
+            return [heads(*segment(y, size).chunk(3, dim=2), size) for segment, heads in zip(self.segments, self.heads)]
+        qkv = zip(*(segment(y, size).chunk(3, dim=2) for segment in self.segments))
+        return [self.heads[0](*(torch.cat(segments, dim=2) for segments in qkv), size)]
 
 
 class FusedGroupMixFormer(nn.Module):
@@ -367,11 +386,9 @@ def _after_affine(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Ten
     return (weight64 * norm.weight.double()).to(weight.dtype), shifted.to(weight.dtype)
 
 
-def _position_windows(attention: GroupMixAttention, index: int) -> tuple[Tensor, Tensor]:
-    """The relative position's windows (s, 1, k, k) and biases (s) for the values of one segment."""
-    s = attention.aggregator.segment_dim
-    first, last, start = index * s, (index + 1) * s, 0
-    weights, biases = [], []
+def _position_windows(attention: GroupMixAttention, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The relative position's windows (last - first, 1, k, k) and biases for the channels `first` to `last`."""
+    weights, biases, start = [], [], 0
     for conv, chans in zip(attention.crpe.conv_list, attention.crpe.channel_splits):
         here = slice(max(first - start, 0), max(min(last - start, chans), 0))
         weights.append(conv.weight[here])

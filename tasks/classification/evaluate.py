@@ -12,7 +12,7 @@ from configs import UserError, with_num_classes, with_values
 from data import check_val_classes, fingerprint, open_split, usable_workers
 from tasks.measurement import count_flops
 from tasks.networks import build_model
-from utils.checkpoint import find_weights, load_weights
+from utils.checkpoint import find_weights
 from utils.compilation import inference_network
 from utils.engine import build_precision, measure_throughput
 from utils.files import check_json_target, write_json
@@ -25,6 +25,7 @@ from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
 from .predictions import Predictions, check_suffix, predict
 from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
+from .weights import load_weights
 
 
 def run_evaluation(session: Session) -> None:

@@ -14,7 +14,6 @@ from yacs.config import CfgNode
 from configs import UserError
 from data import ImageDataset, usable_workers
 from data.sources import UNLABELLED, PictureSource
-from utils.checkpoint import load_classifier
 from utils.compilation import inference_network
 from utils.engine import build_precision
 from utils.files import write_json
@@ -23,6 +22,7 @@ from utils.session import Session
 
 from .predictions import predict_batch, summarize_batch
 from .transforms import views_transform
+from .weights import load_classifier
 
 SUFFIX = ".top5.json"  # after the whole name of the picture: a.jpg and a.png do not share a file
 

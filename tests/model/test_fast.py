@@ -11,6 +11,7 @@ import pytest
 import runs
 import timm
 import torch
+from small_networks import OTHER_GROUPS, relative_error
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -45,22 +46,16 @@ def network_of(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     return network.to(dtype).eval()
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    assert got.shape == expected.shape
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def images(height: int = 64, width: int = 96, batch: int = 3) -> Tensor:
     return golden_numbers.images(batch, height, width)
 
 
 # ---------------------------------------------------------------------------------------------- the order of operations
-@pytest.mark.parametrize("size", [(64, 96), (33, 47)], ids=str)
-@pytest.mark.parametrize("training", [False, True])
-def test_values_and_gradients_are_those_of_the_released_order(size: tuple[int, int], training: bool) -> None:
-    network = network_of(torch.float64).train(training)
+@pytest.mark.parametrize(("training", "options"), [(False, {}), (True, {}), (True, OTHER_GROUPS[1])], ids=str)
+def test_values_and_gradients_are_those_of_the_released_order(training: bool, options: dict[str, Any]) -> None:
+    network = network_of(torch.float64, **options).train(training)
     reference = ReferenceNetwork(copy.deepcopy(network)).train(training)
-    x = images(*size).double()
+    x = images(33, 47).double()
     got, expected = network(x), reference(x)
     assert relative_error(got, expected) < 1e-13
     got.square().sum().backward()
@@ -86,6 +81,7 @@ def test_fused_is_the_network_in_float64(size: tuple[int, int], heads: int) -> N
 @pytest.mark.parametrize(
     "options",
     [
+        *OTHER_GROUPS,
         dict(qkv_bias=False),
         dict(qk_scale=0.3),
         dict(in_chans=1),

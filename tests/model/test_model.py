@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from small_networks import (
     NAMES,
+    OTHER_GROUPS,
     ROOT,
     SMALL,
     WIDE,
@@ -246,12 +247,13 @@ class PlainNetwork:
         return x * (x + 3).clamp(0, 6) / 6
 
     def attention(self, name: str, x: Tensor) -> Tensor:
-        channels, segment = x.shape[1], x.shape[1] // 5
-        head = 4 * segment // 8
+        groups = sum(f"{name}.aggregator.norm{i}.weight" in self.state for i in range(1, 9))
+        channels, segment = x.shape[1], x.shape[1] // (groups + 2)
+        head = (channels - segment) // 8
         qkv = self.linear(f"{name}.qkv", x).split(channels, dim=1)
 
-        mixed: tuple[list[Tensor], ...] = ([], [], [])  # of q, k and v: their first four segments
-        for i in range(4):
+        mixed: tuple[list[Tensor], ...] = ([], [], [])  # of q, k and v: all segments but the last
+        for i in range(groups + 1):
             parts = [one[:, i * segment : (i + 1) * segment] for one in qkv]
             if i > 0:
                 parts = [self.separable(f"{name}.aggregator.agg{i}", part) for part in parts]
@@ -259,7 +261,8 @@ class PlainNetwork:
                 segments.append(self.hardswish(part))
         q, k, v = (torch.cat(segments, dim=1) for segments in mixed)
 
-        local = self.separable(f"{name}.aggregator.agg0.conv", torch.cat([one[:, 4 * segment :] for one in qkv], dim=1))
+        local = torch.cat([one[:, channels - segment :] for one in qkv], dim=1)
+        local = self.separable(f"{name}.aggregator.agg0.conv", local)
         local = self.hardswish(self.layer_norm(f"{name}.aggregator.agg0.norm", local, eps=1e-5))
 
         attended = []
@@ -269,7 +272,7 @@ class PlainNetwork:
             attended.append(torch.einsum("bin,bim,bjm->bjn", q1, share_of_tokens, v1))
         windows = v.split([2 * head, 3 * head, 3 * head], dim=1)
         position = torch.cat([self.conv(f"{name}.crpe.conv_list.{i}", part) for i, part in enumerate(windows)], dim=1)
-        y = torch.cat(attended, dim=1).reshape(q.shape) / (channels / 8) ** 0.5 + q * position
+        y = torch.cat(attended, dim=1).reshape(q.shape) / (channels // 8) ** 0.5 + q * position
         return self.linear(f"{name}.proj", torch.cat([y, local], dim=1))
 
     def block(self, name: str, x: Tensor) -> Tensor:
@@ -329,9 +332,15 @@ def test_group_mix_attention_is_its_plain_formulation(training: bool) -> None:
     assert_same_gradients(attention, state)
 
 
-@pytest.mark.parametrize(("size", "training"), [((33, 47), False), ((33, 47), True), ((37, 200), True)], ids=str)
-def test_the_network_is_its_plain_formulation_at_any_size(size: tuple[int, int], training: bool) -> None:
-    network = small_network(**WIDE).double().train(training)
+@pytest.mark.parametrize(
+    ("size", "training", "options"),
+    [((33, 47), False, {}), ((33, 47), True, {}), ((37, 200), True, {})]
+    + [((33, 47), True, options) for options in OTHER_GROUPS],
+    ids=str,
+)
+def test_the_network_is_its_plain_formulation(size: tuple[int, int], training: bool, options: dict[str, Any]) -> None:
+    """At any size and with any group sizes."""
+    network = small_network(**{**WIDE, **options}).double().train(training)
     state, images = plain_state(network), golden_numbers.images(3, *size).double()
     logits, expected = network(images), PlainNetwork(state, training)(images)
     assert relative_error(logits, expected) < 1e-11
@@ -378,6 +387,12 @@ def test_return_interm_layers_gives_the_stage_maps() -> None:
         (dict(num_heads=6), ("num_heads=6", "multiple of 8")),
         (dict(num_heads=12, embed_dims=(30, 60, 90, 120)), ("num_heads=12", "multiple of 8")),
         (dict(num_heads=0), ("num_heads=0", "multiple of 8")),
+        (dict(group_sizes=(3, 4)), ("group_sizes=(3, 4)", "odd")),
+        (dict(group_sizes=(1, 3, 5)), ("group_sizes=(1, 3, 5)", "at least 3")),
+        (dict(group_sizes=(3,) * 10), ("group_sizes=(3, 3,", "at most 9")),
+        (dict(group_sizes=(3,)), ("embed_dims[0]=10", "3 segments", "(3,)", "first 2", "multiple of 12")),
+        (dict(group_sizes=(3, 5)), ("embed_dims[0]=10", "4 segments", "(3, 5)", "first 3", "multiple of 32")),
+        (dict(group_sizes=(3, 5, 7, 9)), ("6 segments", "(3, 5, 7, 9)", "first 5", "multiple of 48")),
         (dict(depths=(1, 2)), ("4, 2 and 4 values",)),
         (dict(mlp_ratios=(2, 4, 2)), ("4, 4 and 3 values",)),
         (dict(embed_dims=(), depths=(), mlp_ratios=()), ("0, 0 and 0 values",)),
@@ -394,6 +409,31 @@ def test_what_cannot_be_cut_evenly_is_refused_with_its_numbers(options: dict[str
 def test_twice_the_heads_and_fewer_stages_work() -> None:
     network = GroupMixFormer(num_classes=7, embed_dims=(20, 40), depths=(1, 1), mlp_ratios=(2, 2), num_heads=16)
     assert network(golden_numbers.images(2, 32, 48)).shape == (2, 7)
+
+
+def test_group_sizes_are_the_windows_of_the_aggregators() -> None:
+    """Each has weights, under the names that follow from its place. The windows of the position stay 3, 5 and 7."""
+    network = small_network(embed_dims=(48,) * 4, group_sizes=(9, 3, 5, 3))
+    for block in blocks_of(network):
+        shapes = {name: tuple(value.shape) for name, value in block.att.state_dict().items()}
+        assert [shapes[f"aggregator.agg{i}.conv1.weight"] for i in (1, 2, 3, 4)] == [(8, 1, k, k) for k in (9, 3, 5, 3)]
+        assert all(shapes[f"aggregator.norm{i}.weight"] == (8,) for i in range(5))
+        assert [shapes[f"crpe.conv_list.{i}.weight"][-1] for i in range(3)] == [3, 5, 7]
+        assert shapes["aggregator.agg0.conv.conv1.weight"] == (24, 1, 3, 3)
+
+
+@pytest.mark.parametrize("options", OTHER_GROUPS, ids=str)
+def test_networks_of_other_groups_learn(options: dict[str, Any]) -> None:
+    network, images = small_network(**options), golden_numbers.images(4, 32, 32)
+    optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        losses.append(F.cross_entropy(network(images), torch.arange(4)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2
+    assert all(p.grad.any() for p in network.parameters())
 
 
 # -------------------------------------------------------------------------------------------------- the file on its own

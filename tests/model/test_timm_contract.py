@@ -124,6 +124,14 @@ def test_classes_without_pooling_are_refused() -> None:
         small_network(global_pool="")
 
 
+def test_create_model_takes_group_sizes() -> None:
+    network = timm.create_model("groupmixformer_small", group_sizes=(3, 5), embed_dims=(64, 160, 320, 320))
+    assert network.group_sizes == (3, 5)
+    assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+    with pytest.raises(ValueError, match=r"embed_dims\[0\]=80 cannot be cut into 4 segments.*multiple of 32"):
+        timm.create_model("groupmixformer_small", group_sizes=(3, 5))
+
+
 # ------------------------------------------------------------------------------------------------------- timm: features
 @pytest.mark.parametrize("out_indices", [None, (0,), (1, 3), (0, 1, 2), (-2, -1)], ids=str)
 def test_features_only_gives_the_chosen_stage_maps(out_indices: tuple[int, ...] | None) -> None:

@@ -9,7 +9,7 @@ import golden_numbers
 import pytest
 import timm
 import torch
-from small_networks import SHALLOW, WIDE, modules_of, relative_error, small_network, train_step
+from small_networks import OTHER_GROUPS, SHALLOW, WIDE, modules_of, relative_error, small_network, train_step
 from timm.layers import DropPath
 from timm.models._features_fx import GraphExtractNet
 from torch import Tensor, nn
@@ -72,9 +72,10 @@ def test_checkpointing_needs_less_memory(drop_path_rate: float) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- torch's tools
-@pytest.mark.parametrize("training", [False, True])
-def test_torchscript_gives_the_same_values(training: bool) -> None:
-    network, images = small_network(drop_path_rate=0.2).train(training), golden_numbers.images(2, 33, 47)
+@pytest.mark.parametrize(("training", "options"), [(False, {}), (True, {}), (True, OTHER_GROUPS[1])], ids=str)
+def test_torchscript_gives_the_same_values(training: bool, options: dict[str, Any]) -> None:
+    network = small_network(drop_path_rate=0.2, **options).train(training)
+    images = golden_numbers.images(2, 33, 47)
     for drop_path in modules_of(network, DropPath):
         drop_path.drop_prob = 0.0  # TorchScript draws other random numbers
     scripted = torch.jit.script(copy.deepcopy(network))

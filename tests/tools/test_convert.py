@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from small_networks import OTHER_GROUPS
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -74,12 +75,6 @@ def test_every_direction_gives_equal_logits(kind: str, target: str, tmp_path: Pa
     )()
     assert torch.equal(logits(found), logits(state))
     assert done.parameters == sum(p.numel() for p in network_of(1).parameters()) and done.num_classes == 7
-
-
-def test_a_ratio_whose_product_rounds_down_is_recovered() -> None:
-    hidden = GroupMixFormer(embed_dims=(100, 100, 100, 100), depths=(1,) * 4, mlp_ratios=(1.15,) * 4, num_classes=0)
-    assert int(100 * (114 / 100)) == 113, "the case"
-    module.describe_network(hidden.state_dict())[1].load_state_dict(hidden.state_dict(), assign=True)
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
@@ -150,12 +145,12 @@ def test_views_do_not_drag_their_storage_along(tmp_path: Path) -> None:
     assert convert(tmp_path / "views.pth", "pth", tmp_path / "out").bytes < 4_000_000
 
 
-@pytest.mark.parametrize("name", ["groupmixformer_miny", "groupmixformer_tiny"])
-def test_variants_are_recognised_by_their_shapes(name: str) -> None:
-    with torch.device("meta"):
-        state = timm.create_model(name, num_classes=3, in_chans=1).state_dict()
-    label, network = module.describe_network(state)
-    assert label == name and network.num_classes == 3 and network.in_chans == 1
+def test_other_group_sizes_convert_but_not_for_birder(tmp_path: Path) -> None:
+    network = network_of(1, **OTHER_GROUPS[1])
+    torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
+    assert "group_sizes (7, 3)" in convert(tmp_path / "a.pth", "safetensors", tmp_path).network
+    with pytest.raises(UserError, match=r"group sizes \(7, 3\); birder's network has \(3, 5, 7\) only"):
+        convert(tmp_path / "a.pth", "birder", tmp_path)
 
 
 def test_networks_without_head_or_bias_convert(tmp_path: Path) -> None:
