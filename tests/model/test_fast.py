@@ -69,8 +69,7 @@ def test_values_and_gradients_are_those_of_the_released_order(training: bool, op
 
 
 # ---------------------------------------------------------------------------------------------------------------- fused
-@pytest.mark.parametrize("size", [(64, 96), (33, 47), (224, 224)], ids=str)
-@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize(("size", "heads"), [((64, 96), 8), ((33, 47), 16)], ids=str)
 def test_fused_is_the_network_in_float64(size: tuple[int, int], heads: int) -> None:
     network = network_of(torch.float64, num_heads=heads, embed_dims=(40, 80, 120, 160))
     x = images(*size, batch=2).double()
@@ -261,10 +260,9 @@ def test_many_sizes_are_all_compiled(eager_compiler: list[int], fused: bool) -> 
     network = fuse(network_of()) if fused else network_of().eval()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True), torch.no_grad():
         compile_blocks(network)
-        for batch in (1, 2):
-            for size in (32, 48, 64):
-                network(torch.randn(batch, 3, size, size))
-    assert len(eager_compiler) >= 2 * 3 * 4
+        for size in (32, 48, 64):
+            network(torch.randn(1, 3, size, size))
+    assert len(eager_compiler) >= 3 * 4 > 8
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import ast
 import copy
 import math
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +118,9 @@ PUBLISHED = {  # widths, depths, MLP ratios, drop path, parameters, GFLOPs at 22
 }
 
 
-@pytest.mark.parametrize("name", [*NAMES[:4], pytest.param("large", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["miny", "small", *(pytest.param(n, marks=pytest.mark.long) for n in ("tiny", "base", "large"))]
+)
 def test_parameters_and_flops_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.measurement.flop_count_table", lambda *args, **options: "")  # slow, and not looked at
     flops, parameters, _ = count_flops(timm.create_model(f"groupmixformer_{name}"), (3, 224, 224))
@@ -141,7 +141,7 @@ def test_a_variant_and_its_yaml_file_are_the_published_network(
     assert {key: tuple(v.shape) for key, v in network.state_dict().items()} == golden_numbers.layout(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["miny", "base"])
 def test_stochastic_depth_rises_linearly_over_all_blocks(name: str) -> None:
     with torch.device("meta"):
         blocks = blocks_of(timm.create_model(f"groupmixformer_{name}"))
@@ -449,20 +449,6 @@ def test_the_model_file_imports_torch_and_timm_only() -> None:
         elif isinstance(node, ast.Import):
             imported.update(name.name.split(".")[0] for name in node.names)
     assert imported - set(sys.stdlib_module_names) == {"torch", "timm"}
-
-
-def test_the_model_file_works_in_another_project(tmp_path: Path) -> None:
-    shutil.copy(MODEL_FILE, tmp_path / "backbone.py")
-    script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import timm, torch, backbone\n"
-        "network = timm.create_model('groupmixformer_miny', features_only=True)\n"
-        "print([m.shape[1] for m in network(torch.zeros(2, 3, 64, 64))])"
-    )
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert run.stdout.strip() == "[40, 80, 160, 160]", run.stderr
 
 
 def test_factory_arguments_place_and_cast_the_network() -> None:

@@ -27,7 +27,7 @@ def test_every_variant_is_an_entry_point_of_timm() -> None:
     assert timm.list_models("groupmixformer*", pretrained=True) == []  # no weights are hosted
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["miny", "base"])
 def test_the_default_configuration_describes_the_network(name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(f"groupmixformer_{name}")
