@@ -128,8 +128,8 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         name: of the new file, before its hash; '' takes the variant's, or else the source's.
         which: of a training checkpoint, 'raw', 'ema', or 'best': those that it was kept for, else raw.
 
-    Where the very file is there already, it is left and told like a new one. Raises UserError where the source is not
-    fit, or another file has the new one's name.
+    Where the very file is there already, it stays and is reported like a new one. Raises UserError where the source is
+    not fit, or another file has the new one's name.
     """
     checkpoint = load_file(source)
     state, kind = _weights_in(checkpoint, which, str(source))

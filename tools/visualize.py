@@ -174,8 +174,8 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
     pictures[1].imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1)
     overlay = pictures[1].imshow(cam, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     h, w = result.cam.shape
-    note = f"from a {w} x {h} map" if h * w > 1 else "a 1 x 1 map tells no place"
-    pictures[1].set_title(f"Grad-CAM: what speaks for\n{_short(names[order[0]])} ({note})")
+    note = f"from a {w} x {h} map" if h * w > 1 else "a 1 x 1 map has no location"
+    pictures[1].set_title(f"Grad-CAM: evidence for\n{_short(names[order[0]])} ({note})")
     bar = band.colorbar(overlay, ax=pictures[1], shrink=0.7, location="bottom", ticks=(0, 1))
     bar.ax.set_xticklabels(("little", "much"))
     for axis in pictures[:2]:

@@ -18,13 +18,9 @@ What is done, and why it is exact:
   has it.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..groupmixformer import (
     GMABlock,
@@ -36,6 +32,7 @@ from ..groupmixformer import (
     SeparableConv2d,
     Stem,
 )
+from . import packed
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
 
@@ -51,94 +48,6 @@ def fuse(network: GroupMixFormer) -> "FusedGroupMixFormer":
         return FusedGroupMixFormer(network)
 
 
-# Weights in oneDNN's own layout, with the version of the weight that they were made from. They cannot be buffers: such
-# tensors have no storage that could be saved, moved or handed to a compiled graph.
-_packed_weights = WeakTensorKeyDictionary()
-SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time on a CPU, 16 MB: of images, or rows of one
-
-
-def _packed(weight: Tensor, pack: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`pack(weight, *arguments)`, kept until the weight goes, or changes in a way that PyTorch counts."""
-    version = 0 if weight.is_inference() else weight._version
-    packed_version, packed = _packed_weights.get(weight, (None, None))
-    if packed is None or packed_version != version:
-        packed = pack(weight, *arguments)
-        _packed_weights[weight] = version, packed
-    return packed
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
-    packed = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.numel() // x.shape[-1])
-    if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
-
-
-def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str) -> Tensor:
-    """Convolution with 'same' padding, then activation, in one oneDNN call, on maps in channels-last order."""
-    settings = [weight.shape[-1] // 2] * 2, [stride] * 2, [1, 1], groups
-    packed = _packed(weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "none")
-
-
-def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
-    """x + MLP(layer norm of x) with packed Linears: (B, N, C) -> (B, N, C), float32 on a CPU.
-
-    Hidden values are made a slab at a time: 32 MB of them, which one large image may need, go back to the system when
-    they are freed, and every page of them is then faulted in again at each call.
-    """
-    results = []
-    for rows in x.flatten(0, 1).split(max(1, SLAB_VALUES // weight1.shape[0])):
-        hidden = _packed_linear(F.layer_norm(rows, rows.shape[1:], eps=eps), weight1, bias1, "gelu", None)
-        results.append(_packed_linear(hidden, weight2, bias2, "none", rows))
-    return (results[0] if len(results) == 1 else torch.cat(results)).view_as(x)
-
-
-# Inductor calls the same kernels where it may treat weights as constants ("freezing"); as operators of their own they
-# let one compiled block serve all blocks of its stage. `torch.library.custom_op` would define them in fewer lines, but
-# costs 50 us a call, a twentieth of the whole network: it prepares for gradients, which these do not have. The tag
-# allows inputs of any strides, which oneDNN's kernels take: without it, inductor would write a copy for each operator
-# that reads a tensor. Strides of outputs do not depend on those of inputs.
-_library = torch.library.Library("groupmixformer", "DEF")
-for _signature, _operator in (
-    ("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual)", _packed_linear),
-    ("packed_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int groups, str activation)", _packed_conv2d),
-    ("packed_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, float eps)", _packed_mlp),
-):
-    _library.define(f"{_signature} -> Tensor", tags=(torch.Tag.flexible_layout,))
-    _library.impl(_signature.partition("(")[0], _operator, "CPU")
-
-
-@torch.library.register_fake("groupmixformer::packed_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("groupmixformer::packed_conv2d", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str) -> Tensor:
-    size = [(edge - 1) // stride + 1 for edge in x.shape[2:]]
-    return x.new_empty(x.shape[0], weight.shape[0], *size).contiguous(memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("groupmixformer::packed_mlp", lib=_library)
-def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_HAS_PACKED_WEIGHTS = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's library takes no activations in
-)
-
-
-def _takes_packed_weights(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's kernels for packed weights take `x`: float32 on a CPU, outside autocast."""
-    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return _HAS_PACKED_WEIGHTS and on_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-
-
 class FusedLinear(nn.Module):
     """Linear, then activation, or the sum with a residual: (..., in) -> (..., out)."""
 
@@ -149,8 +58,8 @@ class FusedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _takes_packed_weights(x, self.weight):
-            run = torch.ops.groupmixformer.packed_linear if torch.compiler.is_compiling() else _packed_linear
+        if packed.takes_packed_weights(x, self.weight):
+            run = torch.ops.groupmixformer.packed_linear if torch.compiler.is_compiling() else packed.packed_linear
             return run(x, self.weight, self.bias, self.activation, residual)
         x = _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         return x if residual is None else x + residual
@@ -166,8 +75,8 @@ class FusedMLP(nn.Module):
         self.fc2 = FusedLinear(mlp.fc2.weight, mlp.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _takes_packed_weights(x, self.fc1.weight):
-            run = torch.ops.groupmixformer.packed_mlp if torch.compiler.is_compiling() else _packed_mlp
+        if packed.takes_packed_weights(x, self.fc1.weight):
+            run = torch.ops.groupmixformer.packed_mlp if torch.compiler.is_compiling() else packed.packed_mlp
             return run(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.eps)
         return self.fc2(self.fc1(F.layer_norm(x, x.shape[2:], eps=self.eps)), residual=x)
 
@@ -184,8 +93,8 @@ class FusedConv2d(nn.Module):
         self.stride, self.groups, self.activation = stride, groups, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if _takes_packed_weights(x, self.weight):
-            run = torch.ops.groupmixformer.packed_conv2d if torch.compiler.is_compiling() else _packed_conv2d
+        if packed.takes_packed_weights(x, self.weight):
+            run = torch.ops.groupmixformer.packed_conv2d if torch.compiler.is_compiling() else packed.packed_conv2d
             return run(x, self.weight, self.bias, self.stride, self.groups, self.activation)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.weight.shape[-1] // 2, groups=self.groups)
         return _ACTIVATIONS[self.activation](x)
@@ -347,7 +256,7 @@ def _images_at_a_time(blocks: nn.ModuleList, x: Tensor) -> int:
     """Images of `x` (B, C, H, W) that blocks take together: on a CPU as many as its caches hold."""
     if x.device.type != "cpu":
         return max(1, len(x))
-    return max(1, SLAB_VALUES // (x.shape[2] * x.shape[3] * blocks[0].mlp.fc1.weight.shape[0]))
+    return max(1, packed.SLAB_VALUES // (x.shape[2] * x.shape[3] * blocks[0].mlp.fc1.weight.shape[0]))
 
 
 def _maps(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,9 +15,8 @@ from small_networks import OTHER_GROUPS, relative_error
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-import models
-import models.cpu.fused
 from configs import UserError
+from models.cpu import packed as packed_layers
 from models.cpu.fused import fuse
 from models.reference import ReferenceNetwork
 from tasks.classification.evaluate import run_evaluation
@@ -111,7 +110,7 @@ def test_fused_stage_maps_are_those_of_the_network() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_difference_of_fused_float32_is_rounding(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packed:
-        monkeypatch.setattr(models.cpu.fused, "_HAS_PACKED_WEIGHTS", False)
+        monkeypatch.setattr(packed_layers, "HAS_PACKED_WEIGHTS", False)
     network = network_of()
     exact, fused = network_of(torch.float64), fuse(network)
     for size in ((224, 224), (64, 96), (33, 47), (16, 16)):  # weights are packed once, for the first
@@ -185,13 +184,13 @@ def test_fused_stages_take_as_many_images_at_a_time_as_fit(monkeypatch: pytest.M
     for stage, sizes in zip(fused.stages, taken):
         stage[0].register_forward_pre_hook(lambda block, arguments, sizes=sizes: sizes.append(len(arguments[0])))
     tokens, hidden = 16 * 24, 4 * WIDE["embed_dims"][0]
-    monkeypatch.setattr(models.cpu.fused, "SLAB_VALUES", 2 * tokens * hidden)
+    monkeypatch.setattr(packed_layers, "SLAB_VALUES", 2 * tokens * hidden)
     maps = fused.forward_stages(batch)
     assert taken[0] == [2, 2, 1] and taken[1] == [4, 1] and taken[2] == taken[3] == [5]
     for got, expected in zip(maps, together):
         assert relative_error(got, expected) < 1e-13
         assert got.is_contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(models.cpu.fused, "SLAB_VALUES", 1)
+    monkeypatch.setattr(packed_layers, "SLAB_VALUES", 1)
     assert relative_error(fused(batch), network(batch)) < 1e-12
 
 
