@@ -6,14 +6,19 @@ Shapes are written with these letters:
 
     B  images in the batch             H, W  height and width of a stage's map
     C  channels of a stage             N     tokens of a stage, N = H * W
-    s  channels of a segment, C / 5    h     attention heads
-    d  channels of a head, (4C/5) / h
+    S  segments of the channels        s     channels of a segment, C / S
+    h  attention heads                 d     channels of a head, (C - s) / h
+
+The S segments are the single tokens, one for each group size, and the local branch: S = 5 for the published (3, 5, 7).
 
 Module names are an interface: released weights carry them. `norm4` is the batch norm after the last stage, `att` the
 Group-Mix Attention, `agg1..3` its 3x3, 5x5 and 7x7 group aggregators, `agg0` its local branch, `cpe` and `crpe` the
 convolutional position encodings of tokens and of attention.
 """
 
+import math
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,12 +30,17 @@ from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
+from torch.serialization import add_safe_globals
 
 __all__ = ["VARIANTS", "GroupMixFormer"]
 
-NUM_SEGMENTS = 5  # four take part in attention, the fifth is the local branch
-GROUP_SIZES = (3, 5, 7)  # edge of the token groups that segments 2, 3 and 4 are mixed with (section 3.2)
+GROUP_SIZES = (3, 5, 7)  # edges of the token groups that the segments are mixed with, as published (section 3.2)
+POSITION_WINDOWS = (3, 5, 7)  # edges of the relative position's windows, on 2, 3 and 3 of every 8 heads
 STEM_STRIDE = 4
+
+# Files are opened with weights_only=True, by timm too. It refuses released training checkpoints for the yacs CfgNode in
+# them. Read as the mapping that it is, a CfgNode runs no code.
+add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 # Table 1 of the paper, with the released drop path rates. Large: its released file says 0.1 and that it needs
 # adjusting; the one public re-implementation uses 0.5, as base does.
@@ -114,7 +124,7 @@ class ConvPosEnc(nn.Module):
 
 
 class ConvRelPosEnc(nn.Module):
-    """Convolutional relative position: q * DWConv(v), with 3x3, 5x5 and 7x7 windows on 2, 3 and 3 of every 8 heads."""
+    """Convolutional relative position: q * DWConv(v), with one of three windows on every head."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -122,23 +132,23 @@ class ConvRelPosEnc(nn.Module):
         self.channel_splits = [heads * eighth * head_dim for heads in (2, 3, 3)]
         self.conv_list = nn.ModuleList(
             nn.Conv2d(chans, chans, window, padding=window // 2, groups=chans)
-            for chans, window in zip(self.channel_splits, GROUP_SIZES)
+            for chans, window in zip(self.channel_splits, POSITION_WINDOWS)
         )
 
     def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         """q, v: (B, N, h, d) -> (B, N, h, d)."""
         B, N, h, d = q.shape
-        v_map = v.flatten(2).transpose(1, 2).view(B, h * d, size[0], size[1])  # -> (B, 4C/5, H, W), no copy
+        v_map = v.flatten(2).transpose(1, 2).view(B, h * d, size[0], size[1])  # -> (B, C - s, H, W), no copy
         v_maps = torch.split(v_map, self.channel_splits, dim=1)
         outs = []
         for i, conv in enumerate(self.conv_list):
             outs.append(conv(v_maps[i]))
-        position = torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, 4C/5, H, W) -> as q
+        position = torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, C - s, H, W) -> as q
         return q * position
 
 
 class LocalBranch(nn.Module):
-    """The fifth segment, which takes no part in attention: (B, 3s, H, W) of q, k and v -> (B, N, s)."""
+    """The last segment, which takes no part in attention: (B, 3s, H, W) of q, k and v -> (B, N, s)."""
 
     def __init__(self, segment_dim: int) -> None:
         super().__init__()
@@ -153,36 +163,34 @@ class LocalBranch(nn.Module):
 class GroupAggregator(nn.Module):
     """Replaces the tokens of q, k and v by group proxies: single tokens, 3x3, 5x5 and 7x7 groups (section 3.2)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, group_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.segment_dim = dim // NUM_SEGMENTS
+        self.num_segments = len(group_sizes) + 2
+        self.segment_dim = dim // self.num_segments
         # Single tokens go through norm and activation only; the paper's group size 1 needs no convolution.
         self.norm0 = nn.BatchNorm2d(self.segment_dim)
         self.act0 = nn.Hardswish()
-        self.agg1 = SeparableConv2d(self.segment_dim, self.segment_dim, GROUP_SIZES[0])
-        self.norm1 = nn.BatchNorm2d(self.segment_dim)
-        self.act1 = nn.Hardswish()
-        self.agg2 = SeparableConv2d(self.segment_dim, self.segment_dim, GROUP_SIZES[1])
-        self.norm2 = nn.BatchNorm2d(self.segment_dim)
-        self.act2 = nn.Hardswish()
-        self.agg3 = SeparableConv2d(self.segment_dim, self.segment_dim, GROUP_SIZES[2])
-        self.norm3 = nn.BatchNorm2d(self.segment_dim)
-        self.act3 = nn.Hardswish()
+        for number, size in enumerate(group_sizes, 1):
+            self.add_module(f"agg{number}", SeparableConv2d(self.segment_dim, self.segment_dim, size))
+            self.add_module(f"norm{number}", nn.BatchNorm2d(self.segment_dim))
+            self.add_module(f"act{number}", nn.Hardswish())
         self.agg0 = LocalBranch(self.segment_dim)
 
     def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(B, N, 3, 5, s), the segments of q, k and v -> proxies (3, B, N, 4C/5), local branch (B, N, s)."""
-        B, N, _, _, s = qkv.shape
-        tokens, groups3, groups5, groups7, local = qkv.unbind(3)  # whose backward pass writes each gradient once
-        tokens = self.act0(self.norm0(self.as_maps(tokens, size)))
-        groups3 = self.act1(self.norm1(self.agg1(self.as_maps(groups3, size))))
-        groups5 = self.act2(self.norm2(self.agg2(self.as_maps(groups5, size))))
-        groups7 = self.act3(self.norm3(self.agg3(self.as_maps(groups7, size))))
-        proxies = torch.cat([tokens, groups3, groups5, groups7], dim=1)  # (3B, 4C/5, H, W)
-        proxies = proxies.flatten(2).transpose(1, 2).reshape(3, B, N, 4 * s)
+        """(B, N, 3, S, s), the segments of q, k and v -> proxies (3, B, N, C - s), local branch (B, N, s)."""
+        B, N, _, S, s = qkv.shape
+        segments = qkv.unbind(3)  # whose backward pass writes each gradient once
+        maps = [self.as_maps(segments[i], size) for i in range(self.num_segments - 1)]
+        # The layers of each segment, in order. TorchScript can walk over modules, but not look one up by a made name.
+        for name, layer in self.named_children():
+            if name != "agg0":
+                number = int(name[-1])
+                maps[number] = layer(maps[number])
+        proxies = torch.cat(maps, dim=1)  # (3B, C - s, H, W)
+        proxies = proxies.flatten(2).transpose(1, 2).reshape(3, B, N, (S - 1) * s)
 
         # (B, N, 3, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
-        local = local.reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, size[0], size[1])
+        local = segments[-1].reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, size[0], size[1])
         return proxies, self.agg0(local)
 
     def as_maps(self, segment: Tensor, size: tuple[int, int]) -> Tensor:
@@ -202,17 +210,18 @@ class GroupMixAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        group_sizes: Sequence[int] = GROUP_SIZES,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        # The released scale counts all C channels, although attention runs on 4C/5 of them, and rounds C / h down.
+        # The released scale counts all C channels, although attention runs on C - s of them, and rounds C / h down.
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.aggregator = GroupAggregator(dim)
-        self.crpe = ConvRelPosEnc(num_heads, 4 * (dim // NUM_SEGMENTS) // num_heads)
+        self.aggregator = GroupAggregator(dim, group_sizes)
+        self.crpe = ConvRelPosEnc(num_heads, (dim - self.aggregator.segment_dim) // num_heads)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
@@ -220,7 +229,7 @@ class GroupMixAttention(nn.Module):
         # q, k and v share the aggregators, whose batch norms see all three as one batch.
         qkv = self.qkv(x).view(B, N, 3, C // s, s)
         proxies, local = self.aggregator(qkv, size)
-        q, k, v = proxies.unbind(0)  # each (B, N, 4C/5)
+        q, k, v = proxies.unbind(0)  # each (B, N, C - s)
 
         # Factorised attention: softmax of k alone, over the tokens; q is not normalised; the scale comes last.
         k = self.attn_drop(k.softmax(dim=1))
@@ -246,11 +255,12 @@ class GMABlock(nn.Module):
         attn_drop: float,
         drop_path: float,
         norm_layer: Callable[[int], nn.Module],
+        group_sizes: Sequence[int],
     ) -> None:
         super().__init__()
         self.cpe = ConvPosEnc(dim)
         self.norm1 = norm_layer(dim)
-        self.att = GroupMixAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
+        self.att = GroupMixAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, group_sizes)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
@@ -313,7 +323,13 @@ def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
-def _check_sizes(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: Sequence[float], num_heads: int) -> None:
+def _check_sizes(
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    mlp_ratios: Sequence[float],
+    num_heads: int,
+    group_sizes: Sequence[int],
+) -> None:
     """Raise ValueError, naming the numbers, where widths and heads cannot be cut evenly."""
     if not len(embed_dims) == len(depths) == len(mlp_ratios) >= 1:
         raise ValueError(
@@ -324,12 +340,19 @@ def _check_sizes(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: S
         raise ValueError(
             f"num_heads={num_heads} cannot be cut 2:3:3 between the 3x3, 5x5 and 7x7 windows: use a multiple of 8"
         )
-    divisor = 10 * num_heads // 8  # five segments, of which the first four give equal heads; 10 for 8 heads
+    sizes = tuple(group_sizes)
+    if len(sizes) > 9 or not all(size >= 3 and size % 2 for size in sizes):
+        raise ValueError(
+            f"group_sizes={sizes}: must be at most 9 odd numbers of at least 3; single tokens come by themselves"
+        )
+    # Equal segments, of which all but the last give equal heads: a multiple of 10 for 5 segments and 8 heads.
+    num_segments = len(sizes) + 2
+    divisor = num_segments * num_heads // math.gcd(num_segments - 1, num_heads)
     for stage, dim in enumerate(embed_dims):
         if dim <= 0 or dim % divisor:
             raise ValueError(
-                f"embed_dims[{stage}]={dim} cannot be cut into {NUM_SEGMENTS} segments whose first four give "
-                f"{num_heads} equal heads: it must be a positive multiple of {divisor}"
+                f"embed_dims[{stage}]={dim} cannot be cut into {num_segments} segments, for group_sizes={sizes}, whose "
+                f"first {num_segments - 1} give {num_heads} equal heads: it must be a positive multiple of {divisor}"
             )
 
 
@@ -339,10 +362,13 @@ class GroupMixFormer(nn.Module):
     Args:
         num_classes: outputs of the classifier; 0 leaves it out, and the model returns pooled features (B, C4).
         in_chans: channels of the input images.
-        embed_dims: channels of each stage; multiples of 10 for 8 heads.
+        embed_dims: channels of each stage; multiples of 10 for 8 heads and three group sizes.
         depths: blocks of each stage.
         mlp_ratios: hidden width of the MLP over the width of the stage, of each stage.
         num_heads: attention heads in every block; a multiple of 8.
+        group_sizes: edges of the token groups in every block, odd and at least 3, in any order. Their number cuts the
+            channels into segments: for 8 heads, one size needs `embed_dims` that are multiples of 12, two of 32,
+            three of 10, four of 48.
         qkv_bias: give the projection to q, k and v a bias.
         qk_scale: factor on the attended values; None means (C / h) ** -0.5.
         drop_rate: dropout before the classifier.
@@ -366,6 +392,7 @@ class GroupMixFormer(nn.Module):
         depths: Sequence[int] = (2, 4, 12, 4),
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
         num_heads: int = 8,
+        group_sizes: Sequence[int] = GROUP_SIZES,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         drop_rate: float = 0.0,
@@ -376,10 +403,11 @@ class GroupMixFormer(nn.Module):
         return_interm_layers: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(embed_dims, depths, mlp_ratios, num_heads)
+        _check_sizes(embed_dims, depths, mlp_ratios, num_heads, group_sizes)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
+        self.group_sizes = tuple(group_sizes)
         self.num_features = embed_dims[-1]  # `head_hidden_size`, the width behind the pooling, follows from it
         self.return_interm_layers = return_interm_layers
         self.feature_info = [
@@ -397,7 +425,16 @@ class GroupMixFormer(nn.Module):
             GMAStage(
                 [
                     GMABlock(
-                        dim, num_heads, mlp_ratio, qkv_bias, qk_scale, proj_drop_rate, attn_drop_rate, rate, norm_layer
+                        dim,
+                        num_heads,
+                        mlp_ratio,
+                        qkv_bias,
+                        qk_scale,
+                        proj_drop_rate,
+                        attn_drop_rate,
+                        rate,
+                        norm_layer,
+                        group_sizes,
                     )
                     for rate in rates
                 ]
@@ -411,7 +448,7 @@ class GroupMixFormer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Start afresh: weights and running statistics as of a new network, for one made on `meta` and `to_empty`."""
+        """Initialise weights and running statistics again, for a network that was made on `meta` and `to_empty`."""
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -634,31 +671,38 @@ def _create_groupmixformer(variant: str, pretrained: bool = False, **kwargs: Any
     return model if dtype is None else model.to(dtype)
 
 
-@register_model
+def _register(entry_point: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """timm's register_model, without its warning where this file was imported before under another module name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Overwriting groupmixformer_")
+        return register_model(entry_point)
+
+
+@_register
 def groupmixformer_miny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """GroupMixFormer-M, 5.7 M parameters."""
     return _create_groupmixformer("groupmixformer_miny", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """GroupMixFormer-T, 10.9 M parameters."""
     return _create_groupmixformer("groupmixformer_tiny", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """GroupMixFormer-S, 22.4 M parameters."""
     return _create_groupmixformer("groupmixformer_small", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """GroupMixFormer-B, 45.8 M parameters."""
     return _create_groupmixformer("groupmixformer_base", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """GroupMixFormer-L, 71.8 M parameters as released; the paper gives 70.3 M."""
     return _create_groupmixformer("groupmixformer_large", pretrained, **kwargs)

@@ -63,18 +63,13 @@ def attention_forward(attention: GroupMixAttention, x: Tensor, size: tuple[int, 
 def aggregate(aggregator: GroupAggregator, heads: int, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(3B, N, C), first all q, then all k, then all v -> proxies (3, B, h, N, d), local branch (B, N, s)."""
     B, N, C = qkv.shape[0] // 3, qkv.shape[1], qkv.shape[2]
-    s = C // 5
-    tokens, groups3, groups5, groups7, local = qkv.transpose(1, 2).view(3 * B, C, *size).split(s, dim=1)
-    proxies = torch.cat(
-        [
-            aggregator.act0(aggregator.norm0(tokens)),
-            aggregator.act1(aggregator.norm1(aggregator.agg1(groups3))),
-            aggregator.act2(aggregator.norm2(aggregator.agg2(groups5))),
-            aggregator.act3(aggregator.norm3(aggregator.agg3(groups7))),
-        ],
-        dim=1,
-    )
-    proxies = proxies.reshape(3, B, heads, 4 * s // heads, N).permute(0, 1, 2, 4, 3)
+    s = aggregator.segment_dim
+    tokens, *groups, local = qkv.transpose(1, 2).view(3 * B, C, *size).split(s, dim=1)
+    mixed = [aggregator.act0(aggregator.norm0(tokens))]
+    for i, group in enumerate(groups, 1):
+        aggregate, norm, act = (getattr(aggregator, f"{layer}{i}") for layer in ("agg", "norm", "act"))
+        mixed.append(act(norm(aggregate(group))))
+    proxies = torch.cat(mixed, dim=1).reshape(3, B, heads, (C - s) // heads, N).permute(0, 1, 2, 4, 3)
     local = local.reshape(3, B, s, *size).permute(1, 0, 2, 3, 4).reshape(B, 3 * s, *size)
     return proxies, aggregator.agg0(local)
 

@@ -22,6 +22,7 @@ def build_model(config: CfgNode) -> GroupMixFormer:
             depths=gma.SERIAL_DEPTHS,
             mlp_ratios=gma.MLP_RATIOS,
             num_heads=gma.NUM_HEADS,
+            group_sizes=gma.GROUP_SIZES,
             qkv_bias=gma.QKV_BIAS,
             qk_scale=gma.QKV_SCALE,
             proj_drop_rate=gma.DROP_RATE,

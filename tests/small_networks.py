@@ -18,6 +18,12 @@ NAMES = ("miny", "tiny", "small", "base", "large")
 
 # A width for every stage, so that no two can be mixed up, and more than one block in some of them.
 SMALL = dict(embed_dims=(10, 20, 30, 40), depths=(1, 2, 2, 1), mlp_ratios=(2, 4, 2, 4), num_classes=7)
+# Heads that lie within one segment (one size), and heads that lie in two (two and four sizes).
+OTHER_GROUPS = (
+    dict(group_sizes=(5,), embed_dims=(12, 24, 24, 36)),
+    dict(group_sizes=(7, 3), embed_dims=(32, 32, 64, 64)),
+    dict(group_sizes=(3, 5, 7, 9), embed_dims=(48, 48, 48, 96)),
+)
 SHALLOW = dict(depths=(1, 1, 1, 1))
 WIDE = dict(embed_dims=(40, 80, 120, 160), depths=(1, 1, 2, 1))  # several channels to each head and segment
 

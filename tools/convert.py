@@ -10,14 +10,12 @@ timm.
 
 import argparse
 import hashlib
-import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -25,7 +23,8 @@ from torch import Tensor
 
 from configs import UserError
 from configs.commands import CommandParser, command
-from models import VARIANTS, GroupMixFormer
+from models.groupmixformer import GroupMixFormer
+from models.weights import Architecture, architecture_of, network_of
 from utils.checkpoint import load_file, select_weights, some
 from utils.files import STDOUT, check_json_target, write_file, write_json
 
@@ -62,11 +61,11 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     one whole GroupMixFormer, or the new name is taken by other content.
     """
     state, kind = read_weights(source, which)
-    label, network = describe_network(state, str(source))
+    sizes, network = describe_network(state, str(source))
     content = _encode(state, to)
     digest = hashlib.sha256(content).hexdigest()
     without_hash = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)
-    name = name or (label if label in VARIANTS else without_hash)
+    name = name or sizes.variant or without_hash
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
     if not path.exists():
         write_file(content, path)
@@ -83,7 +82,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     return Conversion(
         source=str(source),
         weights=kind,
-        network=label,
+        network=str(sizes),
         num_classes=network.num_classes,
         format=to,
         path=str(path),
@@ -108,38 +107,15 @@ def read_weights(path: str | Path, which: str = "best") -> tuple[dict[str, Tenso
     return {name: state[name] for name in own}, kind  # safetensors files sort by name
 
 
-def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[str, GroupMixFormer]:
-    """The variant or the sizes of a state dict, told by its shapes, and that network on the device `meta`.
+def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[Architecture, GroupMixFormer]:
+    """Sizes of the network that a state dict belongs to, by its shapes alone, and the network on `meta`.
 
-    The number of heads changes no shape, so it is the default's. Raises UserError for shapes of another network.
+    Raises UserError where the shapes are not those of a GroupMixFormer.
     """
-    pattern = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
-    blocks = sorted((int(m[1]), int(m[2]), name) for name in state if (m := pattern.fullmatch(name)))
-    first = {stage: state[name].shape for stage, block, name in blocks if block == 0}
     try:
-        sizes: dict[str, Any] = dict(
-            embed_dims=tuple(first[stage][1] for stage in range(len(first))),
-            depths=tuple(sum(stage == s for s, _, _ in blocks) for stage in range(len(first))),
-            mlp_ratios=tuple(_mlp_ratio(*first[stage]) for stage in range(len(first))),
-        )
-        num_classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-        with torch.device("meta"):
-            network = GroupMixFormer(
-                num_classes,
-                in_chans=state["conv_stem.proj1.weight"].shape[1],
-                qkv_bias="groupmixformer_backbone.0.gma_stage.0.att.qkv.bias" in state,
-                **sizes,
-            )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{origin}: holds no weights of a GroupMixFormer; its first names are {some(state)}") from None
-    name = next((name for name, numbers in VARIANTS.items() if sizes.items() <= numbers.items()), "")
-    return name or "GroupMixFormer " + ", ".join(f"{key} {value}" for key, value in sizes.items()), network
-
-
-def _mlp_ratio(hidden: int, dim: int) -> float:
-    """The ratio for which int(dim * ratio) is `hidden`; the plain quotient may round to one row less."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+        return architecture_of(state), network_of(state)
+    except ValueError:
+        raise UserError(f"{origin}: holds no weights of a GroupMixFormer (its first names: {some(state)})") from None
 
 
 def _encode(state: dict[str, Tensor], to: str) -> bytes:

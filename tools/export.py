@@ -26,7 +26,8 @@ from configs import UserError, read_config
 from configs.commands import CommandParser, command
 from configs.errors import first_line
 from tasks import keys_of
-from utils.checkpoint import load_file, network_with, select_weights
+from tasks.classification.weights import network_with
+from utils.checkpoint import load_file, select_weights
 from utils.files import STDOUT, check_json_target, write_json
 
 FORMATS = ("onnx", "pt2")

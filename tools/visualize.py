@@ -28,7 +28,8 @@ from data.sources import PictureSource
 from models.groupmixformer import SeparableConv2d
 from tasks import keys_of
 from tasks.classification.transforms import views_transform
-from utils.checkpoint import find_weights, load_classifier
+from tasks.classification.weights import load_classifier
+from utils.checkpoint import find_weights
 from utils.files import STDOUT, check_json_target, write_json
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito's
@@ -64,6 +65,7 @@ class Explanation:
     cam: np.ndarray  # (h, w) Grad-CAM on the last map, 0 to 1
     probabilities: np.ndarray  # (classes,)
     branches: list[Branches]  # of all blocks, in order of depth
+    names: list[str]  # of the branches
 
 
 def explain(network: nn.Module, image: Tensor) -> Explanation:
@@ -167,7 +169,7 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
     pictures[2].spines[["top", "right"]].set_visible(False)
 
 
-def _draw_maps(band: Any, chosen: Branches) -> None:
+def _draw_maps(band: Any, names: Sequence[str], chosen: Branches) -> None:
     band.suptitle(
         f"Branches of Group-Mix Attention in stage {chosen.stage}, block {chosen.block}: bright tokens respond "
         "strongly; each map has its own scale",

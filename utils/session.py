@@ -19,7 +19,6 @@ from configs.keys import Key
 from configs.load import KeysOf, to_dict
 from data import end_loader_workers
 
-from .checkpoint import LOCK_NAME, lock_run_folder
 from .failures import end_after, unwritable
 from .files import atomic_write
 from .processes import (
@@ -30,6 +29,7 @@ from .processes import (
     rendezvous_errors,
     run_on_main_and_broadcast,
 )
+from .run_lock import LOCK_NAME, lock_run_folder
 from .run_log import create_logger, log_provenance
 from .supervision import RunSupervisor
 

@@ -9,25 +9,22 @@ What is done, and why it is exact:
 - the residual of the position encoding is the centre of its 3x3 window;
 - q, k and v of a segment come from one Linear and lie side by side in memory, (B, N, 3s), so that nothing is stacked,
   sliced and permuted: convolutions read them as maps in channels-last order;
-- a segment holds a quarter of the heads, as channels that follow each other. Attention runs on a segment at a time, and
-  products of one head with another are masked, which is cheaper than to bring heads into an order of their own;
+- attention runs on a segment at a time, which holds a quarter of the heads (of all segments together where group sizes
+  are such that a head lies in two of them). Products of one head with another are masked, which is cheaper than to
+  bring heads into an order of their own;
 - windows of 5x5 positions are padded with zeros where they share a segment with 7x7 ones;
 - on a CPU, the blocks of a stage take a few images at a time, which stay in its caches;
 - on a CPU in float32, Linears and convolutions run with packed weights and their activation in oneDNN, where PyTorch
   has it.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from models.groupmixformer import (
-    NUM_SEGMENTS,
+from ..groupmixformer import (
     GMABlock,
+    GroupAggregator,
     GroupMixAttention,
     GroupMixFormer,
     LocalBranch,
@@ -35,6 +32,7 @@ from models.groupmixformer import (
     SeparableConv2d,
     Stem,
 )
+from . import packed
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
 
@@ -50,94 +48,6 @@ def fuse(network: GroupMixFormer) -> "FusedGroupMixFormer":
         return FusedGroupMixFormer(network)
 
 
-# Weights in oneDNN's own layout, with the version of the weight that they were made from. They cannot be buffers: such
-# tensors have no storage that could be saved, moved or handed to a compiled graph.
-_packed_weights = WeakTensorKeyDictionary()
-SLAB_VALUES = 2**22  # hidden values of the MLP that are kept at a time on a CPU, 16 MB: of images, or rows of one
-
-
-def _packed(weight: Tensor, pack: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`pack(weight, *arguments)`, kept until the weight goes, or changes in a way that PyTorch counts."""
-    version = 0 if weight.is_inference() else weight._version
-    packed_version, packed = _packed_weights.get(weight, (None, None))
-    if packed is None or packed_version != version:
-        packed = pack(weight, *arguments)
-        _packed_weights[weight] = version, packed
-    return packed
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    """Linear, then activation or residual, in one oneDNN call: (..., in) -> (..., out), float32 on a CPU."""
-    packed = _packed(weight, torch.ops.mkldnn._reorder_linear_weight, x.numel() // x.shape[-1])
-    if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
-
-
-def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str) -> Tensor:
-    """Convolution with 'same' padding, then activation, in one oneDNN call, on maps in channels-last order."""
-    settings = [weight.shape[-1] // 2] * 2, [stride] * 2, [1, 1], groups
-    packed = _packed(weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "none")
-
-
-def _packed_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
-    """x + MLP(layer norm of x) with packed Linears: (B, N, C) -> (B, N, C), float32 on a CPU.
-
-    Hidden values are made a slab at a time: 32 MB of them, which one large image may need, go back to the system when
-    they are freed, and every page of them is then faulted in anew at each call.
-    """
-    results = []
-    for rows in x.flatten(0, 1).split(max(1, SLAB_VALUES // weight1.shape[0])):
-        hidden = _packed_linear(F.layer_norm(rows, rows.shape[1:], eps=eps), weight1, bias1, "gelu", None)
-        results.append(_packed_linear(hidden, weight2, bias2, "none", rows))
-    return (results[0] if len(results) == 1 else torch.cat(results)).view_as(x)
-
-
-# Inductor calls the same kernels where it may treat weights as constants ("freezing"); as operators of their own they
-# let one compiled block serve all blocks of its stage. `torch.library.custom_op` would define them in fewer lines, but
-# costs 50 us a call, a twentieth of the whole network: it prepares for gradients, which these do not have. The tag
-# allows inputs of any strides, which oneDNN's kernels take: without it, inductor would write a copy for each operator
-# that reads a tensor. Strides of outputs do not depend on those of inputs.
-_library = torch.library.Library("groupmixformer", "DEF")
-for _signature, _operator in (
-    ("packed_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual)", _packed_linear),
-    ("packed_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int groups, str activation)", _packed_conv2d),
-    ("packed_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, float eps)", _packed_mlp),
-):
-    _library.define(f"{_signature} -> Tensor", tags=(torch.Tag.flexible_layout,))
-    _library.impl(_signature.partition("(")[0], _operator, "CPU")
-
-
-@torch.library.register_fake("groupmixformer::packed_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("groupmixformer::packed_conv2d", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str) -> Tensor:
-    size = [(edge - 1) // stride + 1 for edge in x.shape[2:]]
-    return x.new_empty(x.shape[0], weight.shape[0], *size).contiguous(memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("groupmixformer::packed_mlp", lib=_library)
-def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_HAS_PACKED_WEIGHTS = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and not torch.ops.mkldnn._is_mkldnn_acl_supported()  # ARM's library takes no activations in
-)
-
-
-def _takes_packed_weights(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's kernels for packed weights take `x`: float32 on a CPU, outside autocast."""
-    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return _HAS_PACKED_WEIGHTS and on_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-
-
 class FusedLinear(nn.Module):
     """Linear, then activation, or the sum with a residual: (..., in) -> (..., out)."""
 
@@ -148,8 +58,8 @@ class FusedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _takes_packed_weights(x, self.weight):
-            run = torch.ops.groupmixformer.packed_linear if torch.compiler.is_compiling() else _packed_linear
+        if packed.takes_packed_weights(x, self.weight):
+            run = torch.ops.groupmixformer.packed_linear if torch.compiler.is_compiling() else packed.packed_linear
             return run(x, self.weight, self.bias, self.activation, residual)
         x = _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         return x if residual is None else x + residual
@@ -165,8 +75,8 @@ class FusedMLP(nn.Module):
         self.fc2 = FusedLinear(mlp.fc2.weight, mlp.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _takes_packed_weights(x, self.fc1.weight):
-            run = torch.ops.groupmixformer.packed_mlp if torch.compiler.is_compiling() else _packed_mlp
+        if packed.takes_packed_weights(x, self.fc1.weight):
+            run = torch.ops.groupmixformer.packed_mlp if torch.compiler.is_compiling() else packed.packed_mlp
             return run(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.eps)
         return self.fc2(self.fc1(F.layer_norm(x, x.shape[2:], eps=self.eps)), residual=x)
 
@@ -183,19 +93,18 @@ class FusedConv2d(nn.Module):
         self.stride, self.groups, self.activation = stride, groups, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if _takes_packed_weights(x, self.weight):
-            run = torch.ops.groupmixformer.packed_conv2d if torch.compiler.is_compiling() else _packed_conv2d
+        if packed.takes_packed_weights(x, self.weight):
+            run = torch.ops.groupmixformer.packed_conv2d if torch.compiler.is_compiling() else packed.packed_conv2d
             return run(x, self.weight, self.bias, self.stride, self.groups, self.activation)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.weight.shape[-1] // 2, groups=self.groups)
         return _ACTIVATIONS[self.activation](x)
 
 
 class FusedSegment(nn.Module):
-    """One of the first four segments, from tokens to attended values: (B, N, C) -> (B, N, s)."""
+    """A segment that takes part in attention, from tokens to its q, k and v side by side: (B, N, C) -> (B, N, 3s)."""
 
-    def __init__(self, attention: GroupMixAttention, index: int, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, aggregator: GroupAggregator, index: int, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        aggregator, s = attention.aggregator, attention.aggregator.segment_dim
         norm = getattr(aggregator, f"norm{index}")
         if index == 0:
             repeated = [x.repeat(3) for x in _scale_and_shift(norm)]
@@ -204,27 +113,36 @@ class FusedSegment(nn.Module):
         else:
             aggregate: SeparableConv2d = getattr(aggregator, f"agg{index}")
             self.linear = FusedLinear(weight, bias)
-            self.depthwise = FusedConv2d(aggregate.conv1.weight.repeat(3, 1, 1, 1), None, groups=3 * s)
+            self.depthwise = FusedConv2d(aggregate.conv1.weight.repeat(3, 1, 1, 1), None, groups=weight.shape[0])
             self.pointwise = FusedLinear(*_folded(aggregate.pointwise_conv, norm, flat=True), "hardswish")
-        self.position = FusedConv2d(*_position_windows(attention, index), groups=s)
-        head_dim = 4 * s // attention.num_heads
-        heads = torch.arange(s, device=weight.device) // head_dim
-        same_head = (heads[:, None] == heads).to(weight.dtype)
-        self.register_buffer("scaled_mask", same_head * attention.scale)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.linear(x)  # (B, N, 3s)
+        x = self.linear(x)
         if self.depthwise is not None:
             x = _tokens(self.depthwise(_maps(x, size)))
             x = self.pointwise(x.unflatten(2, (3, x.shape[2] // 3))).flatten(2)
-        q, k, v = x.chunk(3, dim=2)  # each (B, N, s)
-        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v) * self.scaled_mask  # (B, s, s)
+        return x
+
+
+class FusedHeads(nn.Module):
+    """Attention of the heads on channels `first` to `last`: q, k and v (B, N, last - first) -> same."""
+
+    def __init__(self, attention: GroupMixAttention, first: int, last: int) -> None:
+        super().__init__()
+        self.position = FusedConv2d(*_position_windows(attention, first, last), groups=last - first)
+        head_dim = sum(attention.crpe.channel_splits) // attention.num_heads
+        heads = torch.arange(first, last, device=attention.proj.weight.device) // head_dim
+        same_head = (heads[:, None] == heads).to(attention.proj.weight.dtype)
+        self.register_buffer("scaled_mask", same_head * attention.scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v) * self.scaled_mask
         position = _tokens(self.position(_maps(v, size)))
         return torch.bmm(q, context).addcmul_(position, q)
 
 
 class FusedLocalBranch(nn.Module):
-    """The fifth segment: (B, N, C) -> (B, N, s)."""
+    """The last segment: (B, N, C) -> (B, N, s)."""
 
     def __init__(self, branch: LocalBranch, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -243,8 +161,8 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: GMABlock) -> None:
         super().__init__()
-        attention, C = block.att, block.att.proj.in_features
-        s = C // NUM_SEGMENTS
+        attention, aggregator, C = block.att, block.att.aggregator, block.att.proj.in_features
+        S, s = aggregator.num_segments, aggregator.segment_dim
         window = block.cpe.proj.weight.clone()
         window[:, :, 1, 1] += 1
         self.position = FusedConv2d(window, block.cpe.proj.bias, groups=C)
@@ -252,18 +170,28 @@ class FusedBlock(nn.Module):
         self.eps = block.norm1.eps
         bias = torch.zeros_like(attention.qkv.weight[:, 0]) if attention.qkv.bias is None else attention.qkv.bias
         weight, bias = _after_affine(attention.qkv.weight, bias, block.norm1)
-        weight, bias = weight.view(3, NUM_SEGMENTS, s, C), bias.view(3, NUM_SEGMENTS, s)
-        parts = [(weight[:, i].reshape(3 * s, C), bias[:, i].reshape(3 * s)) for i in range(NUM_SEGMENTS)]
-        self.segments = nn.ModuleList(FusedSegment(attention, i, *parts[i]) for i in range(NUM_SEGMENTS - 1))
-        self.local = FusedLocalBranch(attention.aggregator.agg0, *parts[-1])
+        weight, bias = weight.view(3, S, s, C), bias.view(3, S, s)
+        parts = [(weight[:, i].reshape(3 * s, C), bias[:, i].reshape(3 * s)) for i in range(S)]
+        self.segments = nn.ModuleList(FusedSegment(aggregator, i, *parts[i]) for i in range(S - 1))
+        head_dim = (C - s) // attention.num_heads
+        width = s if s % head_dim == 0 else C - s  # of the channels that attend together: whole heads
+        self.heads = nn.ModuleList(FusedHeads(attention, first, first + width) for first in range(0, C - s, width))
+        self.local = FusedLocalBranch(aggregator.agg0, *parts[-1])
         self.proj = FusedLinear(attention.proj.weight, attention.proj.bias)
         self.mlp = FusedMLP(block.norm2, block.mlp)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = _tokens(self.position(_maps(x, size)))
         y = F.layer_norm(x, x.shape[2:], eps=self.eps)
-        y = torch.cat([segment(y, size) for segment in self.segments] + [self.local(y, size)], dim=2)
+        y = torch.cat([*self.attend(y, size), self.local(y, size)], dim=2)
         return self.mlp(self.proj(y, residual=x))
+
+    def attend(self, y: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """(B, N, C) -> attended values of each segment [(B, N, s)], or of all together [(B, N, C - s)]."""
+        if len(self.heads) == len(self.segments):
+            return [heads(*segment(y, size).chunk(3, dim=2), size) for segment, heads in zip(self.segments, self.heads)]
+        qkv = zip(*(segment(y, size).chunk(3, dim=2) for segment in self.segments))
+        return [self.heads[0](*(torch.cat(segments, dim=2) for segments in qkv), size)]
 
 
 class FusedGroupMixFormer(nn.Module):
@@ -328,7 +256,7 @@ def _images_at_a_time(blocks: nn.ModuleList, x: Tensor) -> int:
     """Images of `x` (B, C, H, W) that blocks take together: on a CPU as many as its caches hold."""
     if x.device.type != "cpu":
         return max(1, len(x))
-    return max(1, SLAB_VALUES // (x.shape[2] * x.shape[3] * blocks[0].mlp.fc1.weight.shape[0]))
+    return max(1, packed.SLAB_VALUES // (x.shape[2] * x.shape[3] * blocks[0].mlp.fc1.weight.shape[0]))
 
 
 def _maps(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -367,11 +295,9 @@ def _after_affine(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Ten
     return (weight64 * norm.weight.double()).to(weight.dtype), shifted.to(weight.dtype)
 
 
-def _position_windows(attention: GroupMixAttention, index: int) -> tuple[Tensor, Tensor]:
-    """The relative position's windows (s, 1, k, k) and biases (s) for the values of one segment."""
-    s = attention.aggregator.segment_dim
-    first, last, start = index * s, (index + 1) * s, 0
-    weights, biases = [], []
+def _position_windows(attention: GroupMixAttention, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The relative position's windows (last - first, 1, k, k) and biases for the channels `first` to `last`."""
+    weights, biases, start = [], [], 0
     for conv, chans in zip(attention.crpe.conv_list, attention.crpe.channel_splits):
         here = slice(max(first - start, 0), max(min(last - start, chans), 0))
         weights.append(conv.weight[here])

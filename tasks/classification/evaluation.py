@@ -12,7 +12,7 @@ from configs import UserError, with_num_classes, with_values
 from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
-from utils.checkpoint import find_weights, load_weights
+from utils.checkpoint import find_weights
 from utils.files import check_json_target, write_json
 from utils.precision import build_precision
 from utils.processes import run_on_main_and_broadcast
@@ -25,6 +25,7 @@ from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
 from .predictions import Predictions, check_suffix
 from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
+from .weights import load_weights
 
 
 def evaluate(session: Session) -> None:

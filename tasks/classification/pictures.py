@@ -15,7 +15,6 @@ from configs import UserError
 from data import ImageDataset, usable_workers
 from data.sources import UNLABELLED, PictureSource
 from tasks.networks import inference_network
-from utils.checkpoint import load_classifier
 from utils.files import write_json
 from utils.precision import build_precision
 from utils.run_log import printable
@@ -23,6 +22,7 @@ from utils.session import Session
 
 from .inference import predict_batch, summarize_batch
 from .transforms import views_transform
+from .weights import load_classifier
 
 SUFFIX = ".top5.json"  # after the whole name of the picture: a.jpg and a.png do not share a file
 

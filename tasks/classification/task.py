@@ -12,7 +12,6 @@ from configs import with_num_classes, with_values
 from data import TrainingData, build_eval_loader, fingerprint, usable_workers
 from models.cpu.depthwise import use_fast_gradients
 from tasks.networks import build_model, compile_for_training
-from utils.checkpoint import load_pretrained
 from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
@@ -20,6 +19,7 @@ from utils.task import Task
 from .images import check_val_classes, eval_dataset, open_split, train_dataset
 from .inference import run_network
 from .transforms import build_mixup
+from .weights import load_pretrained
 
 
 def build(session: Session) -> Task:

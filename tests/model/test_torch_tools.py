@@ -9,7 +9,7 @@ import golden_numbers
 import pytest
 import timm
 import torch
-from small_networks import SHALLOW, WIDE, modules_of, relative_error, small_network, train_step
+from small_networks import OTHER_GROUPS, SHALLOW, WIDE, modules_of, relative_error, small_network, train_step
 from timm.layers import DropPath
 from timm.models._features_fx import GraphExtractNet
 from torch import Tensor, nn
@@ -19,12 +19,9 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:FutureWarning")
 
 
 # ----------------------------------------------------------------------------------------------- gradient checkpointing
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_checkpointing_changes_neither_gradients_nor_running_statistics(
-    drop_path_rate: float, dtype: torch.dtype
-) -> None:
-    images, network = golden_numbers.images(2, 64, 96), small_network(drop_path_rate=drop_path_rate)
+def test_checkpointing_changes_neither_gradients_nor_running_statistics(dtype: torch.dtype) -> None:
+    images, network = golden_numbers.images(2, 64, 96), small_network(drop_path_rate=0.5)
     recomputed = copy.deepcopy(network)
     recomputed.set_grad_checkpointing()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -62,19 +59,19 @@ def kept_bytes(network: nn.Module, images: Tensor) -> int:
     return kept
 
 
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
-def test_checkpointing_needs_less_memory(drop_path_rate: float) -> None:
+def test_checkpointing_needs_less_memory() -> None:
     images = golden_numbers.images(2, 64, 96)
-    network = small_network(depths=(2, 2, 6, 2), drop_path_rate=drop_path_rate)
+    network = small_network(depths=(2, 2, 6, 2), drop_path_rate=0.5)
     kept = kept_bytes(network, images)
     network.set_grad_checkpointing()
     assert kept_bytes(network, images) < kept / 3
 
 
 # -------------------------------------------------------------------------------------------------------- torch's tools
-@pytest.mark.parametrize("training", [False, True])
-def test_torchscript_gives_the_same_values(training: bool) -> None:
-    network, images = small_network(drop_path_rate=0.2).train(training), golden_numbers.images(2, 33, 47)
+@pytest.mark.parametrize(("training", "options"), [(False, {}), (True, {}), (True, OTHER_GROUPS[1])], ids=str)
+def test_torchscript_gives_the_same_values(training: bool, options: dict[str, Any]) -> None:
+    network = small_network(drop_path_rate=0.2, **options).train(training)
+    images = golden_numbers.images(2, 33, 47)
     for drop_path in modules_of(network, DropPath):
         drop_path.drop_prob = 0.0  # TorchScript draws other random numbers
     scripted = torch.jit.script(copy.deepcopy(network))
@@ -136,9 +133,8 @@ def fresh_compiler() -> Iterable[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compile_breaks_no_graph(training: bool, fresh_compiler: None) -> None:
-    network, images = small_network(**SHALLOW).train(training), golden_numbers.images(2, 33, 47)
+def test_compile_breaks_no_graph(fresh_compiler: None) -> None:
+    network, images = small_network(**SHALLOW).train(), golden_numbers.images(2, 33, 47)
     compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), network(images))
 
@@ -160,11 +156,12 @@ def test_copies_compute_the_same(copied: Callable[[nn.Module], nn.Module]) -> No
     assert torch.equal(copied(network)(images), network(images))
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("training", "memory_format"), [(False, torch.channels_last), (True, torch.contiguous_format)], ids=str
+)
 def test_tokens_and_maps_share_one_layout(training, memory_format) -> None:
     """Whatever the layout of the images: a transposed one would be copied in every norm and convolution."""
-    network = timm.create_model("groupmixformer_miny", num_classes=10).train(training)
+    network = timm.create_model("groupmixformer_miny", depths=(1, 2, 2, 1), num_classes=10).train(training)
     layouts = []
 
     def note(module, inputs, output):
@@ -177,7 +174,7 @@ def test_tokens_and_maps_share_one_layout(training, memory_format) -> None:
         if isinstance(module, nn.Conv2d | nn.LayerNorm | nn.Linear):
             module.register_forward_hook(note)
     network(torch.randn(2, 3, 64, 96).contiguous(memory_format=memory_format))
-    assert len(layouts) > 300 and all(layouts)
+    assert len(layouts) > 80 and all(layouts)
 
 
 def test_channels_last_gives_the_same_values() -> None:

@@ -36,9 +36,10 @@ import train
 from data import TrainingData, build_eval_loader, open_split
 from utils import checkpoint, engine
 from utils import supervision as faults
-from utils.checkpoint import BEST_NAME, checkpoints_of, load_file, lock_run_folder
+from utils.checkpoint import BEST_NAME, checkpoints_of, load_file
 from utils.processes import Processes
 from utils.resume import Saver, load_resume
+from utils.run_lock import lock_run_folder
 from utils.session import run_script
 
 KILLED = -signal.SIGKILL

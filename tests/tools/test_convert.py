@@ -128,8 +128,8 @@ def test_views_do_not_bring_their_storage_along(tmp_path: Path) -> None:
 def test_a_variant_is_recognised_by_its_shapes() -> None:
     with torch.device("meta"):
         state = timm.create_model("groupmixformer_tiny", num_classes=3, in_chans=1).state_dict()
-    label, network = module.describe_network(state)
-    assert label == "groupmixformer_tiny" and network.num_classes == 3 and network.in_chans == 1
+    sizes, network = module.describe_network(state)
+    assert sizes.variant == "groupmixformer_tiny" and network.num_classes == 3 and network.in_chans == 1
 
 
 def test_networks_without_head_or_bias_convert(tmp_path: Path) -> None:
@@ -208,3 +208,9 @@ def test_a_file_that_does_not_read_back_is_removed(
     with pytest.raises(UserError, match="did not read back equal"):
         convert(checkpoint, "pth", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_group_sizes_convert(tmp_path: Path) -> None:
+    network = GroupMixFormer(3, embed_dims=(32, 32), depths=(1, 1), mlp_ratios=(2, 2), group_sizes=(7, 3))
+    torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
+    assert "group_sizes (7, 3)" in module.convert(tmp_path / "a.pth", "safetensors", tmp_path).network
