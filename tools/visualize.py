@@ -65,7 +65,6 @@ class Explanation:
     cam: np.ndarray  # (h, w) Grad-CAM on the last map, 0 to 1
     probabilities: np.ndarray  # (classes,)
     branches: list[Branches]  # of all blocks, in order of depth
-    names: list[str]  # of the branches
 
 
 def explain(network: nn.Module, image: Tensor) -> Explanation:
@@ -169,7 +168,7 @@ def _draw_class(band: Any, image: np.ndarray, names: Sequence[str], result: Expl
     pictures[2].spines[["top", "right"]].set_visible(False)
 
 
-def _draw_maps(band: Any, names: Sequence[str], chosen: Branches) -> None:
+def _draw_maps(band: Any, chosen: Branches) -> None:
     band.suptitle(
         f"Branches of Group-Mix Attention in stage {chosen.stage}, block {chosen.block}: bright tokens respond "
         "strongly; each map has its own scale",
