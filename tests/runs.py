@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -50,8 +51,11 @@ def train_here(monkeypatch: pytest.MonkeyPatch, args: Sequence[str], stop_at: in
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *args])
         patch.setattr(sys, "exit", _raise_exit)
+        without_curves(patch.setattr)
         if stop_at is not None:
-            _signal_in_update(patch, stop_at)
+            in_update(
+                patch.setattr, lambda number: os.kill(os.getpid(), signal.SIGUSR1) if number == stop_at - 1 else None
+            )
         try:
             train.main()
         except SystemExit as ending:
@@ -66,17 +70,32 @@ def _raise_exit(code: int = 0) -> None:
     raise SystemExit(code)
 
 
-def _signal_in_update(patch: pytest.MonkeyPatch, stop_at: int) -> None:
+def without_curves(replace: Callable[[Any, str, Any], None]) -> None:
+    """Let train.py draw no curves, which takes longer than all else that a tiny run does. Launched runs draw them."""
+    replace(train, "RunCurves", MagicMock())
+
+
+def in_update(replace: Callable[[Any, str, Any], None], action: Callable[[int], Callable | None]) -> None:
+    """Call `action(number)` before the forward pass of each update, by its number in the run.
+
+    The one place where tests reach into a training step. `replace` is `setattr`, or a monkeypatch's that undoes it.
+    A function that `action` returns is applied to the loss of that update.
+    """
     from utils import engine
 
     forward_backward = engine._accumulate_gradients
 
-    def interrupted(session: Any, trainer: Any, *rest: Any) -> Any:
-        if trainer.num_updates == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return forward_backward(session, trainer, *rest)
+    def replaced(session: Any, trainer: Any, *rest: Any) -> None:
+        criterion = trainer.criterion
+        change = action(trainer.num_updates)
+        if change is not None:
+            trainer.criterion = lambda *outputs: change(criterion(*outputs))
+        try:
+            forward_backward(session, trainer, *rest)
+        finally:
+            trainer.criterion = criterion
 
-    patch.setattr(engine, "_accumulate_gradients", interrupted)
+    replace(engine, "_accumulate_gradients", replaced)
 
 
 def launch(

@@ -396,7 +396,7 @@ def test_interpolation_that_tensors_do_not_have_is_one_line(make_config: MakeCon
 # ----------------------------------------------------------------------------------------------------------------- runs
 @pytest.mark.parametrize("mode", ["train", "all"])
 def test_a_stopped_run_ends_with_the_same_bits_whatever_the_workers(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, mode: str
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     opts = ("DATA.FAST_LOADING", mode)
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path / "whole", *opts)) == 0
@@ -408,9 +408,7 @@ def test_a_stopped_run_ends_with_the_same_bits_whatever_the_workers(
     assert runs.digest(whole) == runs.digest(continued)
 
 
-def test_evaluation_finds_the_same_classes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
-) -> None:
+def test_evaluation_finds_the_same_classes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of the network's own size are not resized: then even the loss is the same."""
     losses = {}
     for mode in ("no", "all"):

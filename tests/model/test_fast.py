@@ -322,7 +322,7 @@ def test_compiled_segments_read_one_copy_of_the_tokens() -> None:
 # ----------------------------------------------------------------------------------------------------------------- runs
 @pytest.mark.long
 def test_a_compiled_run_is_stopped_and_continued_with_the_same_bits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = (runs.arguments(data, tmp_path / name, flags=["--compile"]) for name in ("whole", "stopped"))
     assert runs.train_here(monkeypatch, whole) == 0

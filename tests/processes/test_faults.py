@@ -44,9 +44,6 @@ KILLED = -signal.SIGKILL
 TIMEOUT_SECONDS = 120
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ----------------------------------------------------------------------------------------------- processes to be killed
 class Forked:
     """A function in a fork of this process; its output is read as text, it is gone when the block ends."""

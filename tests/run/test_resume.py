@@ -20,9 +20,6 @@ from utils.checkpoint import load_file
 EPOCHS, UPDATES = 2, 4  # 18 images, 4 an update
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def straight_output(data, tmp_path_factory):
     """The run that was never stopped."""

@@ -123,7 +123,7 @@ def test_predictions_have_the_same_bits_on_any_number_of_processes(predicted, wo
         assert np.array_equal(values, together[name]), name
 
 
-def test_predictions_are_those_of_a_plain_loop(predicted, one_thread):
+def test_predictions_are_those_of_a_plain_loop(predicted):
     config, source, results = predicted
     torch.manual_seed(0)
     network = build_model(config)
