@@ -1,6 +1,6 @@
 """The launch scripts and multi_machine_start.py, in a made-up checkout: stubs stand in for Python, torchrun and SLURM.
 
-Nothing is installed and torch is not imported, except by the one test marked long. Tests that need a process to be
+Nothing is installed and torch is not imported, except by the one test marked launch. Tests that need a process to be
 ready read a line from it.
 """
 
@@ -814,7 +814,7 @@ signal.pause()
     assert process.returncode == 128 + signal.SIGKILL
 
 
-@pytest.mark.long
+@pytest.mark.launch
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signals_reach_the_workers_of_the_real_torchrun(launch, checkout, name):
     (checkout.root / "train.py").write_text(f"import os, signal, sys\n{SAY_WHICH_SIGNAL}")

@@ -119,7 +119,7 @@ PUBLISHED = {  # widths, depths, MLP ratios, drop path, parameters, GFLOPs at 22
 }
 
 
-@pytest.mark.parametrize("name", [*NAMES[:4], pytest.param("large", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", [*NAMES[:4], pytest.param("large", marks=pytest.mark.chaos)])
 def test_parameters_and_flops_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.measurement.flop_count_table", lambda *args, **options: "")  # slow, and not looked at
     flops, parameters, _ = count_flops(timm.create_model(f"groupmixformer_{name}"), (3, 224, 224))
@@ -340,7 +340,7 @@ def test_the_network_is_its_plain_formulation_at_any_size(size: tuple[int, int],
     assert_same_gradients(network, state)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_the_plain_formulation_is_the_released_network(golden_run: SimpleNamespace) -> None:
     state = dict(golden_run.network.state_dict())
     state.update({name: golden_numbers.weight(name, tuple(v.shape)).double() for name, v in state.items()})

@@ -149,7 +149,7 @@ class Started:
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
-@pytest.mark.long
+@pytest.mark.nodes
 def test_two_nodes_train_as_two_processes_of_one_do(nodes, data, tmp_path):
     outputs = [tmp_path / "node0", tmp_path / "node1"]
     with Started(nodes, 0, data, outputs[0]) as first, Started(nodes, 1, data, outputs[1]) as second:
@@ -179,7 +179,7 @@ SIX_EPOCHS = ("TRAIN.EPOCHS", "6", "SAVE_EVERY_UPDATES", "1")
 RETRY = ("--retries", "3", "--retry_wait", "1")
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_node_is_replaced_and_the_run_continues(nodes, data, tmp_path, six_epochs, killed):
     """The other node's launcher starts torchrun again; the replacement is started as the first one was.
@@ -201,7 +201,7 @@ def test_a_killed_node_is_replaced_and_the_run_continues(nodes, data, tmp_path, 
     assert final_digest(outputs[0], 6) == six_epochs
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_cut_link_ends_both_nodes_and_a_repaired_one_lets_them_continue(nodes, data, tmp_path, six_epochs):
     outputs = [tmp_path / "node0", tmp_path / "node1"]
     with (
@@ -225,7 +225,7 @@ def test_a_cut_link_ends_both_nodes_and_a_repaired_one_lets_them_continue(nodes,
     assert final_digest(outputs[0], 6) == six_epochs
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_node_that_never_comes(nodes, data, tmp_path, rank):
     flags = ("--rendezvous_timeout", str(DIST_TIMEOUT))
@@ -235,7 +235,7 @@ def test_a_node_that_never_comes(nodes, data, tmp_path, rank):
     assert re.search(r"the 2 nodes have not met within 10 s at 10\.77\.0\.1:29500", last), node.text
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_nodes_that_meet_but_do_not_reach_each_other(nodes, data, tmp_path):
     """gloo gives out an address that is of no use to the others, as it does by itself where host names are loopback."""
     env = {"GLOO_SOCKET_IFNAME": "lo"}
@@ -251,7 +251,7 @@ def test_nodes_that_meet_but_do_not_reach_each_other(nodes, data, tmp_path):
             assert re.search(cause, node.text.splitlines()[-1]) and 'train.py", line' not in node.text, node.text
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_wrong_address(nodes, data, tmp_path):
     """An address that nobody has, for either node; the line names it."""
     flags = ("--rendezvous_timeout", str(DIST_TIMEOUT))
@@ -261,7 +261,7 @@ def test_a_wrong_address(nodes, data, tmp_path):
             assert "10.77.0.99:29500" in node.text.splitlines()[-1], node.text
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_port_that_is_taken(nodes, data, tmp_path):
     listen = f"import socket; s = socket.create_server(('0.0.0.0', {PORT})); print('listening', flush=True); s.accept()"
     taker = subprocess.Popen(

@@ -386,7 +386,7 @@ def test_a_run_with_factors_on_the_learning_rate_continues_with_the_same_bits(
     assert logged[0] == logged[1] != [], "the log tells the schedule's rate, whatever the factors"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_fine_tuning_at_another_resolution_beats_training_from_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

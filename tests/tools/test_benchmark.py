@@ -191,7 +191,7 @@ def test_rows_are_written_as_json_tables_and_plots(
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.long
+@pytest.mark.compile
 def test_the_rows_that_compile_and_start_processes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_stage(*_: object) -> GroupMixFormer:  # a stage is what is compiled: a third of the time
         return GroupMixFormer(embed_dims=(40,), depths=(2,), mlp_ratios=(4,), drop_path_rate=0.1)

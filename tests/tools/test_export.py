@@ -62,8 +62,8 @@ def need(to: str) -> None:
     ("to", "which", "seed"),
     [
         ("onnx", "best", 2),
-        pytest.param("onnx", "raw", 1, marks=pytest.mark.long),
-        pytest.param("pt2", "best", 2, marks=pytest.mark.long),
+        pytest.param("onnx", "raw", 1, marks=pytest.mark.compile),
+        pytest.param("pt2", "best", 2, marks=pytest.mark.compile),
     ],
 )
 def test_logits_are_the_networks_at_sizes_it_was_not_exported_with(
@@ -85,7 +85,7 @@ def test_logits_are_the_networks_at_sizes_it_was_not_exported_with(
         assert session.get_outputs()[0].shape == ["batch", 7]
 
 
-@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.long), "pt2"])
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.compile), "pt2"])
 def test_features_are_the_stage_maps(
     checkpoint: Path, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
