@@ -22,7 +22,7 @@ PROCESS_TIMEOUT_SECONDS = 180
 # A network and a recipe small enough to train in a second, with all that is random in the released one.
 TINY = (
     *("MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"),
-    *("MODEL.GMA.NUM_STAGES", "2", "MODEL.GMA.EMBEDDING_DIMS", "[10, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1]"),
+    *("MODEL.GMA.NUM_STAGES", "2", "MODEL.GMA.EMBEDDING_DIMS", "[20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1]"),
     *("MODEL.GMA.MLP_RATIOS", "[2, 2]"),
     *("MODEL.GMA.DROP_PATH_RATE", "0.2", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "LOG_SAMPLES", "True"),
     *("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", "0.25", "AUG.HFLIP", "0.5"),

@@ -268,26 +268,26 @@ def test_float16_scaler_survives_and_is_needed(data, tmp_path, monkeypatch):
     assert outcome(one) != outcome(three)
 
 
+def damage(path):
+    """Change 200 bytes in its middle: more than the padding of a file's members."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.unlink()  # it may be one file with the best
+    changed = bytes(byte ^ 1 for byte in content[middle : middle + 200])
+    path.write_bytes(content[:middle] + changed + content[middle + 200 :])
+
+
 def test_damaged_checkpoints_are_passed_over(data, tmp_path, monkeypatch, straight):
     args = runs.arguments(data, tmp_path)
     assert runs.train_here(monkeypatch, args, stop_at=6) == 75
     folder = runs.run_folder(tmp_path)
     newest = folder / "ckpt_epoch_1_update_2.pth"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    damage(newest)
     (folder / "samples_rank0.txt").unlink()
     assert runs.train_here(monkeypatch, args) == 0
     log = (folder / "log_rank0.txt").read_text()
     assert f"{newest}: damaged" in log and "resumed from" in log and "ckpt_epoch_0.pth" in log
     assert outcome(tmp_path)[0] == straight[0]
-
-
-def damage(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()  # it may be one file with the best
-    path.write_bytes(content)
 
 
 def names_in(folder):
