@@ -476,8 +476,8 @@ def test_many_differences_are_cut_short(make_network):
     assert ", ...)" in message and len(message) < 400
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_weights_of_another_published_variant_are_named(make_network, variant):
+def test_weights_of_another_published_variant_are_named(make_network):
+    variant = "groupmixformer_small"
     with torch.device("meta"):
         weights = GroupMixFormer(num_classes=7, **VARIANTS[variant]).state_dict()
     message = message_of(load_exactly, make_network(7), weights, "f.pth")
