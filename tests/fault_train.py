@@ -48,12 +48,22 @@ def wait_to_go_on():
         time.sleep(0.01)  # what the test holds, and lets go
 
 
+def spoil_activations(network):
+    """Once, so that the statistics of batch norms become NaN too."""
+
+    def spoil(module, args, out):
+        hook.remove()
+        return out * math.nan
+
+    hook = network.conv_stem.register_forward_hook(spoil)
+
+
 def spoil_gradients(loss):
     loss.register_hook(lambda gradient: gradient * math.nan)
     return loss
 
 
-def act(number):
+def act(number, network):
     """The faults of one update; returns what becomes of its loss, where it changes."""
     planned = int(where[1].rstrip("+"))
     if number != planned and not (where[1].endswith("+") and number > planned):
@@ -62,7 +72,7 @@ def act(number):
         while kind == "raise-alone":
             time.sleep(0.01)
     elif kind == "nan":
-        return lambda loss: loss * math.nan
+        spoil_activations(network)
     elif kind == "nan-gradient":
         return spoil_gradients
     elif kind == "infinite":
@@ -117,7 +127,7 @@ if kind == "other-norm":
 
     faults.Watch.conclude_update = other_norm
 elif kind == "sigterm-in" and where[0] == "train":
-    runs.in_update(setattr, lambda number: signal_once())
+    runs.in_update(setattr, lambda number, network: signal_once())
 elif kind == "sigterm-in":
     signal_before(*{"evaluate": (train, "evaluate"), "save": (resume, "save_checkpoint")}[where[0]])
 elif kind == "slow-save":

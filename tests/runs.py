@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch import nn
 
 import train
 from utils.checkpoint import load_file
@@ -54,7 +55,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch, args: Sequence[str], stop_at: in
         without_curves(patch.setattr)
         if stop_at is not None:
             in_update(
-                patch.setattr, lambda number: os.kill(os.getpid(), signal.SIGUSR1) if number == stop_at - 1 else None
+                patch.setattr, lambda number, _: os.kill(os.getpid(), signal.SIGUSR1) if number == stop_at - 1 else None
             )
         try:
             train.main()
@@ -75,8 +76,8 @@ def without_curves(replace: Callable[[Any, str, Any], None]) -> None:
     replace(train, "RunCurves", MagicMock())
 
 
-def in_update(replace: Callable[[Any, str, Any], None], action: Callable[[int], Callable | None]) -> None:
-    """Call `action(number)` before the forward pass of each update, by its number in the run.
+def in_update(replace: Callable[[Any, str, Any], None], action: Callable[[int, nn.Module], Callable | None]) -> None:
+    """Call `action(number, network)` before the forward pass of each update, by its number in the run.
 
     The one place where tests reach into a training step. `replace` is `setattr`, or a monkeypatch's that undoes it.
     A function that `action` returns is applied to the loss of that update.
@@ -87,7 +88,7 @@ def in_update(replace: Callable[[Any, str, Any], None], action: Callable[[int], 
 
     def replaced(session: Any, trainer: Any, *rest: Any) -> None:
         criterion = trainer.criterion
-        change = action(trainer.num_updates)
+        change = action(trainer.num_updates, trainer.network)
         if change is not None:
             trainer.criterion = lambda *outputs: change(criterion(*outputs))
         try:

@@ -343,7 +343,7 @@ def kill_at(step):
 
     def prepare():
         steps = Steps(kill_at=step)
-        runs.in_update(setattr, lambda number: steps.reach("update"))
+        runs.in_update(setattr, lambda number, network: steps.reach("update"))
         steps.wrap(train, "evaluate")
 
     return prepare
@@ -411,7 +411,7 @@ done = Path(os.environ["KILLS_DONE"])
 plan = [tuple(map(int, kill.split(":"))) for kill in os.environ["KILLS"].split()]
 
 
-def kill(update):
+def kill(update, network):
     number = len(done.read_text().split()) if done.exists() else 0
     if number < len(plan) and plan[number][0] == int(os.environ["RANK"]) and update >= plan[number][1]:
         with done.open("a") as file:
@@ -715,7 +715,7 @@ def test_a_second_interrupt_ends_at_once(data, tmp_path, straight):
     args = runs.arguments(data, tmp_path)
 
     def prepare():
-        def interrupt_twice(number):
+        def interrupt_twice(number, network):
             if number == 5:
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)

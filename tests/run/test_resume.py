@@ -478,7 +478,7 @@ def test_a_run_killed_and_continued_from_its_best_keeps_that_checkpoint(data, tm
     accuracies = iter([50.0, 50.0, 60.0, 60.0, 70.0, 70.0, 10.0, 10.0])
     monkeypatch.setattr(train, "evaluate", lambda *_: engine.Evaluation(next(accuracies), 100.0, 1.0, 6))
 
-    def killed(number):
+    def killed(number, network):
         if number == 9:
             raise KeyboardInterrupt
 
