@@ -147,4 +147,5 @@ elif kind == "frozen-norms":
 elif kind != "none":
     runs.in_update(setattr, act)
 
+runs.without_curves(setattr)
 run_script(train.main)
