@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# Lint, then the test suite.
+# Lint, then the test suite: the quick tests, several at a time.
 #
-#     bash launch_scripts/run_tests.sh [--long] [arguments of pytest]
+#     bash launch_scripts/run_tests.sh [--ci | --all] [arguments of pytest]
 #
-# --long runs the tests marked `long` too. Installs what is needed as setup_env.sh does (PYTHON and NO_VENV=1 as there).
+# --ci    also tests that launch processes, compile, or make network namespaces
+# --all   everything: also repetitions and random kills, and GPUs where there are any
+#
+# Installs what is needed as setup_env.sh does (PYTHON and NO_VENV=1 as there).
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 case ${1:-} in -h | --help) show_help && exit 0 ;; esac
 
+# pyproject.toml selects the quick tests; the later -m wins.
 selection=()
-if [[ ${1:-} == --long ]]; then
-    shift
-    # pyproject.toml deselects the long tests, and those of GPUs, which skip without them; the later -m wins.
-    selection=(-m "")
-fi
+case ${1:-} in
+--ci) selection=(-m "not chaos and not gpu") && shift ;;
+--all) selection=(-m "") && shift ;;
+esac
 
 setup_env dev
 cd -- "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "${selection[@]}" "$@"
+exec "$PYTHON" -m pytest -n 3 --dist worksteal "${selection[@]}" "$@"

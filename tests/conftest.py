@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,8 +20,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what ru
         signal.SIGINT, signal.default_int_handler
     )  # or processes that the tests start could not be interrupted
 
-# Threads that wait by spinning starve the processes that the tests start beside themselves.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The thread count changes bits, several tests run at a time, and forks of a process with more threads can hang.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -65,15 +65,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images") / "data"
     write_image_folder(root)
     return root
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The thread count changes bits: tests that compare them fix it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_image_folder(

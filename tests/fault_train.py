@@ -20,6 +20,7 @@ frozen-norms             batch norms use their running statistics in training to
 
 import errno
 import itertools
+import math
 import os
 import signal
 import sys
@@ -28,137 +29,124 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import runs
 import torch
 
 import train
-from utils import engine, resume
-from utils import supervision as faults
+from tasks.classification import task as classification
+from utils import resume, supervision
 from utils.session import run_script
+from utils.supervision import RunSupervisor
 
 kind, *where = os.environ["FAULT"].split(":")
+rank = os.environ.get("RANK", "0")
+here = bool(where) and rank == where[0]
+output = Path(sys.argv[sys.argv.index("--output") + 1])
 
 
-def nan_output(module, args, out):
-    return out * float("nan")
+def wait_to_go_on():
+    while not (output / "go on").exists():
+        time.sleep(0.01)  # what the test holds, and lets go
 
 
-def nan_gradient(module, args, out):
-    out.register_hook(lambda gradient: gradient * float("nan"))
+def spoil_activations(network):
+    """Once, so that the statistics of batch norms become NaN too."""
+
+    def spoil(module, args, out):
+        hook.remove()
+        return out * math.nan
+
+    hook = network.conv_stem.register_forward_hook(spoil)
 
 
-if kind in ("nan", "nan-gradient"):
-    rank, first = int(where[0]), int(where[1].rstrip("+"))
-    forward_backward = engine._accumulate_gradients
+def spoil_gradients(loss):
+    loss.register_hook(lambda gradient: gradient * math.nan)
+    return loss
 
-    def poisoned(session, trainer, *rest):
-        update = trainer.num_updates
-        if session.processes.rank == rank and (update == first or (where[1].endswith("+") and update > first)):
-            spoil = nan_output if kind == "nan" else nan_gradient
-            hook = trainer.network.conv_stem.register_forward_hook(spoil)
-            forward_backward(session, trainer, *rest)
-            hook.remove()
-        else:
-            forward_backward(session, trainer, *rest)
 
-    engine._accumulate_gradients = poisoned
-elif kind == "infinite":
-    forward_backward = engine._accumulate_gradients
-
-    def infinite(session, trainer, *rest):
-        criterion = trainer.criterion
-        if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
-            trainer.criterion = lambda *args: criterion(*args) + float("inf")
-        forward_backward(session, trainer, *rest)
-        trainer.criterion = criterion
-
-    engine._accumulate_gradients = infinite
-elif kind == "other-norm":
-    conclude_update = faults.Watch.conclude_update
-    updates = itertools.count()
-
-    def other_norm(watch, grad_norm):
-        other = (watch.processes.rank, next(updates)) == tuple(map(int, where))
-        return conclude_update(watch, 2 * grad_norm if other else grad_norm)
-
-    faults.Watch.conclude_update = other_norm
-elif kind in ("stop", "interrupt"):
-    forward_backward = engine._accumulate_gradients
-
-    def signalled(session, trainer, *rest):
-        if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
-            for number in [signal.SIGUSR1] if kind == "stop" else [signal.SIGINT] * 2:
-                signal.raise_signal(number)
-        return forward_backward(session, trainer, *rest)
-
-    engine._accumulate_gradients = signalled
-elif kind in ("raise", "raise-alone"):
-    faults.GRACE_SECONDS = 1
-    forward_backward = engine._accumulate_gradients
-
-    def raising(session, trainer, *rest):
-        if (session.processes.rank, trainer.num_updates) == (int(where[0]), int(where[1])):
-            raise {
-                "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines."),
-                "binary": ImportError(f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')}/st/a.main.so: file too short"),
-                "disk": OSError(errno.EROFS, "Read-only file system", "/a/disk"),
-            }.get(where[2]) or KeyError(where[2])
-        while kind == "raise-alone" and trainer.num_updates == int(where[1]):
+def act(number, network):
+    """The faults of one update; returns what becomes of its loss, where it changes."""
+    planned = int(where[1].rstrip("+"))
+    if number != planned and not (where[1].endswith("+") and number > planned):
+        return None
+    if not here:
+        while kind == "raise-alone":
             time.sleep(0.01)
-        return forward_backward(session, trainer, *rest)
+    elif kind == "nan":
+        spoil_activations(network)
+    elif kind == "nan-gradient":
+        return spoil_gradients
+    elif kind == "infinite":
+        return lambda loss: loss + math.inf
+    elif kind in ("stop", "interrupt"):
+        for signal_number in [signal.SIGUSR1] if kind == "stop" else [signal.SIGINT] * 2:
+            signal.raise_signal(signal_number)
+    elif kind in ("raise", "raise-alone"):
+        raise {
+            "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines."),
+            "binary": ImportError(f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')}/st/a.main.so: file too short"),
+            "disk": OSError(errno.EROFS, "Read-only file system", "/a/disk"),
+        }.get(where[2]) or KeyError(where[2])
+    elif kind == "compiler":
+        from torch._inductor.exc import InductorError
 
-    engine._accumulate_gradients = raising
-elif kind == "compiler":
-    from torch._inductor.exc import InductorError
+        if where[2]:
+            signal.raise_signal(signal.Signals[where[2]])
+        raise InductorError(RuntimeError("C++ compile error\nwith many lines"), None)
+    elif kind == "hold":
+        wait_to_go_on()
+    return None
 
-    forward_backward = engine._accumulate_gradients
 
-    def uncompiled(session, trainer, *rest):
-        if (session.processes.rank, trainer.num_updates) == (int(where[0]), int(where[1])):
-            if where[2]:
-                signal.raise_signal(signal.Signals[where[2]])
-            raise InductorError(RuntimeError("C++ compile error\nwith many lines"), None)
-        return forward_backward(session, trainer, *rest)
+def signal_once():
+    """SIGTERM, the first time that this is called."""
+    if where and rank == where[1]:
+        where.clear()
+        print(f"signalled at {time.time()}", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    engine._accumulate_gradients = uncompiled
-elif kind == "hold":
-    forward_backward = engine._accumulate_gradients
 
-    def held(session, trainer, *rest):
-        if (session.processes.rank, trainer.num_updates) == tuple(map(int, where)):
-            while not (session.folder.parents[1] / "go on").exists():
-                time.sleep(0.01)  # what the test holds, and lets go
-        return forward_backward(session, trainer, *rest)
-
-    engine._accumulate_gradients = held
-elif kind == "sigterm-in":
-    module, name = {"train": (engine, "_accumulate_gradients"), "evaluate": (train, "evaluate")}.get(
-        where[0], (resume, "save_checkpoint")
-    )
+def signal_before(module, name):
     function = getattr(module, name)
-    rank = os.environ.get("RANK", "0")
 
-    def signalled_there(*args):
-        if rank == where[1]:
-            setattr(module, name, function)
-            print(f"signalled at {time.time()}", flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def signalled(*args):
+        signal_once()
         return function(*args)
 
-    setattr(module, name, signalled_there)
+    setattr(module, name, signalled)
+
+
+if kind in ("raise", "raise-alone"):
+    supervision.GRACE_SECONDS = 1
+if kind == "other-norm":
+    agree_on_update = RunSupervisor.agree_on_update
+    updates = itertools.count()
+
+    def other_norm(supervisor, loss, parts, grad_norm):
+        other = next(updates) == int(where[1]) and here
+        return agree_on_update(supervisor, loss, parts, 2 * grad_norm if other else grad_norm)
+
+    RunSupervisor.agree_on_update = other_norm
+elif kind == "sigterm-in" and where[0] == "train":
+    runs.in_update(setattr, lambda number, network: signal_once())
+elif kind == "sigterm-in":
+    signal_before(*{"evaluate": (classification, "run_network"), "save": (resume, "save_checkpoint")}[where[0]])
 elif kind == "slow-save":
     save = resume.save_checkpoint
 
     def slow_save(state, path):
         print("saving slowly", flush=True)
-        while not (path.parents[2] / "go on").exists():
-            time.sleep(0.01)  # what the test holds, and lets go
+        wait_to_go_on()
         save(state, path)
 
     resume.save_checkpoint = slow_save
 elif kind == "differ":
-    if os.environ["RANK"] == where[0]:
+    if here:
         sys.argv = [where[2] if word == where[1] else word for word in sys.argv]
 elif kind == "frozen-norms":
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+elif kind != "none":
+    runs.in_update(setattr, act)
 
+runs.without_curves(setattr)
 run_script(train.main)

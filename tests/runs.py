@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch import nn
 
 import tasks
 import train
@@ -24,8 +26,8 @@ PROCESS_TIMEOUT_SECONDS = 180
 # A network and a recipe small enough to train in a second, with all that is random in the released one.
 TINY = (
     *("MODEL.NAME", "tiny", "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"),
-    *("MODEL.GMA.EMBEDDING_DIMS", "[10, 10, 20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1, 1, 1]"),
-    *("MODEL.GMA.MLP_RATIOS", "[2, 2, 2, 2]"),
+    *("MODEL.GMA.NUM_STAGES", "2", "MODEL.GMA.EMBEDDING_DIMS", "[20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1]"),
+    *("MODEL.GMA.MLP_RATIOS", "[2, 2]"),
     *("MODEL.GMA.DROP_PATH_RATE", "0.2", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "LOG_SAMPLES", "True"),
     *("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", "0.25", "AUG.HFLIP", "0.5"),
     *("AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "PRINT_FREQ", "1", "SAVE_KEEP", "0"),
@@ -53,8 +55,11 @@ def train_here(monkeypatch: pytest.MonkeyPatch, args: Sequence[str], stop_at: in
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *args])
         patch.setattr(sys, "exit", _raise_exit)
+        without_curves(patch.setattr)
         if stop_at is not None:
-            _signal_in_update(patch, stop_at)
+            in_update(
+                patch.setattr, lambda number, _: os.kill(os.getpid(), signal.SIGUSR1) if number == stop_at - 1 else None
+            )
         try:
             train.main()
         except SystemExit as ending:
@@ -69,17 +74,32 @@ def _raise_exit(code: int = 0) -> None:
     raise SystemExit(code)
 
 
-def _signal_in_update(patch: pytest.MonkeyPatch, stop_at: int) -> None:
+def without_curves(replace: Callable[[Any, str, Any], None]) -> None:
+    """Let train.py draw no curves, which takes longer than all else that a tiny run does. Launched runs draw them."""
+    replace(train, "RunCurves", MagicMock())
+
+
+def in_update(replace: Callable[[Any, str, Any], None], action: Callable[[int, nn.Module], Callable | None]) -> None:
+    """Call `action(number, network)` before the forward pass of each update, by its number in the run.
+
+    The one place where tests reach into a training step. `replace` is `setattr`, or a monkeypatch's that undoes it.
+    A function that `action` returns is applied to the loss of that update.
+    """
     from utils import engine
 
     train_step = engine.train_step
 
-    def interrupted(session: Any, state: Any, *rest: Any) -> Any:
-        if state.num_updates == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return train_step(session, state, *rest)
+    def replaced(session: Any, state: Any, task: Task, *rest: Any) -> Any:
+        loss, change = task.loss, action(state.num_updates, state.network)
+        if change is not None:
+            task = dataclasses.replace(task, loss=lambda *args: _changed(change, *loss(*args)))
+        return train_step(session, state, task, *rest)
 
-    patch.setattr(engine, "train_step", interrupted)
+    replace(engine, "train_step", replaced)
+
+
+def _changed(change: Callable, total: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple:
+    return change(total), parts
 
 
 def change_task(patch: pytest.MonkeyPatch, change: Callable[[Task], dict[str, Any]]) -> None:

@@ -474,7 +474,7 @@ def test_interpolation_that_tensors_do_not_have_is_one_line(make_config: MakeCon
 
 # ----------------------------------------------------------------------------------------------------------------- runs
 def test_a_stopped_run_ends_with_the_same_bits_whatever_the_workers(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opts = ("DATA.FAST_LOADING", "all")
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path / "whole", *opts)) == 0

@@ -1,6 +1,7 @@
 """Every command and every promise of names in README.md."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import runs
 import timm
 import torch
+from ranks import in_fork
 
 import models  # noqa: F401 - registers the variants with timm
 from configs import read_config
@@ -33,11 +35,6 @@ def script_arguments(command):
 
 
 PYTHON_COMMANDS = [c for c in COMMANDS if "train.py" in c or "test.py" in c]
-
-
-@pytest.mark.parametrize("command", PYTHON_COMMANDS, ids=" ".join)
-def test_commands_of_both_scripts_are_accepted(command):
-    assert read_config(script_arguments(command)[1], keys_of).MODEL.NAME.startswith("groupmixformer_")
 
 
 @pytest.mark.parametrize("command", PYTHON_COMMANDS, ids=" ".join)
@@ -117,7 +114,7 @@ def test_commands_of_modules_work(command, finished_run, data, tmp_path, monkeyp
     places = {"<ImageNet>": data, "DIR": data, default: folder, "output/groupmixformer_small/other": folder}
     places |= {f"{name}/predictions.csv": evaluation / "predictions.csv" for name in "AB"}
     places |= {f"{default}/evaluation/NAME": evaluation, "a.jpg": next((data / "val").rglob("*.png"))}
-    places |= dict.fromkeys(("FILE", "<checkpoint>"), folder / "ckpt_best.pth")
+    places |= dict.fromkeys(("FILE", "<checkpoint>"), folder / "ckpt_best.pth") | {"3": "2"}  # the last stage
     args = [str(places.get(word, runs.ROOT / word if word.startswith("configs/") else word)) for word in command[3:]]
     monkeypatch.chdir(tmp_path)  # most write to the folder that they are started in
     assert importlib.import_module(command[2]).main(args + ["--opts", *runs.TINY] * ("--cfg" in args)) == 0
@@ -148,8 +145,8 @@ def test_every_command_is_one_that_is_tested_or_named_here():
     others = [c for c in COMMANDS if c not in tested]
     assert sorted(" ".join(c[:3]) for c in others) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
-        "python -m tools.benchmark",  # tests/test_benchmark.py
-        "python -m tools.export",  # tests/test_export.py
+        "python -m tools.benchmark",  # tests/tools/test_benchmark.py
+        "python -m tools.export",  # tests/tools/test_export.py
         "python multi_machine_start.py --machine_num",
     ]
     assert {command[2] for command in MODULE_COMMANDS} == set(QUICK_MODULES)
@@ -180,8 +177,34 @@ def test_the_model_zoo_counts():
         assert sum(p.numel() for p in network.parameters()) == int(parameters.replace(",", ""))
 
 
+def promised_tests():
+    """{promise: the tests that hold it, as `file::test`}, from the README's table."""
+    table = README[README.index("| promise |") :].partition("\n\n")[0].splitlines()[2:]
+    promises = {}
+    for row in table:
+        name, _, cell = row.strip("|").split("|")
+        for file, names in re.findall(r"`(tests/[\w/]+\.py)`: ((?:`test_\w+`,? ?)+)", cell):
+            promises.setdefault(name.strip(), []).extend(f"{file}::{test}" for test in re.findall(r"test_\w+", names))
+    assert len(promises) == len(table), "a promise names no test"
+    return promises
+
+
+def test_every_promise_is_held_on_every_push():
+    """.ci/run collects each test that the README's table names."""
+    assert "run_tests.sh --ci" in (runs.ROOT / ".ci" / "run").read_text()
+    (selection,) = re.findall(
+        r'--ci\) selection=\(-m "(.*)"\)', (runs.ROOT / "launch_scripts/run_tests.sh").read_text()
+    )
+    named = [test for tests in promised_tests().values() for test in tests]
+    collect = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", selection, *named]
+    status, text = in_fork(lambda: (os.chdir(runs.ROOT), sys.exit(pytest.main(collect))))
+    assert status == 0, text
+    collected = {line.partition("[")[0] for line in text.splitlines()}
+    assert set(named) <= collected, f"not collected: {sorted(set(named) - collected)}"
+
+
 def test_every_file_that_is_named_exists():
     for path in re.findall(
-        r"`((?:launch_scripts|models|configs|data|evaluation|utils|pretrained)/[\w./]+\.\w+)`", README
+        r"`((?:launch_scripts|models|configs|data|tasks|tests|tools|utils|pretrained)/[\w./]+\.\w+)`", README
     ):
         assert (runs.ROOT / path).is_file() or path.endswith(".pth"), path

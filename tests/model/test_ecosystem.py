@@ -98,7 +98,7 @@ def test_a_torchvision_detector_trains_and_detects_at_sizes_that_are_no_multiple
             assert set(found) == {"boxes", "labels", "scores"} and found["boxes"].isfinite().all()
 
 
-@pytest.mark.long
+@pytest.mark.compile
 def test_onnxruntime_gives_torchs_logits_for_any_batch_and_size(tmp_path: Path) -> None:
     """The whole network of a published variant; tests/test_export.py has small ones and the command."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -275,7 +275,7 @@ def test_compiled_gradients_that_may_not_be_finite_are_refused(
         compile_for_training(network_of(), precision)
 
 
-@pytest.mark.long
+@pytest.mark.compile
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
@@ -302,7 +302,7 @@ def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
         assert relative_error(compiled(x), fused(x)) < 16 * eps
 
 
-@pytest.mark.long
+@pytest.mark.compile
 def test_compiled_segments_read_one_copy_of_the_tokens() -> None:
     """Inductor writes one for each operator that asks for strides, and each costs a pass over memory."""
     torch._dynamo.reset()
@@ -313,9 +313,9 @@ def test_compiled_segments_read_one_copy_of_the_tokens() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
-@pytest.mark.long
+@pytest.mark.compile
 def test_a_compiled_run_is_stopped_and_continued_with_the_same_bits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = (runs.arguments(data, tmp_path / name, flags=["--compile"]) for name in ("whole", "stopped"))
     assert runs.train_here(monkeypatch, whole) == 0

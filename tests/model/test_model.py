@@ -119,7 +119,7 @@ PUBLISHED = {  # widths, depths, MLP ratios, drop path, parameters, GFLOPs at 22
 
 
 @pytest.mark.parametrize(
-    "name", ["miny", "small", *(pytest.param(n, marks=pytest.mark.long) for n in ("tiny", "base", "large"))]
+    "name", ["miny", "small", *(pytest.param(n, marks=pytest.mark.chaos) for n in ("tiny", "base", "large"))]
 )
 def test_parameters_and_flops_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.measurement.flop_count_table", lambda *args, **options: "")  # slow, and not looked at
@@ -349,7 +349,7 @@ def test_the_network_is_its_plain_formulation(size: tuple[int, int], training: b
     assert_same_gradients(network, state)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_the_plain_formulation_is_the_released_network(golden_run: SimpleNamespace) -> None:
     state = dict(golden_run.network.state_dict())
     state.update({name: golden_numbers.weight(name, tuple(v.shape)).double() for name, v in state.items()})

@@ -117,7 +117,7 @@ def test_export_gives_the_same_values_for_any_batch() -> None:
     torch.testing.assert_close(exported(images), network(images))
 
 
-@pytest.mark.long
+@pytest.mark.compile
 def test_export_gives_the_same_values_for_any_size() -> None:
     network = small_network(**SHALLOW)
     sizes = ({0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
@@ -139,7 +139,7 @@ def test_compile_breaks_no_graph(fresh_compiler: None) -> None:
     torch.testing.assert_close(compiled(images), network(images))
 
 
-@pytest.mark.long
+@pytest.mark.compile
 def test_compile_and_checkpointing_go_together(fresh_compiler: None) -> None:
     network, images = small_network(**SHALLOW, drop_path_rate=0.2), golden_numbers.images(2, 64, 96)
     expected = train_step(copy.deepcopy(network), images)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import runs
 from conftest import SHOWN_GPUS
-from test_distributed import FAULT_TRAIN, Launched, all_end, pid_of
+from ranks import FAULT_TRAIN, Launched, all_end, pid_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpus")]
 DIST_TIMEOUT = 20

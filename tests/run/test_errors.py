@@ -6,13 +6,14 @@ Most cases call the scripts' `main` in this process; what only a process can sho
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
+from ranks import run_ranks
 
 import test as test_script
 import train as train_script
@@ -42,6 +43,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def run_main(script: str, *words: object, opts: tuple[str, ...] = (), cfg: str = DIGITS) -> tuple[int, str, str]:
         arguments = ["--cfg", cfg, "--output", tmp_path / "out", *words, "--opts", *SMALL, *opts]
+        runs.without_curves(monkeypatch.setattr)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
@@ -51,10 +53,7 @@ def run(tmp_path, monkeypatch, capsys):
             status = stop.code
         return status, *capsys.readouterr()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield run_main
-    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -224,20 +223,9 @@ def test_resuming_from_weights_alone(run, make_config, image_folder, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- as processes
-def start(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, **quiet},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
+@pytest.mark.launch
 def test_process_ends_with_status_2_and_one_line():
-    result = start("train.py", "--cfg", DIGITS, "--data_path", "x")
+    result = runs.launch("train.py", ["--cfg", DIGITS, "--data_path", "x"])
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "train.py: error: unknown argument --data_path; did you mean --data-path?\n"
 
@@ -248,7 +236,7 @@ def test_unreadable_image_in_a_worker_process(make_config, image_folder, tmp_pat
     path.write_bytes(b"not an image")
     weights = save_weights(make_config, tmp_path / "w.pth")
     words = ["--cfg", DIGITS, "--data-path", image_folder, "--output", tmp_path / "out", "--pretrained", weights]
-    result = start("test.py", *words, "--opts", *SMALL, "DATA.NUM_WORKERS", "1")
+    result = run_ranks("test.py", [*map(str, words), "--opts", *SMALL, "DATA.NUM_WORKERS", "1"])
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"test.py: error: {path}: cannot be read as an image: ")

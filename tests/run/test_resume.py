@@ -20,14 +20,10 @@ from utils.checkpoint import load_file
 EPOCHS, UPDATES = 2, 4  # 18 images, 4 an update
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def straight_output(data, tmp_path_factory):
     """The run that was never stopped."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        torch.set_num_threads(1)
         output = tmp_path_factory.mktemp("straight")
         assert runs.train_here(monkeypatch, runs.arguments(data, output)) == 0
     return output
@@ -44,7 +40,10 @@ def outcome(output):
     return runs.digest(folder / "ckpt_epoch_1.pth"), (folder / "samples_rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("stop_at", range(1, EPOCHS * UPDATES + 1))
+@pytest.mark.parametrize(
+    "stop_at",
+    [pytest.param(n, marks=() if n in (1, 4, 6) else pytest.mark.chaos) for n in range(1, EPOCHS * UPDATES + 1)],
+)
 def test_stopped_at_any_update(data, tmp_path, monkeypatch, straight, stop_at):
     args = runs.arguments(data, tmp_path)
     assert runs.train_here(monkeypatch, args, stop_at) == 75
@@ -55,29 +54,17 @@ def test_stopped_at_any_update(data, tmp_path, monkeypatch, straight, stop_at):
     assert outcome(tmp_path) == straight
 
 
-def test_ten_stops_in_one_run(data, tmp_path, monkeypatch):
-    opts = ("TRAIN.EPOCHS", "3")
-    one, many = tmp_path / "one", tmp_path / "many"
-    assert runs.train_here(monkeypatch, runs.arguments(data, one, *opts)) == 0
-    for stop_at in range(1, 11):
-        assert runs.train_here(monkeypatch, runs.arguments(data, many, *opts), stop_at) == 75
-    assert runs.train_here(monkeypatch, runs.arguments(data, many, *opts)) == 0
-    a, b = runs.run_folder(one), runs.run_folder(many)
-    assert runs.digest(a / "ckpt_epoch_2.pth") == runs.digest(b / "ckpt_epoch_2.pth")
-    assert (a / "samples_rank0.txt").read_text() == (b / "samples_rank0.txt").read_text()
-    steps = [re.findall(r"Train: \[(\d+)/3\]\[(\d+)/4\]", (f / "log_rank0.txt").read_text()) for f in (a, b)]
-    assert steps[0] == steps[1] and len(set(steps[0])) == 12, "a step is missing or told twice"
-
-
-def test_logged_losses_are_the_same(data, tmp_path, monkeypatch):
-    one, many = tmp_path / "one", tmp_path / "many"
-    runs.train_here(monkeypatch, runs.arguments(data, one))
-    for stop_at in (3, 6):
-        runs.train_here(monkeypatch, runs.arguments(data, many), stop_at)
-    runs.train_here(monkeypatch, runs.arguments(data, many))
-    pattern = r"loss [\d.]+ \([\d.]+\)\tgrad_norm [\d.]+ \([\d.]+\)|mean loss [\d.]+| \* Acc.*|Max accuracy.*"
-    logs = [re.findall(pattern, (runs.run_folder(o) / "log_rank0.txt").read_text()) for o in (one, many)]
-    assert logs[0] == logs[1] and len(logs[0]) == EPOCHS * (UPDATES + 4)
+def test_many_stops_in_one_run(data, tmp_path, monkeypatch, straight, straight_output):
+    """Checkpoint, samples and log are those of a run that was not stopped: no step is missing or logged twice."""
+    for stop_at in (1, 2, 4, 5, 8):
+        assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path), stop_at) == 75
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
+    assert outcome(tmp_path) == straight
+    pattern = r"Train: \[\d+/2\]\[\d+/4\]|"
+    pattern += r"loss [\d.]+ \([\d.]+\)\tgrad_norm [\d.]+ \([\d.]+\)|mean loss [\d.]+| \* Acc.*|Max accuracy.*"
+    outputs = (straight_output, tmp_path)
+    logs = [re.findall(pattern, (runs.run_folder(output) / "log_rank0.txt").read_text()) for output in outputs]
+    assert logs[0] == logs[1] and len(logs[0]) == EPOCHS * (2 * UPDATES + 4)
 
 
 def after_a_signal(function):
@@ -140,14 +127,7 @@ def test_stopped_in_the_middle_of_accumulation(data, tmp_path, monkeypatch):
     assert outcome(one) == outcome(two)
 
 
-WORKERS = [
-    pytest.param(before, after, marks=() if (before, after) in {(0, 2), (2, 1)} else pytest.mark.long)
-    for before in range(4)
-    for after in range(4)
-]
-
-
-@pytest.mark.parametrize(("before", "after"), WORKERS)
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1), (1, 0)])
 def test_any_number_of_loader_workers(data, tmp_path, monkeypatch, straight, before, after):
     monkeypatch.setattr("data.loaders.usable_workers", lambda config: config.DATA.NUM_WORKERS)
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, "DATA.NUM_WORKERS", str(before)), 3) == 75
@@ -288,26 +268,26 @@ def test_float16_scaler_survives_and_is_needed(data, tmp_path, monkeypatch):
     assert outcome(one) != outcome(three)
 
 
+def damage(path):
+    """Change 200 bytes in its middle: more than the padding of a file's members."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.unlink()  # it may be one file with the best
+    changed = bytes(byte ^ 1 for byte in content[middle : middle + 200])
+    path.write_bytes(content[:middle] + changed + content[middle + 200 :])
+
+
 def test_damaged_checkpoints_are_passed_over(data, tmp_path, monkeypatch, straight):
     args = runs.arguments(data, tmp_path)
     assert runs.train_here(monkeypatch, args, stop_at=6) == 75
     folder = runs.run_folder(tmp_path)
     newest = folder / "ckpt_epoch_1_update_2.pth"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    damage(newest)
     (folder / "samples_rank0.txt").unlink()
     assert runs.train_here(monkeypatch, args) == 0
     log = (folder / "log_rank0.txt").read_text()
     assert f"{newest}: damaged" in log and "resumed from" in log and "ckpt_epoch_0.pth" in log
     assert outcome(tmp_path)[0] == straight[0]
-
-
-def damage(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()  # it may be one file with the best
-    path.write_bytes(content)
 
 
 def names_in(folder):
@@ -497,15 +477,13 @@ def test_a_run_killed_and_continued_from_its_best_keeps_that_checkpoint(data, tm
     args = runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "4", "SAVE_FREQ", "2")
     accuracies = iter([50.0, 50.0, 60.0, 60.0, 70.0, 70.0, 10.0, 10.0])
     monkeypatch.setattr(train, "evaluate", lambda *_: engine.Evaluation(next(accuracies), 100.0, 1.0, 6))
-    forward_backward = engine._accumulate_gradients
 
-    def killed(session, trainer, *rest):
-        if trainer.num_updates == 9:
+    def killed(number, network):
+        if number == 9:
             raise KeyboardInterrupt
-        return forward_backward(session, trainer, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_accumulate_gradients", killed)
+        runs.in_update(patch.setattr, killed)
         with pytest.raises(KeyboardInterrupt):
             runs.train_here(patch, args)
     folder = runs.run_folder(tmp_path)

@@ -372,7 +372,7 @@ def test_float16_overflow_lowers_the_scale_and_changes_nothing_else(image_folder
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 def test_a_run_with_factors_on_the_learning_rate_continues_with_the_same_bits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opts = ("TRAIN.LAYER_DECAY", "0.8", "TRAIN.HEAD_LR_SCALE", "3.0")
     whole, stopped = (runs.arguments(data, tmp_path / name, *opts) for name in ("whole", "stopped"))
@@ -389,7 +389,7 @@ def test_a_run_with_factors_on_the_learning_rate_continues_with_the_same_bits(
     assert logged[0] == logged[1] != [], "the log tells the schedule's rate, whatever the factors"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_fine_tuning_at_another_resolution_beats_training_from_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

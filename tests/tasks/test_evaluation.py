@@ -68,8 +68,11 @@ COLUMNS = ("labels", "probabilities", "nll", "top", "top_probabilities")
 
 
 # ------------------------------------------------------------------------------------------------------------- the pass
+COUNTS = (1, 2, 3, 7, 8, 17)  # images: fewer than processes, shares that differ, and that do not
+
+
 def predict_as(rank, world_size, config, source, folder):
-    """What a process does: predict the first 1 to 17 images; the main one writes what it gets."""
+    """What a process does: predict the first COUNTS images; the main one writes what it gets."""
     torch.set_num_threads(1)
     distributed.GATHERED_ROWS = 3  # so that a share travels in several pieces
     if world_size > 1:
@@ -80,7 +83,7 @@ def predict_as(rank, world_size, config, source, folder):
     network = build_model(config)
     nn.init.normal_(network.head.weight)  # fresh heads rank all classes nearly alike
     results = {}
-    for count in range(1, 18):
+    for count in COUNTS:
         part = copy.copy(source)
         part.samples = source.samples[:count]
         result = predict(session, config, network, part, FLOAT32)
@@ -94,7 +97,7 @@ def predict_as(rank, world_size, config, source, folder):
 
 @pytest.fixture(scope="module")
 def predicted(data, make_config, tmp_path_factory):
-    """Predictions of 1 to 17 images on 1, 2 and 4 processes."""
+    """Predictions of COUNTS images on 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("predicted")
     config = make_config("--data-path", data, "--opts", *runs.TINY, "DATA.BATCH_SIZE", "2")
     config = with_num_classes(config, 6)
@@ -120,13 +123,13 @@ def predicted(data, make_config, tmp_path_factory):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_predictions_have_the_same_bits_on_any_number_of_processes(predicted, world_size):
     alone, together = predicted[2][1], predicted[2][world_size]
-    assert alone.keys() == together.keys() and len(alone) == 7 * 17
+    assert alone.keys() == together.keys() and len(alone) == 7 * len(COUNTS)
     for name, values in alone.items():
         assert values.dtype == together[name].dtype
         assert np.array_equal(values, together[name]), name
 
 
-def test_predictions_are_those_of_a_plain_loop(predicted, one_thread):
+def test_predictions_are_those_of_a_plain_loop(predicted):
     config, source, results = predicted
     torch.manual_seed(0)
     network = build_model(config)

@@ -6,6 +6,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
+from ranks import run_ranks
 from timm.data import ImageNetInfo
 from torch import nn
 
@@ -147,7 +148,7 @@ def test_weights_without_a_head_are_told(pictures, tmp_path, monkeypatch):
 def test_several_processes_are_refused(pictures, tmp_path):
     save_network(tmp_path / "w.pth", tmp_path, 3)
     args = runs.arguments(tmp_path, tmp_path, flags=["--resume", str(tmp_path / "w.pth"), "--images", str(pictures)])
-    result = runs.launch("test.py", args, processes=2)
+    result = run_ranks("test.py", args, processes=2)
     assert result.returncode != 0 and "--images works on one process: start test.py without torchrun" in result.stderr
 
 
