@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 
-import data
 from configs import SPLIT_NAMES, UserError
 from data.datasets import ImageDataset, decode_image
 from data.sources import FolderSource, SampleList, ZipSource, check_same_classes, fingerprint
+from tasks.classification.images import check_val_classes, open_split
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -62,7 +62,7 @@ def test_folder_without_classes(tmp_path):
 
 
 def open_train(make_config, root, *arguments, rank=0, world_size=1):
-    return data.open_split(make_config("--data-path", str(root), *arguments), "train", rank, world_size)
+    return open_split(make_config("--data-path", str(root), *arguments), "train", rank, world_size)
 
 
 def test_missing_data_path(make_config, tmp_path):
@@ -96,11 +96,11 @@ def test_imagenet_21k_has_folders_of_its_own(make_config, image_folder):
     for split in ("train", "val"):
         (image_folder / split).rename(image_folder / f"imagenet21k_{split}")
     config = make_config("--data-path", str(image_folder), *opts)
-    train, val = (data.open_split(config, split, 0, 1) for split in ("train", "val"))
+    train, val = (open_split(config, split, 0, 1) for split in ("train", "val"))
     assert (len(train.samples), len(val.samples)) == (18, 6)
-    data.check_val_classes(config, None, val)
+    check_val_classes(config, None, val)
     shutil.rmtree(image_folder / "imagenet21k_train" / "cat")
-    assert "cat" in message_of(data.check_val_classes, config, None, val)
+    assert "cat" in message_of(check_val_classes, config, None, val)
 
 
 def test_every_data_set_with_names_for_its_splits_can_be_configured(make_config):
@@ -118,16 +118,16 @@ def test_imagenet_21k_zipped(make_config, image_folder, tmp_path):
 
 def test_classes_that_differ_are_named(make_config, image_folder):
     config = make_config("--data-path", str(image_folder))
-    train, val = (data.open_split(config, split, 0, 1) for split in ("train", "val"))
-    data.check_val_classes(config, train, val)
-    data.check_val_classes(config, None, val)
+    train, val = (open_split(config, split, 0, 1) for split in ("train", "val"))
+    check_val_classes(config, train, val)
+    check_val_classes(config, None, val)
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
-    val = data.open_split(config, "val", 0, 1)
+    val = open_split(config, "val", 0, 1)
     for known_train in (train, None):
-        message = message_of(data.check_val_classes, config, known_train, val)
+        message = message_of(check_val_classes, config, known_train, val)
         assert "only in train: cat" in message and "only in val: cow" in message
     shutil.rmtree(image_folder / "train")
-    data.check_val_classes(config, None, val)  # a machine that only evaluates has no training images
+    check_val_classes(config, None, val)  # a machine that only evaluates has no training images
 
 
 def test_many_differing_classes_are_cut_short():

@@ -17,18 +17,17 @@ import torch
 from conftest import write_image_folder
 from ranks import FAULT_TRAIN, Launched, Ranks, all_end, is_running, pid_of, run_ranks, workers_of
 from torch.testing import assert_close
-from utils.compilation import remove_unfinished_binary
 
 from configs import read_config, with_num_classes
-from data import open_split
 from data.datasets import ImageDataset
 from tasks import keys_of
+from tasks.classification.images import open_split
 from tasks.classification.transforms import eval_transform
 from tasks.networks import build_model
-from utils import checkpoint
+from utils import checkpoint, supervision
 from utils import processes as distributed
-from utils import supervision as faults
 from utils.checkpoint import load_file
+from utils.failures import remove_unfinished_binary
 
 SHOWN_STOPS = (3, 5)  # the last update of an epoch, and one within; the others show nothing else
 
@@ -247,7 +246,7 @@ def test_a_process_that_looks_after_others_ends_well(tmp_path):
         "from utils import supervision\n"
         "from utils.processes import close_processes, init_processes\n"
         "supervision.POLL_SECONDS = 1e-6\n"
-        "supervision.Watch(init_processes(60), 60).listen()\n"
+        "supervision.RunSupervisor(init_processes(60), 60).listen()\n"
         "close_processes()\n"
     )
     result = runs.launch(str(script), [], processes=2)
@@ -281,7 +280,7 @@ def test_a_stopped_process_is_named_within_the_timeout(data, tmp_path):
 def test_a_validation_that_fails_on_another_process_loses_no_epoch(image_folder, tmp_path):
     """The main process, which saves, has no damaged image in its own share."""
     args = runs.arguments(image_folder, tmp_path, "DATA.BATCH_SIZE", "2")
-    image = sorted((image_folder / "val").glob("*/*"))[5]  # process 1 evaluates every odd one
+    image = sorted((image_folder / "val").glob("*/*"))[3]  # process 1 evaluates the second batch
     whole = image.read_bytes()
     image.write_bytes(whole[:40])
     result = run_ranks("train.py", args, processes=2)
@@ -395,22 +394,22 @@ def test_a_process_is_not_ended_while_it_saves(tmp_path, monkeypatch):
             pass
 
     def save(state, file):
-        events.append(faults.SAVING.locked())
+        events.append(checkpoint.SAVING.locked())
         torch_save(state, file)
 
     torch_save = torch.save
     monkeypatch.setattr(torch, "save", save)
     checkpoint.save_checkpoint({"model": {}}, tmp_path / "ckpt_epoch_0.pth")
-    assert events == [True] and not faults.SAVING.locked()
+    assert events == [True] and not checkpoint.SAVING.locked()
 
-    watch = faults.Watch(distributed.Processes(0, 0, 2, torch.device("cpu")), 600)
-    watch._store = torch.distributed.HashStore()
-    watch._store.set("cause", "process 1 has failed")
-    monkeypatch.setattr(faults, "SAVING", Lock())
-    monkeypatch.setattr(faults, "GRACE_SECONDS", 0)
-    monkeypatch.setattr(faults, "report_failure", events.append)
+    supervisor = supervision.RunSupervisor(distributed.Processes(0, 0, 2, torch.device("cpu")), 600)
+    supervisor._store = torch.distributed.HashStore()
+    supervisor._store.set("cause", "process 1 has failed")
+    monkeypatch.setattr(supervision, "SAVING", Lock())
+    monkeypatch.setattr(supervision, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(supervision, "report_failure", events.append)
     monkeypatch.setattr(os, "_exit", events.append)
-    watch._end_after_failure()
+    supervisor._end_after_failure()
     assert events == [True, "may be ended", "process 1 has failed", 2]
 
 

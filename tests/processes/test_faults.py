@@ -28,13 +28,18 @@ from ranks import Forked, Launched, all_end, in_fork, pid_of, run_ranks, script,
 from torch import nn
 
 import train
-from data import TrainingData, build_eval_loader, open_split
+from data import TrainingData, build_eval_loader
+from tasks.classification import task as classification
+from tasks.classification.images import eval_dataset, open_split
+from tasks.classification.inference import run_network
 from utils import checkpoint, engine
-from utils import supervision as faults
 from utils.checkpoint import BEST_NAME, checkpoints_of, load_file
+from utils.failures import is_communication_failure
+from utils.precision import Precision
 from utils.processes import Processes
 from utils.resume import Saver, load_resume
 from utils.run_lock import lock_run_folder
+from utils.supervision import RunSupervisor
 
 KILLED = -signal.SIGKILL
 TIMEOUT_SECONDS = 120
@@ -346,7 +351,7 @@ def kill_at(step):
     def prepare():
         steps = Steps(kill_at=step)
         runs.in_update(setattr, lambda number, network: steps.reach("update"))
-        steps.wrap(train, "evaluate")
+        steps.wrap(classification, "run_network")
 
     return prepare
 
@@ -529,13 +534,13 @@ def test_a_disk_that_fills_up_between_two_saves(data, small_disk, straight):
     args = runs.arguments(data, small_disk)
 
     def prepare():
-        begin_epoch = engine.Progress.begin_epoch
+        begin_epoch = engine.LoopState.begin_epoch
 
-        def fill_up(progress, epoch):
-            begin_epoch(progress, epoch)
+        def fill_up(loop, epoch):
+            begin_epoch(loop, epoch)
             Saver.after_update = lambda saver: fill(small_disk, leave=0)
 
-        engine.Progress.begin_epoch = fill_up
+        engine.LoopState.begin_epoch = fill_up
 
     status, text = train_in_fork(args, prepare)
     assert status == 2, text
@@ -574,14 +579,14 @@ def test_full_disk(data, small_disk, straight, leave):
     folder = runs.run_folder(small_disk)
 
     def prepare():
-        begin_epoch = engine.Progress.begin_epoch
+        begin_epoch = engine.LoopState.begin_epoch
 
-        def fill_up(progress, epoch):
-            begin_epoch(progress, epoch)
+        def fill_up(loop, epoch):
+            begin_epoch(loop, epoch)
             if epoch == 2:
                 fill(small_disk, int(leave * (folder / "ckpt_epoch_0.pth").stat().st_size))
 
-        engine.Progress.begin_epoch = fill_up
+        engine.LoopState.begin_epoch = fill_up
 
     status, text = train_in_fork(args, prepare)
     assert status == 2, text
@@ -613,7 +618,7 @@ def fill_before(small_disk, place, name):
     [
         (train, "start_session", "run.lock"),
         (train, "describe_run", "config.json"),
-        (train, "evaluate", "ckpt_epoch_0.pth"),
+        (classification, "run_network", "ckpt_epoch_0.pth"),
         (TrainingData, "_log_samples", "samples_rank0.txt"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
@@ -799,16 +804,17 @@ def test_evaluation_of_1_to_17_images_is_exact(tmp_path, data, make_config, worl
             store = dist.FileStore(str(tmp_path / "store"), world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         processes = Processes(rank, rank, world_size, torch.device("cpu"))
-        watch = faults.Watch(processes, 60)
-        watch.listen()
-        session = SimpleNamespace(processes=processes, logger=logger, config=cfg, watch=watch)
-        precision = engine.Precision("cpu", torch.float32, enabled=False)
+        supervisor = RunSupervisor(processes, 60)
+        supervisor.listen()
+        session = SimpleNamespace(processes=processes, logger=logger, config=cfg, supervisor=supervisor)
+        precision = Precision("cpu", torch.float32, enabled=False)
         for count in range(1, 18):
             part = _with_samples(source, samples[:count])
-            loader = build_eval_loader(cfg, part, rank, world_size, False)
+            loader, _ = build_eval_loader(cfg, eval_dataset(cfg, part), rank, world_size, False)
             with contextlib.redirect_stdout(io.StringIO()):
-                result = engine.evaluate(session, Brightness(), loader, precision)
-            print(f"result {count} {result.count} {result.acc1!r} {result.acc5!r} {result.loss!r}")
+                sums = run_network(session, cfg, Brightness(), loader, precision)
+            acc1, acc5, loss = sums.means().values()
+            print(f"result {count} {sums.count} {acc1!r} {acc5!r} {loss!r}")
 
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(Forked(lambda r=rank: evaluate_as(r))) for rank in range(world_size)]
@@ -817,8 +823,8 @@ def test_evaluation_of_1_to_17_images_is_exact(tmp_path, data, make_config, worl
     texts = [re.findall(r"result (\d+) (\d+) (\S+) (\S+) (\S+)", child.text) for child in children]
     assert all(text == texts[0] for text in texts)
 
-    loader = build_eval_loader(cfg, _with_samples(source, samples), 0, 1, False)
-    logits = torch.cat([Brightness()(images) for images, _ in loader])
+    loader, _ = build_eval_loader(cfg, eval_dataset(cfg, _with_samples(source, samples)), 0, 1, False)
+    logits = torch.cat([Brightness()(views[:, 0]) for views, _ in loader])
     labels = torch.cat([labels for _, labels in loader])
     hits = logits.topk(5).indices == labels[:, None]
     losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
@@ -840,4 +846,4 @@ def test_evaluation_of_1_to_17_images_is_exact(tmp_path, data, make_config, worl
     ],
 )
 def test_a_failure_of_this_process_is_not_told_as_one_of_another(text: str, others: bool) -> None:
-    assert faults._is_communication_failure(RuntimeError(text)) == others
+    assert is_communication_failure(RuntimeError(text)) == others

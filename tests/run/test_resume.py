@@ -12,9 +12,10 @@ import runs
 import torch
 from yacs.config import CfgNode
 
+import tasks
 import train
 from configs import UserError
-from utils import engine, resume
+from utils import resume
 from utils.checkpoint import load_file
 
 EPOCHS, UPDATES = 2, 4  # 18 images, 4 an update
@@ -80,7 +81,7 @@ def after_a_signal(function):
 def test_stopped_between_training_and_validation(data, tmp_path, monkeypatch, straight):
     args = runs.arguments(data, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", after_a_signal(train.evaluate))
+        runs.change_task(patch, lambda task: {"validate": after_a_signal(task.validate)})
         assert runs.train_here(monkeypatch, args) == 75
     assert [p.name for p in runs.run_folder(tmp_path).glob("ckpt*")] == ["ckpt_epoch_0_update_4.pth"]
     assert runs.train_here(monkeypatch, args) == 0
@@ -96,7 +97,7 @@ def test_stopped_while_it_starts(data, tmp_path, monkeypatch, straight, begun):
     samples = folder / "samples_rank0.txt"
     before = {path.name: path.read_bytes() for path in [*folder.glob("ckpt*"), *folder.glob(samples.name)]}
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_split", after_a_signal(train.open_split))
+        patch.setattr(tasks, "build", after_a_signal(tasks.build))
         assert runs.train_here(monkeypatch, args) == 75
     assert {path.name: path.read_bytes() for path in [*folder.glob("ckpt*"), *folder.glob(samples.name)]} == before
     said = f"stopped by request at update {3 * begun}, nothing new to save; the same command continues"
@@ -476,7 +477,7 @@ def test_a_run_killed_and_continued_from_its_best_keeps_that_checkpoint(data, tm
     """A continuation keeps the best once more, and what is saved as best next must not be written into it."""
     args = runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "4", "SAVE_FREQ", "2")
     accuracies = iter([50.0, 50.0, 60.0, 60.0, 70.0, 70.0, 10.0, 10.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: engine.Evaluation(next(accuracies), 100.0, 1.0, 6))
+    runs.change_task(monkeypatch, lambda task: {"validate": lambda network: {"acc1": next(accuracies)}})
 
     def killed(number, network):
         if number == 9:
