@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import test as test_script
 import train
-from utils import supervision
+from data.workers import STOP_SIGNALS, set_parent_death_signal
 from utils.session import run_script
 
 SECONDS = 180  # how long a test waits for output, and for an end
@@ -119,7 +119,7 @@ class Forked:
 
 
 def _be_child(function: Callable[[], None], stdout: int, stderr: int) -> None:
-    supervision._set_parent_death_signal(signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared by all forks, and a killed one may have held it
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
@@ -127,7 +127,7 @@ def _be_child(function: Callable[[], None], stdout: int, stderr: int) -> None:
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(stream, "w", closefd=False), write_through=True) for stream in (1, 2)
     )
-    for number in supervision.STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     function()
 
@@ -169,7 +169,8 @@ def train_in_fork(args: Sequence[str], prepare: Callable[[], None] = do_nothing)
 class Ranks(Forked):
     """A script on so many ranks, with the environment and the store that torchrun would give them.
 
-    Nobody looks after them: a rank that fails leaves the others to themselves.
+    Nobody looks after them: a rank that fails leaves the others to themselves. Each writes the error file that torchrun
+    would read to `reports`/report<rank>.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Ranks(Forked):
         processes: int = 1,
         env: dict[str, str] | None = None,
         split: bool = False,
+        reports: Path | None = None,
     ) -> None:
         self._store = contextlib.ExitStack()
         joined = {}
@@ -194,6 +196,7 @@ class Ranks(Forked):
             }
         environments = [
             {**joined, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if joined else {}), **(env or {})}
+            | ({"TORCHELASTIC_ERROR_FILE": str(reports / f"report{rank}")} if reports else {})
             for rank in range(processes)
         ]
         super().__init__(*(script(name, args, env=rank) for rank in environments), split=split)
@@ -221,9 +224,15 @@ class Ended:
         return next(filter(None, self.codes), 0)
 
 
-def run_ranks(name: str, args: Sequence[str], processes: int = 1, env: dict[str, str] | None = None) -> Ended:
+def run_ranks(
+    name: str,
+    args: Sequence[str],
+    processes: int = 1,
+    env: dict[str, str] | None = None,
+    reports: Path | None = None,
+) -> Ended:
     """Run a script on so many ranks to its end."""
-    with Ranks(name, args, processes, env, split=True) as ranks:
+    with Ranks(name, args, processes, env, split=True, reports=reports) as ranks:
         codes = ranks.finish()
         return Ended(codes, ranks.text, ranks.errors)
 

@@ -226,4 +226,4 @@ def test_train_py_uses_them_on_a_cpu(data: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(train, "TrainState", note)
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path), stop_at=1) == 75
-    assert sum(type(module) is DepthwiseConv2d for module in trained[0].modules()) == 4 * 4
+    assert sum(type(module) is DepthwiseConv2d for module in trained[0].modules()) == 2 * 4

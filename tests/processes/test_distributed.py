@@ -156,9 +156,9 @@ def test_what_a_killed_compiler_left_is_removed(data, tmp_path):
     assert not remove_unfinished_binary(ImportError(f"{other}: file too short")) and other.exists()
 
 
-def report_in(folder):
-    """What the process that failed first left for its launcher."""
-    return json.loads((folder / "report").read_text())["message"]
+def report_in(file):
+    """What a process that failed left for its launcher."""
+    return json.loads(file.read_text())["message"]
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", ""])
@@ -167,13 +167,13 @@ def test_a_compiler_that_got_the_stop_signal_too_is_no_failure(data, tmp_path, n
     env = {"FAULT": f"compiler:0:2:{number}", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report")}
     result = run_ranks(FAULT_TRAIN, runs.arguments(data, tmp_path), env=env)
     if number:
-        assert result.returncode == 75 and report_in(tmp_path)["errorCode"] == 75
+        assert result.returncode == 75 and report_in(tmp_path / "report")["errorCode"] == 75
         assert result.stderr.splitlines() == [
             f"fault_train.py: error: {number} has stopped the run and its compiler; the same command continues from "
             "the last checkpoint"
         ]
     else:
-        assert result.returncode == 1 and report_in(tmp_path)["errorCode"] is None
+        assert result.returncode == 1 and report_in(tmp_path / "report")["errorCode"] is None
         assert "InductorError" in result.stderr.splitlines()[-1] and "C++ compile error" in result.stderr
 
 
@@ -361,10 +361,11 @@ def test_a_mistake_of_one_process_is_named_by_the_others_too(data, tmp_path):
 def test_an_error_of_any_kind_is_named_to_the_launcher(data, tmp_path, what, message, code):
     """The first process to fail leaves its cause, not one of those that lose it then."""
     args = runs.arguments(data, tmp_path / "out", "DATA.BATCH_SIZE", "2")
-    env = {"FAULT": f"raise:1:5:{what}", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "report")}
-    result = run_ranks(FAULT_TRAIN, args, processes=2, env=env)
+    result = run_ranks(FAULT_TRAIN, args, processes=2, env={"FAULT": f"raise:1:5:{what}"}, reports=tmp_path)
     assert result.codes == [2, code]
-    cause = report_in(tmp_path)["message"]
+    reports = [report_in(tmp_path / f"report{rank}") for rank in range(2)]
+    assert reports[1]["extraInfo"]["timestamp"] < reports[0]["extraInfo"]["timestamp"]
+    cause = reports[1]["message"]
     assert re.fullmatch(rf"fault_train\.py: error on process 1 of 2: {message}", cause), cause
     assert cause in result.stderr.splitlines()
     assert result.stderr.count("in act") == (code == 1), "a traceback where the line is not enough"

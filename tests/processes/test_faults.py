@@ -124,20 +124,20 @@ def state_of(number, is_best=False, size=1000, parts=20):
 def saver_of(folder, keep=2):
     config = SimpleNamespace(SAVE_FREQ=1, SAVE_KEEP=keep, TRAIN=SimpleNamespace(EPOCHS=100))
     session = SimpleNamespace(config=config, folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
-    progress = SimpleNamespace(next_epoch=0, next_update=0)
-    return Saver(session, SimpleNamespace(num_updates=0), progress, "")
+    loop = SimpleNamespace(next_epoch=0, next_update=0)
+    return Saver(session, SimpleNamespace(num_updates=0), loop, {})
 
 
 def save_epoch(folder, number, is_best=True):
     saver = saver_of(folder)
-    saver._state = lambda is_best: state_of(number, is_best)
+    saver._content = lambda is_best: state_of(number, is_best)
     saver.after_epoch(number, is_best)
 
 
 def save_update(folder, number, size=1000, parts=20):
     saver = saver_of(folder)
-    saver.progress.next_epoch, saver.progress.next_update = 4, number
-    saver._state = lambda is_best: state_of(number, is_best, size, parts)
+    saver.loop.next_epoch, saver.loop.next_update = 4, number
+    saver._content = lambda is_best: state_of(number, is_best, size, parts)
     saver._save_position()
 
 
@@ -196,7 +196,7 @@ def save_where_nothing_links(folder):
 def save_the_best_only(folder):
     saver = saver_of(folder)
     saver.config.SAVE_FREQ = 50
-    saver._state = lambda is_best: state_of(2, is_best)
+    saver._content = lambda is_best: state_of(2, is_best)
     saver.after_epoch(2, True)
 
 

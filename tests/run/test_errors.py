@@ -181,7 +181,7 @@ def test_truncated_image_in_training(run, image_folder):
     assert str(path) in line and "DATA.MAX_UNREADABLE = 0" in line
     status, out, err = run("train", *words, "--tag", "second")
     assert (status, err) == (0, ""), "with the default, the run names it and goes on"
-    assert sum(str(path) in text and "in its place" in text for text in out.splitlines()) == 1
+    assert sum(str(path) in text and "is used instead" in text for text in out.splitlines()) == 1
 
 
 def test_truncated_image_in_validation(run, make_config, image_folder, tmp_path):

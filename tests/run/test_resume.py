@@ -62,7 +62,7 @@ def test_many_stops_in_one_run(data, tmp_path, monkeypatch, straight, straight_o
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path)) == 0
     assert outcome(tmp_path) == straight
     pattern = r"Train: \[\d+/2\]\[\d+/4\]|"
-    pattern += r"loss [\d.]+ \([\d.]+\)\tgrad_norm [\d.]+ \([\d.]+\)|mean loss [\d.]+| \* Acc.*|Max accuracy.*"
+    pattern += r"loss [\d.]+ \([\d.]+\)\tgrad_norm [\d.]+ \([\d.]+\)|mean loss [\d.]+| \* Acc.*|Best acc1.*"
     outputs = (straight_output, tmp_path)
     logs = [re.findall(pattern, (runs.run_folder(output) / "log_rank0.txt").read_text()) for output in outputs]
     assert logs[0] == logs[1] and len(logs[0]) == EPOCHS * (2 * UPDATES + 4)
@@ -307,7 +307,7 @@ def test_what_is_saved_after_a_fallback_stays(data, tmp_path, monkeypatch, strai
         *("ckpt_best.pth", "ckpt_epoch_0.pth", "ckpt_epoch_1.pth.aside", "ckpt_epoch_1_update_2.pth")
     ]
     log = (folder / "log_rank0.txt").read_text()
-    assert f"{folder}/ckpt_epoch_1.pth: is not continued from; set aside as ckpt_epoch_1.pth.aside" in log
+    assert f"{folder}/ckpt_epoch_1.pth: not the checkpoint being resumed; renamed to ckpt_epoch_1.pth.aside" in log
     assert runs.train_here(monkeypatch, args) == 0
     assert "ckpt_epoch_1_update_2.pth: epoch 1, update 2" in (folder / "log_rank0.txt").read_text()
     assert outcome(tmp_path)[0] == straight[0]

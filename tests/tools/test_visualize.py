@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY
 
 from models.groupmixformer import GroupMixFormer
 from tools import visualize
 
+# The network of these tests, which is not that of `runs.TINY`.
+SIZES = (
+    *("DATA.IMG_SIZE", "32", "MODEL.GMA.EMBEDDING_DIMS", "[10, 10, 20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1, 1, 1]"),
+    *("MODEL.GMA.MLP_RATIOS", "[2, 2, 2, 2]"),
+)
 CFG = ("--cfg", str(Path(__file__).resolve().parents[2] / "configs" / "groupmixformer_digits.yaml"))
 
 
@@ -80,7 +84,7 @@ def test_the_command_draws_the_numbers_that_it_prints_and_writes_and_not_beside_
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    args = [*CFG, "--resume", str(weights), "--image", str(picture), "--json", "numbers.json", "--opts", *TINY]
+    args = [*CFG, "--resume", str(weights), "--image", str(picture), "--json", "numbers.json", "--opts", *SIZES]
     assert visualize.main(args) == 0
     content = json.loads((elsewhere / "numbers.json").read_text())
     assert len(content["blocks"]) == 4 and len(content["top"]) == 3
@@ -106,6 +110,6 @@ def test_mistakes_are_one_line(
 ) -> None:
     weights, picture = files
     args = [*CFG, "--resume", str(weights), "--image", str(picture), "--out", str(tmp_path / "out.png"), *change]
-    assert visualize.main([*args, "--opts", *TINY]) == 2
+    assert visualize.main([*args, "--opts", *SIZES]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert said in lines[-1] and not (tmp_path / "out.png").exists()
