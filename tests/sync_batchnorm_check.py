@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 
@@ -21,6 +22,7 @@ from utils.sync_batchnorm import TraceableSyncBatchNorm, use_traceable_batch_nor
 
 
 def main(compiled: bool, checkpointed: bool) -> None:
+    torch._dynamo.utils.counters.clear()  # of the process that this one is a fork of
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
