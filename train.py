@@ -11,14 +11,14 @@ from timm.utils import ModelEmaV3
 import tasks
 from configs.errors import StopRequested
 from tools.curves import RunCurves
-from utils.engine import LoopState, TrainState, images_per_update, train_one_epoch
+from utils.engine import LoopState, TrainState, train_one_epoch, validate
 from utils.failures import exit_stopped
 from utils.optimizer import build_optimizer
 from utils.precision import build_precision, build_scaler
 from utils.processes import broadcast_batchnorm_stats, wrap_distributed
 from utils.resume import Saver, check_same_everywhere, identify_data, load_resume, quarantine_checkpoints, restore
 from utils.run_log import EpochLog, TensorBoard
-from utils.schedule import build_scheduler, scaled_learning_rates
+from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.session import RunFolder, describe_run, run_script, start_session
 
 
@@ -69,13 +69,13 @@ def main(run_folder: RunFolder | None = None) -> None:
         describe_run(config, folder)
     saver = Saver(session, state, loop, identity)
     board = TensorBoard(folder, processes.is_main, state.num_updates)
-    epochs = EpochLog(folder, processes.is_main, loop.next_epoch)
+    epochs = EpochLog(folder, processes.is_main, loop.next_epoch if resume_path else 0)
     curves = RunCurves(folder, processes.is_main, logger)
     logger.info(
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
         f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
-        f"{images_per_update(session)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} processes x "
-        f"{config.TRAIN.ACCUMULATION_STEPS} accumulated; {updates_per_epoch} updates per epoch"
+        f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
+        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {updates_per_epoch} updates per epoch"
     )
 
     # ------------------------------------------------------------------------------------------------------------- loop
@@ -89,12 +89,14 @@ def main(run_folder: RunFolder | None = None) -> None:
                 results = {}
                 with saver.save_epoch_on_error():
                     for weights, candidate in networks.items():
+                        logger.info(f"validating the {weights} weights")
                         broadcast_batchnorm_stats(candidate, processes)
-                        results[weights] = task.validate(candidate)
+                        results[weights] = validate(task, candidate)
                 is_best = loop.record({w: r[task.decides] for w, r in results.items()}, task.higher_is_better)
                 logger.info(f"Best {task.decides}: {loop.best:.3f} ({loop.best_weights} weights)")
                 validation = {f"{name}_{w}": value for w, r in results.items() for name, value in r.items()}
-                epochs.append(numbers | validation | {"best": task.decides})
+                judged_by = {"decides": task.decides, "higher_is_better": task.higher_is_better}
+                epochs.append(numbers | validation | judged_by)
                 board.epoch(numbers["train_loss"], validation, state.num_updates)
                 curves.after_epoch()
                 loop.begin_epoch(epoch + 1)

@@ -78,6 +78,10 @@ class ImageDataset(Dataset):
         except _DECODING_ERRORS as error:
             raise UserError(f"{self.name(index)}: cannot be read as an image: {one_line(error)}") from None
 
+    def check(self, index: int) -> None:
+        """Raise UserError where the file cannot be decoded as a whole, whatever part a crop would show."""
+        ImageDataset(self.source, self.transform).load(index)
+
     def name(self, index: int) -> str:
         """The path of an image, for messages."""
         return self.source.samples[index][0]

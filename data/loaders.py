@@ -26,8 +26,9 @@ class TrainingData:
 
     Args:
         config: the run's configuration.
-        dataset: `dataset[index]` -> a sample, any nested tensors, randomly augmented; `dataset.name(index)`, if it has
-            one, for messages. A sample that cannot be read raises UserError.
+        dataset: `dataset[index]` -> a sample, any nested tensors, randomly augmented. A sample that cannot be read
+            raises UserError. For messages, if it has them: `dataset.name(index)`; `dataset.check(index)`, which raises
+            that UserError without drawing random numbers.
         rank, world_size: this process among all.
         pin_memory: give batches in page-locked memory.
         notify: is called with one line for every sample that cannot be read.
@@ -106,7 +107,7 @@ class TrainingData:
         self.unreadable.add(index)
         name = getattr(self.dataset, "name", "sample {}".format)
         try:
-            self.dataset[index]
+            getattr(self.dataset, "check", self.dataset.__getitem__)(index)
             problem = f"{name(index)}: could not be read a moment ago"
         except UserError as error:
             problem = error.one_line()

@@ -117,14 +117,16 @@ class ZipSource:
         root: folder that holds both files.
         split: their name, such as 'train'.
         cache_mode: what to keep in memory: 'no', 'full', or 'part' (the images of this process's share,
-            `samples[rank::world_size]`). Encoded bytes are kept, in one array that forked loader workers share.
+            every `world_size`-th `block` of samples). Encoded bytes are kept, in one array that forked loader workers
+            share.
         rank, world_size: this process among all.
+        block: samples that are dealt to a process at a time: 1 in training, a batch in validation.
 
     Raises UserError where a file is missing or the two do not agree, naming the line.
     """
 
     def __init__(
-        self, root: str | Path, split: str, cache_mode: str = "no", rank: int = 0, world_size: int = 1
+        self, root: str | Path, split: str, cache_mode: str = "no", rank: int = 0, world_size: int = 1, block: int = 1
     ) -> None:
         self.path = Path(root) / f"{split}.zip"
         self._file: BinaryIO | None = None
@@ -148,7 +150,8 @@ class ZipSource:
             )
         self.classes = [str(label) for label in sorted(labels)]
 
-        cached = {"no": range(0), "full": range(len(self.samples)), "part": range(rank, len(self.samples), world_size)}
+        share = np.flatnonzero(np.arange(len(self.samples)) // block % world_size == rank)
+        cached = {"no": range(0), "full": range(len(self.samples)), "part": share}
         self._spans = np.full((len(self.samples), 2), -1, np.int64)  # begin and end in the cache
         self._cache = np.empty(0, np.uint8)
         self._fill_cache(cached[cache_mode])
@@ -277,7 +280,14 @@ def fingerprint(source: Source) -> str:
 
 
 def open_source(
-    data_path: str, dataset: str, split: str, zip_mode: bool, cache_mode: str, rank: int, world_size: int
+    data_path: str,
+    dataset: str,
+    split: str,
+    zip_mode: bool,
+    cache_mode: str,
+    rank: int,
+    world_size: int,
+    block: int = 1,
 ) -> Source:
     """Open `split` ('train' or 'val') of the data set below `data_path`; UserError where it is not there."""
     if not data_path:
@@ -286,7 +296,7 @@ def open_source(
     if not root.is_dir():
         raise UserError(f"--data-path {data_path}: no such folder; give the one that holds {name}{'.zip' * zip_mode}")
     if zip_mode:
-        return ZipSource(root, name, cache_mode, rank, world_size)
+        return ZipSource(root, name, cache_mode, rank, world_size, block)
     if not (root / name).is_dir():
         raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name)}")
     return FolderSource(root / name)

@@ -21,8 +21,9 @@ from configs import UserError
 from configs.commands import CommandParser, command
 from configs.errors import one_line
 from utils.files import STDOUT, check_json_target, write_json
+from utils.run_log import METRICS_NAME
 
-METRICS_NAME, PICTURE_NAME = "metrics.jsonl", "curves.png"
+PICTURE_NAME = "curves.png"
 COST_LIMIT = 0.02  # share of a run's time that drawing may take
 # Okabe and Ito's colours, which people with any colour vision can tell apart; yellow is too pale for a thin line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,7 +41,11 @@ class RunMetrics:
     @property
     def deciding(self) -> str:
         """Name of the validation number that decides which weights are best, such as 'acc1'."""
-        return self.epochs[-1].get("best") or ""
+        return self.epochs[-1].get("decides") or ""
+
+    def best_of(self, values: np.ndarray) -> float:
+        """The best of some values of the number that decides."""
+        return values.max() if self.epochs[-1].get("higher_is_better", True) else values.min()
 
     def values(self, key: str) -> np.ndarray:
         """(epochs,) values; NaN where an epoch has none, or none that is finite."""
@@ -133,7 +138,7 @@ def _draw_run(panels: Sequence[Any], run: RunMetrics, number: int | None) -> Non
         values = run.values(f"{run.deciding}_{key}")
         finite = values[np.isfinite(values)]
         if len(finite):
-            line(best, f"{run.deciding}_{key}", f"{name}, best {finite.max():.5g}", own, linestyle=linestyle)
+            line(best, f"{run.deciding}_{key}", f"{name}, best {run.best_of(finite):.5g}", own, linestyle=linestyle)
     line(rate, "lr", "", 0)
     line(norm, "grad_norm", "", 0)
 

@@ -1,5 +1,6 @@
 """Training: the state of a run, one update, one epoch. What is trained is the task's (`utils/task.py`)."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from configs import UserError
 from configs.errors import StopRequested
 from data import TRAINING_STEP, seed_everything
 
@@ -21,6 +23,7 @@ from .optimizer import scheduled_lr
 from .precision import Precision
 from .processes import unwrap
 from .run_log import ProgressLog, TensorBoard, peak_memory_mib
+from .schedule import global_batch_size
 from .session import Session
 from .supervision import StepStatus
 from .task import Batch, Task
@@ -85,7 +88,7 @@ class LoopState:
         is_best = False
         for weights, value in numbers.items():
             better = value > self.best if higher_is_better else value < self.best
-            if better or not self.best_weights:
+            if better or (not self.best_weights and not math.isnan(value)):
                 self.best, self.best_weights, is_best = value, weights, True
         return is_best
 
@@ -120,7 +123,7 @@ def train_step(
     steps = config.TRAIN.ACCUMULATION_STEPS
     state.scheduler.step_update(state.num_updates)
     snapshot.take()
-    losses: list[Tensor] = []
+    losses: list[dict[str, Tensor]] = []
     for step in range(steps):
         batch = to_device(next(batches), processes.device)
         seed_everything(TRAINING_STEP, config.SEED, processes.rank, state.num_updates, step)
@@ -129,12 +132,12 @@ def train_step(
             with state.precision.autocast():
                 loss, parts = task.loss(state.model, batch)
             state.scaler.scale(loss / steps).backward()
-        losses.append(torch.stack([value.detach().float() / steps for value in (loss, *parts.values())]))
+        losses.append({name: value.detach().float() / steps for name, value in ({"": loss} | parts).items()})
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.TRAIN.CLIP_GRAD or math.inf)
 
-    mean_loss, *mean_parts = sum(losses)
-    status = supervisor.agree_on_update(mean_loss, dict(zip(parts, mean_parts)), grad_norm)
+    parts = {name: sum(batch[name] for batch in losses) for name in losses[0]}
+    status = supervisor.agree_on_update(parts.pop(""), parts, grad_norm)
     if status.finite:
         state.scaler.step(state.optimizer)
     else:
@@ -165,8 +168,11 @@ def train_one_epoch(
     console = ProgressLog(session.logger, title, updates_per_epoch, loop.next_update, config.PRINT_FREQ, is_main)
     snapshot = BufferSnapshot(state.network)
     batches = task.data.batches(epoch, loop.next_update)
-    if state.num_updates == 0 and task.preview is not None:
-        batches = board.showing_first("train/images", task.preview, batches)
+    if state.num_updates == 0 and is_main and task.preview is not None:
+        first = next(batches)
+        seed_everything(TRAINING_STEP, config.SEED, session.processes.rank, 0, 0)  # as `train_step` does
+        board.images("train/images", task.preview(first), 0)
+        batches = itertools.chain([first], batches)
     state.model.train()
     for update in range(loop.next_update, updates_per_epoch):
         status = train_step(session, state, task, batches, snapshot)
@@ -179,7 +185,7 @@ def train_one_epoch(
         after_update()
         if status.stop:
             raise StopRequested
-    images = console.steps_done * images_per_update(session)
+    images = console.steps_done * global_batch_size(session.config, session.processes.world_size)
     seconds = console.close()
     mean_loss = loop.mean(loop.loss_sum)
     session.logger.info(f"EPOCH {epoch} training takes {seconds:.1f} s, mean loss {mean_loss:.4f}")
@@ -195,14 +201,17 @@ def train_one_epoch(
     }
 
 
+def validate(task: Task, network: nn.Module) -> dict[str, float]:
+    """The task's validation numbers as plain numbers; UserError where the one that decides is not among them."""
+    numbers = {name: float(value) for name, value in task.validate(network).items()}
+    if task.decides not in numbers:
+        raise UserError(f"Task.decides = {task.decides!r}: validate gives {', '.join(numbers)}; name one of these")
+    return numbers
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same nested values with their tensors on `device`."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-
-
-def images_per_update(session: Session) -> int:
-    config = session.config
-    return config.DATA.BATCH_SIZE * session.processes.world_size * config.TRAIN.ACCUMULATION_STEPS
 
 
 def _gradient_sync(model: nn.Module, enabled: bool):
@@ -223,7 +232,7 @@ def _report_update(
         f"loss {status.loss:.4f} ({loop.mean(loop.loss_sum):.4f}){parts}"
         f"\tgrad_norm {status.grad_norm:.4f} ({loop.mean(loop.norm_sum):.4f})"
         f"\tmem {peak_memory_mib(session.processes.device):.0f}MB",
-        images_per_update(session),
+        global_batch_size(session.config, session.processes.world_size),
         state.lr,
     )
     values = {"loss": status.loss, **status.parts, "lr": state.lr, "grad_norm": status.grad_norm}

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,18 +24,19 @@ from configs.errors import EXIT_MISTAKE, EXIT_STOPPED, CompilerStopped, Fault, f
 from data import lost_loader_worker
 
 STORE_SECONDS = 5  # how long the launcher's store may take to answer
-POLL_SECONDS = 0.1
+STORE_POLL_SECONDS = 0.1
 # What disks do to a program that is correct.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 DISK_FAULTS = FULL_DISK | {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES}
 
 
-def end_after(error: Exception, folder: Path) -> NoReturn:
+def end_after(error: Exception, folder: Path, clean_up: Callable[[], None]) -> NoReturn:
     """End this process after an error: one line for what the user can mend, else a traceback and one line.
 
     Args:
         error: what ended the script.
         folder: the run folder, named where a file that cannot be written is not.
+        clean_up: is called once the cause is known.
 
     Exits with EXIT_MISTAKE where there is a line for the error, EXIT_STOPPED where a signal ended the compiler, else 1.
     """
@@ -43,6 +45,7 @@ def end_after(error: Exception, folder: Path) -> NoReturn:
     if not message:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {first_line(error)}"
+    clean_up()
     # Every process finds a mistake in the command line, before they meet: one a node prints it.
     joined = status == 1 or dist.is_initialized() or isinstance(error, Fault)
     code = EXIT_MISTAKE if isinstance(error, UserError) and not isinstance(error, Fault) else None
@@ -117,7 +120,7 @@ def tell_others(message: str) -> None:
             cause = f"process {rank} on {socket.gethostname()} has failed: {message}"
             first = store.compare_set("cause", "", cause).decode() == cause
             while first and store.check([f"beat/{rank}"]) and store.add("told", 0) < world_size:
-                time.sleep(POLL_SECONDS)
+                time.sleep(STORE_POLL_SECONDS)
 
     if dist.is_initialized():
         thread = threading.Thread(target=tell, daemon=True)

@@ -102,7 +102,7 @@ def choose_interface() -> None:
 
 
 def interface_towards(host: str) -> str:
-    """The network interface by which this machine reaches an IPv4 host; '' where it cannot be told. Sends nothing."""
+    """The network interface by which this machine reaches an IPv4 host; '' where it is unknown. Sends nothing."""
     SIOCGIFADDR = 0x8915  # from netdevice(7): an interface's address, in a structure of its name and a sockaddr_in
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -124,7 +124,7 @@ _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 def rendezvous_errors(timeout_seconds: float) -> Iterator[None]:
     """Around the making of a process group: what goes wrong is one line, and takes no longer than twice the timeout.
 
-    gloo counts its timeout anew for every other process.
+    gloo starts its timeout again for every other process.
     """
 
     def line(cause: object) -> str:
@@ -161,7 +161,7 @@ def die_with_launcher() -> None:
         return
     parent = os.getppid()
     set_parent_death_signal(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
+    if os.getppid() != parent:  # it died before this took effect
         sys.exit(1)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # or even while this process imported torch
         where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -193,8 +193,13 @@ def wrap_distributed(network: nn.Module, processes: Processes) -> nn.Module:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if processes.device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return DistributedDataParallel(network, device_ids=[processes.device.index], **WITHOUT_BUFFERS)
-    return DistributedDataParallel(network)
+        options = dict(device_ids=[processes.device.index], **WITHOUT_BUFFERS)
+    else:
+        options = {}
+    # After the first update of each start, DDP reorders its buckets, and with them the order of summation. From three
+    # processes on, a resumed run would then have other bits. A search for unused parameters keeps the first order.
+    exact = processes.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    return DistributedDataParallel(network, find_unused_parameters=exact and processes.world_size > 2, **options)
 
 
 # Synchronised running statistics need no broadcast before every forward pass. The option's name depends on torch.

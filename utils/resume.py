@@ -87,8 +87,11 @@ class Saver:
             raise
 
     def stop(self) -> str:
-        """Save where the run stands; returns what was done once it is on disk, on every process: the first to end ends
-        them all. Where no update was done since the start, what it started from is as good."""
+        """Save the run as it is now; returns what was done, for the log.
+
+        On every process it returns once the checkpoint is on disk, because the first process to end ends them all.
+        Without an update since the start there is nothing new to save.
+        """
         if self.state.num_updates == self.started_at:
             return "nothing new to save"
         return f"saved {run_on_main_and_broadcast(self._save_position, self.session.processes)}"
@@ -110,6 +113,7 @@ class Saver:
         progress = {**vars(loop), "max_accuracy": loop.best}
         del progress["best"]
         content = {
+            **self.identity,  # first: it must not replace what follows
             "model": state.network.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "lr_scheduler": state.scheduler.state_dict(),
@@ -120,7 +124,6 @@ class Saver:
             "best_weights": loop.best_weights,
             "is_best": is_best,
             "progress": progress,
-            **self.identity,
             "config": yaml.safe_dump(to_dict(self.config)),
         }
         if state.ema is not None:

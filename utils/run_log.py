@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,13 +227,6 @@ class TensorBoard:
         if self.writer is not None:
             self.writer.flush()
 
-    def showing_first(self, name: str, preview: Callable[[Any], Tensor], batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; of the first one, `preview` gives images to show."""
-        for number, batch in enumerate(batches):
-            if number == 0 and self.writer is not None:
-                self.images(name, preview(batch), 0)
-            yield batch
-
     def images(self, name: str, images: Tensor, step: int) -> None:
         """One grid of up to 16 normalised images (B, 3, H, W)."""
         if self.writer is not None and images.shape[1] == 3:
@@ -241,7 +234,7 @@ class TensorBoard:
 
     def close(self) -> None:
         if self.writer is not None:
-            with contextlib.suppress(OSError):  # a full disk is told of already, and by more than this file
+            with contextlib.suppress(OSError):  # a full disk is reported already
                 self.writer.close()
 
 
@@ -259,6 +252,9 @@ class EpochLog:
         if not enabled or not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < next_epoch]
+        if not kept:
+            self.path.unlink()
+            return
         with atomic_write(self.path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
 

@@ -143,8 +143,7 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
     except Exception as error:
         # torch's handler of SIGCHLD raises in whatever runs when a loader worker dies, this block included.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        run_folder.remove_if_empty()
-        end_after(error, run_folder.path)
+        end_after(error, run_folder.path, run_folder.remove_if_empty)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -145,9 +145,9 @@ class RunSupervisor:
         ranks = tuple(rank for rank, mark in enumerate(marks) if mark)
         if norms[0] == NOT_FINITE and not ranks:  # averaged already: whose they were is unknown
             ranks = tuple(range(world_size))
-        mean_loss = math.nan if ranks else means[0]
         norm = math.nan if norms[0] == NOT_FINITE else norms[0]
-        return StepStatus(mean_loss, dict(zip(parts, means[1:])), norm, ranks, stop > 0)
+        means = [math.nan] * len(means) if ranks else means
+        return StepStatus(means[0], dict(zip(parts, means[1:])), norm, ranks, stop > 0)
 
     # --------------------------------------------------------------------------------------------- lost processes
     def arrive(self) -> None:

@@ -31,16 +31,20 @@ class Task:
     """
 
     config: CfgNode  # the session's, with what the data decides, such as the number of classes
-    network: nn.Module  # bare, on its device, with fresh weights
+    # Bare, on its device, with fresh weights. On GPUs batch norms are synchronised; other buffers are per process.
+    network: nn.Module
     data: TrainingData
-    # (network in training mode, batch on the device) -> the batch's mean loss, and named parts of it for the log. Runs
-    # under autocast where that is on. All that is random in it is seeded by (seed, process, update, batch).
+    # (network in training mode, batch on the device) -> the batch's mean loss, and named parts of it for the log, with
+    # the same names in every batch on every process. Runs under autocast where that is on. All that is random in it is
+    # seeded by (seed, process, update, batch).
     loss: Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
-    # Bare network -> named numbers over the whole validation set, the same on every process. Raises StopRequested, on
-    # all processes, where the supervisor says so.
+    # Bare network -> named numbers over the whole validation set, the same on every process. A long validation asks
+    # `session.supervisor.stop_agreed()` now and then, on all processes together, and raises StopRequested if so.
     validate: Callable[[nn.Module], dict[str, float]]
     decides: str  # which of these numbers decides the best checkpoint
-    identity: dict[str, Any]  # the data, for a checkpoint: train and val fingerprints, class names
+    # The data, for a checkpoint: `data_fingerprint` and `val_fingerprint`, which a resumed run must share, and whatever
+    # else is to be stored, such as class names.
+    identity: dict[str, Any]
     about: str  # the data in a few words, for the log
     higher_is_better: bool = True  # of the number that decides
     # path -> what was loaded into the network, for the log; UserError where it does not fit

@@ -15,7 +15,8 @@ from .transforms import fast_train_transform, fast_views_transform, train_transf
 def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
     """The images of 'train' or 'val' as configured; UserError where something is missing."""
     data = config.DATA
-    return open_source(data.DATA_PATH, data.DATASET, split, data.ZIP_MODE, data.CACHE_MODE, rank, world_size)
+    block = data.BATCH_SIZE if split == "val" else 1  # samples that `data.loaders` deals to a process at a time
+    return open_source(data.DATA_PATH, data.DATASET, split, data.ZIP_MODE, data.CACHE_MODE, rank, world_size, block)
 
 
 def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> None:

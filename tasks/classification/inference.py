@@ -64,7 +64,7 @@ def run_network(
             batches, so its forward pass must not wait for other processes.
         loader: this process's batches, images (B, views, 3, H, W) and labels (B), from `build_eval_loader`.
         precision: how the forward pass computes.
-        outputs: see `predict_batch`.
+        outputs: the network's outputs that are the classes of the data, by class index; None: all of them, in order.
         title: what log lines begin with.
         keep: gets the logits (B, K) and labels (B) of every batch, on the device.
 

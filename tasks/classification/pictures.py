@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from data import ImageDataset, usable_workers
 from data.sources import UNLABELLED, PictureSource
+from data.workers import init_worker
 from tasks.networks import inference_network
 from utils.files import write_json
 from utils.precision import build_precision
@@ -44,7 +45,7 @@ class _Pictures(Dataset):
 
 
 def label_pictures(session: Session, weights: str) -> None:
-    """Print the top-5 of every picture and write them beside it, as <picture>.top5.json.
+    """Print the top-5 of every picture and write them to <picture>.top5.json in its folder.
 
     The number of classes is that of the weights. Pictures that cannot be read, and folders that cannot be written to,
     are named; the others go on, and the process ends with status 1 (SystemExit).
@@ -63,7 +64,7 @@ def label_pictures(session: Session, weights: str) -> None:
 
     about = {"weights": loaded, "image_size": config.DATA.IMG_SIZE, "tta": config.TEST.TTA}
     results, faults = [], 0
-    for path, views in tqdm(_batches(config, paths), total=len(paths), unit="picture", disable=None, leave=False):
+    for path, views in tqdm(_views_of_each(config, paths), total=len(paths), unit="picture", disable=None, leave=False):
         result: dict[str, Any] = {"picture": str(path)}
         if isinstance(views, str):
             logger.error(printable(views))
@@ -117,9 +118,9 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
     return list(pictures)
 
 
-def _batches(config: CfgNode, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:
+def _views_of_each(config: CfgNode, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:
     """Each picture with its views or what is wrong with it, in order; decoded by the loader's workers."""
     images = ImageDataset(PictureSource(paths), views_transform(config))
     workers = min(usable_workers(config), len(paths) - 1)
-    for index, views in DataLoader(_Pictures(images), batch_size=None, num_workers=workers):
+    for index, views in DataLoader(_Pictures(images), batch_size=None, num_workers=workers, worker_init_fn=init_worker):
         yield paths[index], views

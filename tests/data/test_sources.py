@@ -20,7 +20,7 @@ from torchvision.datasets.folder import pil_loader
 from configs import SPLIT_NAMES, UserError
 from data.datasets import ImageDataset, decode_image
 from data.sources import FolderSource, SampleList, ZipSource, check_same_classes, fingerprint
-from tasks.classification.images import check_val_classes, open_split
+from tasks.classification.images import check_val_classes, eval_dataset, open_split
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -184,6 +184,18 @@ def test_cache_holds_what_its_mode_says(image_folder, tmp_path, mode, kept, monk
             assert cached == set(range(rank, 18, 3))
         members = zipfile.ZipFile(tmp_path / "z" / "train.zip").infolist()
         assert source._cache.nbytes == sum(members[index].file_size for index in cached)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_validation_caches_the_batches_that_its_process_gets(make_config, image_folder, tmp_path, rank):
+    zip_image_folder(image_folder, tmp_path / "z")
+    config = make_config(
+        "--data-path", str(tmp_path / "z"), "--zip", "--batch-size", "2", "--opts", "TEST.CROP", "False"
+    )
+    source = open_split(config, "val", rank, 2)
+    (tmp_path / "z" / "val.zip").unlink()
+    loader, batches = data.build_eval_loader(config, eval_dataset(config, source), rank, 2, pin_memory=False)
+    assert sum(len(labels) for _, labels in loader) == (4, 2)[rank] and len(batches) == 3
 
 
 def test_cached_images_need_no_file(image_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import math
 import re
 import signal
@@ -157,6 +158,43 @@ def test_the_best_is_kept_although_the_run_was_killed_just_before(
     planned_accuracies(10.0, 10.0)
     assert runs.train_here(monkeypatch, args) == 0
     assert load_file(runs.run_folder(tmp_path) / "ckpt_best.pth")["epoch"] == 0
+
+
+def test_a_number_that_is_none_is_never_the_best(image_folder, tmp_path, monkeypatch, planned_accuracies):
+    planned_accuracies(math.nan, math.nan, 10.0, math.nan)
+    assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path)) == 0
+    best = load_file(runs.run_folder(tmp_path) / "ckpt_best.pth")
+    assert (best["epoch"], best["max_accuracy"], best["best_weights"]) == (1, 10.0, "raw")
+
+
+def test_a_task_that_names_a_number_which_it_does_not_give_loses_no_epoch(image_folder, tmp_path, monkeypatch):
+    runs.change_task(monkeypatch, lambda task: {"decides": "acc"})
+    with pytest.raises(UserError, match=r"Task\.decides = 'acc': validate gives acc1, acc5, loss; name one"):
+        runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path))
+    assert (runs.run_folder(tmp_path) / "ckpt_epoch_0_update_4.pth").exists()
+
+
+def test_metrics_have_every_epoch_once_over_a_stop(image_folder, tmp_path, monkeypatch):
+    """And none of an earlier run in the same folder."""
+    folder = runs.run_folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"epoch": 7}\n{"epo')
+    args = runs.arguments(image_folder, tmp_path, "TRAIN.EPOCHS", "3")
+    assert runs.train_here(monkeypatch, args, stop_at=2) == 75
+    assert not (folder / "metrics.jsonl").exists()
+    assert runs.train_here(monkeypatch, args, stop_at=10) == 75
+    (folder / "ckpt_epoch_2_update_2.pth").unlink()  # killed before it could save: its epoch is trained again
+    (folder / "ckpt_epoch_1.pth").unlink()
+    assert runs.train_here(monkeypatch, args) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["updates"]) for line in lines] == [(0, 4), (1, 8), (2, 12)]
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("acc1_raw", "acc5_raw", "loss_raw", "acc1_ema", "loss_ema"):
+        assert [line[name] for line in lines] == pytest.approx([e.value for e in events.Scalars(f"val/{name}")])
+    assert [line["train_loss"] for line in lines] == pytest.approx(
+        [e.value for e in events.Scalars("epoch/train_loss")]
+    )
+    assert lines[0]["decides"] == "acc1" and lines[0]["higher_is_better"] is True
 
 
 @pytest.mark.parametrize(("frequency", "saved"), [(2, [1, 2]), (3, [2])])

@@ -24,7 +24,7 @@ def write_metrics(folder: Path, epochs: int = 3, best: str = "acc1", **numbers: 
         line |= {"images_per_second": 130.0, "train_loss": 2.1 / (epoch + 1), "grad_norm": 1.2 + epoch}
         for weights, value in (("raw", 50.0 + epoch), ("ema", 40.0 + 9 * epoch)):
             line |= {f"{best}_{weights}": value, f"acc5_{weights}": 90.0, f"loss_{weights}": 1.9 / (epoch + 1)}
-        lines.append(line | {k: v[epoch] if isinstance(v, list) else v for k, v in numbers.items()} | {"best": best})
+        lines.append(line | {k: v[epoch] if isinstance(v, list) else v for k, v in numbers.items()} | {"decides": best})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
@@ -154,3 +154,9 @@ def test_axes_can_be_read(tmp_path: Path, norms: tuple[float, float]) -> None:
             boxes = sorted(tuple(sorted(getattr(extent, f"interval{along}"))) for extent in extents)
             assert all(box[1] < following[0] for box, following in pairwise(boxes))
             assert along == "y" or all(label.get_text().isdigit() for label in labels)
+
+
+def test_the_legend_names_the_smallest_value_where_less_is_better(tmp_path: Path) -> None:
+    write_metrics(tmp_path, best="rmse", rmse_raw=[0.9, 0.5, 0.6], higher_is_better=False)
+    axis = curves.draw_figure([curves.read_run(tmp_path)]).axes[1]
+    assert "raw weights, best 0.5" in lines_of(axis)
