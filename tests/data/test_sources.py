@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 
 from configs import SPLIT_NAMES, UserError
+from data import build_eval_loader
 from data.datasets import ImageDataset, decode_image
 from data.sources import FolderSource, SampleList, ZipSource, check_same_classes, fingerprint
 from tasks.classification.images import check_val_classes, eval_dataset, open_split
@@ -194,7 +195,7 @@ def test_validation_caches_the_batches_that_its_process_gets(make_config, image_
     )
     source = open_split(config, "val", rank, 2)
     (tmp_path / "z" / "val.zip").unlink()
-    loader, batches = data.build_eval_loader(config, eval_dataset(config, source), rank, 2, pin_memory=False)
+    loader, batches = build_eval_loader(config, eval_dataset(config, source), rank, 2, pin_memory=False)
     assert sum(len(labels) for _, labels in loader) == (4, 2)[rank] and len(batches) == 3
 
 

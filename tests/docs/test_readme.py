@@ -1,4 +1,4 @@
-"""Every command and every promise of names in README.md."""
+"""Every command in README.md and docs/, and every promise of names in README.md."""
 
 import importlib
 import os
@@ -19,7 +19,8 @@ from tasks import keys_of
 from tasks.classification import evaluation as run
 
 README = (runs.ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = [README, *(page.read_text() for page in sorted((runs.ROOT / "docs").glob("*.md")))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in BLOCKS
@@ -145,6 +146,7 @@ def test_every_command_is_one_that_is_tested_or_named_here():
     others = [c for c in COMMANDS if c not in tested]
     assert sorted(" ".join(c[:3]) for c in others) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
+        "pip install .",  # tests/model/test_reuse.py
         "python -m tools.benchmark",  # tests/tools/test_benchmark.py
         "python -m tools.export",  # tests/tools/test_export.py
         "python multi_machine_start.py --machine_num",
@@ -161,12 +163,19 @@ def test_no_command_stands_outside_a_bash_block():
 
 
 def test_the_python_example():
+    """In a fork: it registers the variants under another module's name."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {}
-    exec(example, names)
-    maps = names["backbone"](torch.zeros(1, 3, 64, 96))
-    assert [64 // m.shape[2] for m in maps] == [4, 8, 16, 32] == [96 // m.shape[3] for m in maps]
-    assert names["classifier"](torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+    def follow():
+        sys.path.insert(0, str(runs.ROOT / "models"))  # as where `pip install .` puts the one module
+        names = {}
+        exec(example, names)
+        maps = names["backbone"](torch.zeros(1, 3, 64, 96))
+        assert [64 // m.shape[2] for m in maps] == [4, 8, 16, 32] == [96 // m.shape[3] for m in maps]
+        assert names["classifier"](torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+    status, text = in_fork(follow)
+    assert status == 0, text
 
 
 def test_the_model_zoo_counts():
