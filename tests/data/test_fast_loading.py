@@ -198,6 +198,7 @@ def test_without_nvimagecodec_crops_are_the_same(
         fast_decoding._region_decoder.cache_clear()
 
 
+@pytest.mark.launch
 @regions_decoded
 def test_nvimagecodec_is_quiet_and_loads_no_decoder_for_gpus(tmp_path: Path) -> None:
     """They print which libraries they miss, and a forked worker must leave CUDA alone. Four threads need it first."""

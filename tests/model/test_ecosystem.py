@@ -165,6 +165,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.launch
 def test_scripts_that_ask_timm_find_the_variants_by_the_readmes_command(data: Path, tmp_path: Path) -> None:
     (tmp_path / "validate.py").write_text(SCRIPT)
     (line,) = re.findall(r"^python -c .*runpy.*$", (runs.ROOT / "README.md").read_text(), re.MULTILINE)

@@ -217,6 +217,7 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return graphs
 
 
+@pytest.mark.compile
 def test_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]) -> None:
     network = network_of(depths=(3, 2, 4, 2), drop_path_rate=0.3).train()
     plain = copy.deepcopy(network)
@@ -233,6 +234,7 @@ def test_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]) -> N
     assert list(network.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.compile
 def test_fused_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]) -> None:
     fused = fuse(network_of(depths=(3, 2, 4, 2)))
     expected = fused(images())
@@ -241,6 +243,7 @@ def test_fused_blocks_of_a_stage_share_one_compilation(eager_compiler: list[int]
     assert len(eager_compiler) == 4
 
 
+@pytest.mark.compile
 def test_ddp_does_not_cut_large_blocks(eager_compiler: list[int], tmp_path: Path) -> None:
     """Else those with gradient checkpointing fail: the recomputation is not cut."""
     network = network_of(embed_dims=(40, 40, 320, 320)).train()  # whose last two stages have more than 1 MB
@@ -253,6 +256,7 @@ def test_ddp_does_not_cut_large_blocks(eager_compiler: list[int], tmp_path: Path
     assert len(eager_compiler) == 2 * 4
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("fused", [False, True])
 def test_many_sizes_are_all_compiled(eager_compiler: list[int], fused: bool) -> None:
     """torch.compile otherwise gives up, silently, at so many variants of one function."""

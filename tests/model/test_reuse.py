@@ -64,6 +64,7 @@ def test_the_wheel_holds_one_module_that_requires_torch_and_timm(wheel: Path) ->
     assert sorted(requirement.split(">")[0] for requirement in requirements) == ["timm", "torch"]
 
 
+@pytest.mark.launch
 def test_an_installed_network_and_torch_hub_work_in_a_project_with_the_same_names(
     wheel: Path, project: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ print([module.__file__ for module in (models, configs)])
     assert run(project, script, site).count(str(project)) == 2
 
 
+@pytest.mark.launch
 def test_torch_hub_alone_knows_every_variant(project: Path) -> None:
     """Without the module installed, from another project, where `import models` is that project's."""
     script = f"""

@@ -109,6 +109,7 @@ def test_feature_extraction_finds_inner_modules() -> None:
     torch.testing.assert_close(extractor(images), [maps[2], features])
 
 
+@pytest.mark.compile
 def test_export_gives_the_same_values_for_any_batch() -> None:
     network = small_network(**SHALLOW)
     batch = ({0: torch.export.Dim("batch", min=1, max=64)},)

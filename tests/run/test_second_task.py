@@ -9,6 +9,7 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -97,23 +98,21 @@ SAVE_KEEP: 0
 """
 
 
-def train_it(tmp_path: Path, tag: str, processes: int, stop_at: int = 0) -> tuple[int, Path]:
-    """The exit status and the run folder of this very train.py."""
+def train_it(tmp_path: Path, tag: str, processes: int, stop_at: int = 0) -> Path:
+    """The run folder of this very train.py, which is stopped where `stop_at` says so."""
     configuration = tmp_path / "autoencoder.yaml"
     configuration.write_text(CONFIGURATION)
     args = ["--cfg", str(configuration), "--output", str(tmp_path), "--tag", tag]
     if processes == 2:
         args += ["--batch-size", "8"]
-    paths = os.pathsep.join(map(str, (runs.ROOT, runs.ROOT / "tests")))  # this file is the script that is started
-    ended = runs.launch(__file__, args, processes, {"STOP_AT": str(stop_at), "PYTHONPATH": paths})
-    if not stop_at:
-        assert ended.returncode == 0, ended.stderr
-    return ended.returncode, tmp_path / "autoencoder" / tag
+    ended = run_ranks(__file__, args, processes, {"STOP_AT": str(stop_at)})  # this file is the script that is started
+    assert ended.codes == [75 if stop_at else 0] * processes, ended.stderr
+    return tmp_path / "autoencoder" / tag
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.launch)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_second_task_trains_stops_and_continues_with_the_same_bits(tmp_path, processes):
-    _, folder = train_it(tmp_path, "straight", processes)
+    folder = train_it(tmp_path, "straight", processes)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
     assert lines[-1]["train_loss"] == pytest.approx(lines[-1]["train_mse"] + lines[-1]["train_sparsity"], rel=1e-6)
@@ -123,8 +122,7 @@ def test_a_second_task_trains_stops_and_continues_with_the_same_bits(tmp_path, p
     assert lines[best["epoch"]][f"rmse_{best['best_weights']}"] == min(numbers)
     assert "model_ema" in best
 
-    status, stopped = train_it(tmp_path, "stopped", processes, stop_at=21)
-    assert status == (75 if processes == 1 else 1)  # torchrun turns every code into 1
+    stopped = train_it(tmp_path, "stopped", processes, stop_at=21)
     assert (stopped / "ckpt_epoch_1_update_5.pth").exists()
     train_it(tmp_path, "stopped", processes)
     assert runs.digest(stopped / "ckpt_epoch_3.pth") == runs.digest(folder / "ckpt_epoch_3.pth")
