@@ -2,8 +2,8 @@
 
     python -m tools.report FOLDER [--data-path DIR] [--out FILE] [--json FILE]
 
-FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and predictions.csv (or .parquet). The pictures
-of the mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json. Where they are missing, the
+FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and predictions.csv. The pictures of
+the mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json. Where they are missing, the
 page says so.
 """
 
@@ -77,13 +77,9 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Written
         raise UserError(f"{folder}: holds no metrics.json; give a folder that test.py wrote") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'metrics.json'}: damaged, or not written by test.py") from None
-    files = [folder / f"predictions.{suffix}" for suffix in ("csv", "parquet")]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        raise UserError(f"{folder}: holds no predictions.csv or predictions.parquet")
-    predictions = Predictions.load(found[0])
+    predictions = Predictions.load(folder / "predictions.csv")
     if not predictions.labelled.any():
-        raise UserError(f"{found[0]}: no image has a label, so there is nothing to report")
+        raise UserError(f"{folder}: no image has a label, so there is nothing to report")
     return WrittenEvaluation(folder, metrics, predictions, _images_root(folder, data_path, predictions.paths))
 
 

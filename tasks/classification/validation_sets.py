@@ -25,7 +25,6 @@ from configs import SPLIT_NAMES, UserError
 from data.sources import Source, class_folders
 
 NUM_CLASSES = 1000
-REAL_IMAGES = 50_000
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+", re.IGNORECASE)
 
 
@@ -88,31 +87,19 @@ def open_validation_set(config: CfgNode) -> ValidationSet:
             NamedFolders(root, wnids, numbered, "ImageNet-V2 (class numbers 0 to 999, or wnids)"), None, None
         )
     source = NamedFolders(root, wnids, numbered, "ImageNet-1k (wnids)")
-    return ValidationSet(source, None, real_labels([path for path, _ in source.samples], config.TEST.REAL_JSON))
+    return ValidationSet(source, None, real_labels([path for path, _ in source.samples]))
 
 
-def real_labels(paths: Sequence[str], json_path: str = "") -> list[list[int]]:
+def real_labels(paths: Sequence[str]) -> list[list[int]]:
     """ReaL's class indices for ImageNet validation images, which their names number from 1; empty where it has none.
 
-    Args:
-        paths: .../ILSVRC2012_val_00000001.JPEG and so on.
-        json_path: real.json of the authors; '': timm's copy.
-
-    Raises UserError for other names, and for a file that is not a list of 50,000 lists.
+    `paths` are .../ILSVRC2012_val_00000001.JPEG and so on; UserError for other names.
     """
-    try:
-        text = Path(json_path).read_text() if json_path else _info("imagenet_real_labels.json")
-        labels = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"TEST.REAL_JSON = {json_path!r}: cannot be read: {error}") from None
-    if not isinstance(labels, list) or len(labels) != REAL_IMAGES or not all(isinstance(x, list) for x in labels):
-        raise UserError(
-            f"TEST.REAL_JSON = {json_path!r}: must be ReaL's list of {REAL_IMAGES:,} lists of class numbers"
-        )
+    labels = json.loads(_info("imagenet_real_labels.json"))
     found = []
     for path in paths:
         match = _VAL_NAME.fullmatch(Path(path).name)
-        if match is None or not 1 <= int(match[1]) <= REAL_IMAGES:
+        if match is None or not 1 <= int(match[1]) <= len(labels):
             raise UserError(
                 f"{path}: ReaL knows images by ImageNet's own names, ILSVRC2012_val_00000001.JPEG to _00050000"
             )

@@ -38,7 +38,7 @@ def write_evaluation(tmp_path: Path, classes: list[str], **about: Any) -> Path:
     probability = np.array([0.5, 0.3, 0.5, 0.5, 0.5, 0.06], dtype=np.float32)
     predictions = Predictions(paths, labels, probability, -np.log(probability), top, shares, classes)
     folder = tmp_path / "run" / "evaluation" / "val"
-    write_outputs(folder, predictions, about | summarize(predictions), "csv")
+    write_outputs(folder, predictions, about | summarize(predictions))
     config = {"DATA": {"DATA_PATH": str(tmp_path / "data"), "DATASET": "imagenet"}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     return folder
