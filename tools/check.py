@@ -38,13 +38,13 @@ from data.sources import (
     open_source,
 )
 from data.workers import available_cores, set_parent_death_signal
+from utils.run_log import printable
 
 ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
     "split": (ERROR, "split that training cannot open"),
     "classes": (ERROR, "train and val differ in their classes"),
-    "empty-class": (ERROR, "class without images"),
     "unread-image": (ERROR, "image that training does not read"),
     "unreadable": (ERROR, "file that cannot be read"),
     "empty": (ERROR, "empty file"),
@@ -67,10 +67,9 @@ class Problem(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """The result for one image. `digest` and `mode` are empty if it does not decode."""
+    """The result for one image. `digest` is empty if it does not decode."""
 
     digest: bytes = b""  # 16 bytes of its SHA-256
-    mode: str = ""  # Pillow's, such as 'RGB'
     problem: tuple[str, str] | None = None  # kind and reason
 
 
@@ -80,7 +79,6 @@ class Report:
 
     data_path: str
     splits: dict[str, Source]
-    modes: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
 
     def count(self, level: str) -> int:
@@ -102,7 +100,7 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
     problems, digests = report.problems, {}
     for split, name in SPLIT_NAMES[dataset].items():
         try:
-            report.splits[split] = _open(data_path, dataset, split, zipped)
+            report.splits[split] = open_source(data_path, dataset, split, zipped, "no", 0, 1)
         except UserError as error:
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
     for split, source in report.splits.items():
@@ -112,8 +110,6 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
         try:
             for index, found in enumerate(inspected):
                 digests[split][index] = found.digest
-                if found.digest:
-                    report.modes[found.mode] += 1
                 if found.problem:
                     kind, reason = found.problem
                     problems.append(Problem(kind, _name(source, source.samples[index][0]), reason))
@@ -135,14 +131,6 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
     return report
 
 
-def _open(data_path: str, dataset: str, split: str, zipped: bool) -> Source:
-    """The source that training would open. Empty classes are left for the report, which names all of them."""
-    folder = Path(data_path) / SPLIT_NAMES[dataset][split]
-    if folder.is_dir() and not zipped:
-        return FolderSource(folder, allow_empty=True)
-    return open_source(data_path, dataset, split, zipped, "no", 0, 1)
-
-
 def _name(source: Source, path: str) -> str:
     """The path of a file of this source below the data path."""
     if isinstance(source, ZipSource):
@@ -151,9 +139,7 @@ def _name(source: Source, path: str) -> str:
 
 
 def _not_read(source: FolderSource) -> Iterator[Problem]:
-    """Empty classes, and the files of a split that training passes over. It ignores hidden ones, and so does this."""
-    for name in source.empty_classes:
-        yield Problem("empty-class", f"{source.root.name}/{name}", "no file with the suffix of an image")
+    """The files of a split that training passes over. It ignores hidden ones, and so does this."""
     for folder, subfolders, names in os.walk(source.root):
         in_class = folder != str(source.root)
         if not in_class:
@@ -225,7 +211,7 @@ def inspect(source: Source, index: int) -> Inspection:
         return Inspection(problem=("empty", "0 bytes"))
     try:
         with Image.open(BytesIO(encoded), formats=IMAGE_FORMATS) as header:
-            mode, form = header.mode, header.format or ""
+            form = header.format or ""
         decode_image(encoded)
     except Image.DecompressionBombError as error:
         return Inspection(problem=("bomb", one_line(error)))
@@ -236,7 +222,7 @@ def inspect(source: Source, index: int) -> Inspection:
     form = "JPEG" if form == "MPO" else form  # what cameras write: a JPEG, and more after it
     expected = Image.registered_extensions().get(path.suffix.lower(), form)
     problem = None if form == expected else ("misnamed", f"{form}, not {expected}")
-    return Inspection(hashlib.sha256(encoded).digest()[:16], mode, problem)
+    return Inspection(hashlib.sha256(encoded).digest()[:16], problem)
 
 
 # ------------------------------------------------------------------------------------------------ inspecting all images
@@ -273,7 +259,7 @@ def format_report(report: Report, strict: bool) -> str:
         level, meaning = KINDS[kind]
         lines.append(f"{level}: {kind}: {meaning} ({len(problems):,})")
         lines += [
-            f"    {_printable(problem.path)}: {_printable(problem.reason)}" for problem in problems[:LINES_PER_KIND]
+            f"    {printable(problem.path)}: {printable(problem.reason)}" for problem in problems[:LINES_PER_KIND]
         ]
         if len(problems) > LINES_PER_KIND:
             lines.append(f"    and {len(problems) - LINES_PER_KIND:,} more; --json FILE names all")
@@ -283,7 +269,6 @@ def format_report(report: Report, strict: bool) -> str:
             f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
             f"fingerprint {fingerprint(source)[:16]}"
         )
-    lines.append(f"modes    {', '.join(f'{mode} {count:,}' for mode, count in sorted(report.modes.items()))}")
     verdict = "do not train on it as it is" if report.exit_code(strict) else "ready"
     return "\n".join(
         [*lines, f"result   {report.count(ERROR):,} errors, {report.count(WARNING):,} warnings: {verdict}", ""]
@@ -300,7 +285,6 @@ def format_json(report: Report, strict: bool) -> str:
             split: {"classes": dict(zip(source.classes, _class_sizes(source))), "fingerprint": fingerprint(source)}
             for split, source in report.splits.items()
         },
-        "modes": dict(sorted(report.modes.items())),
         "problems": [{"level": KINDS[problem.kind][0], **problem._asdict()} for problem in report.problems],
     }
     return json.dumps(content, indent=1) + "\n"
@@ -309,11 +293,6 @@ def format_json(report: Report, strict: bool) -> str:
 def _class_sizes(source: Source) -> list[int]:
     labels = Counter(label for _, label in source.samples)
     return [labels[label] for label in range(len(source.classes))]
-
-
-def _printable(text: str) -> str:
-    """One line without control characters, so that a file's name can neither fake a line nor steer the terminal."""
-    return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in text)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
