@@ -22,7 +22,6 @@ saving. Any other: torchrun's own.
 import argparse
 import contextlib
 import ctypes
-import difflib
 import json
 import os
 import shlex
@@ -32,10 +31,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": train.py was asked to stop and has saved
-EXIT_MISTAKE = 2  # train.py found wrong arguments, data or recipe before it trained
+from configs import UserError
+from configs.commands import CommandParser, command
+from configs.errors import EXIT_MISTAKE, EXIT_STOPPED
+
 RENEWAL_SECONDS = (
     3600  # a start that lasted so long made progress: days of training may meet more faults than --retries
 )
@@ -53,24 +55,7 @@ TORCHRUN_DEFAULTS = {
 }
 
 
-class UsageError(Exception):
-    """One line: what the user has to change."""
-
-
 # --- arguments
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports an error in one line, and takes --two_words as --two-words too, like torchrun.
-
-    train.py's own parser cannot be shared: importing `configs` needs yacs, and this file needs only Python.
-    """
-
-    def add(self, flag: str, **kwargs) -> None:
-        self.add_argument(flag, *({flag[:2] + flag[2:].replace("_", "-")} - {flag}), **kwargs)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def whole_number(minimum: int):
@@ -85,15 +70,15 @@ def whole_number(minimum: int):
     return parse
 
 
-def build_parser() -> OneLineParser:
-    # No abbreviations: a flag that is added later must not change the meaning of an old script.
-    parser = OneLineParser(
-        prog=Path(__file__).name,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, count, positive = parser.add, whole_number(0), whole_number(1)
+def build_parser() -> CommandParser:
+    parser = CommandParser("multi_machine_start", __doc__)
+    parser.prog = Path(__file__).name
+
+    def add(flag: str, **kwargs) -> None:
+        """Takes --two_words as --two-words too, like torchrun."""
+        parser.add_argument(flag, *({flag[:2] + flag[2:].replace("_", "-")} - {flag}), **kwargs)
+
+    count, positive = whole_number(0), whole_number(1)
     add("--machine_num", type=positive, default=1, help="number of nodes (default: 1)")
     add("--node_rank", type=count, help="rank of this node, from 0 (default: see above)")
     add("--np", type=positive, help="processes on this node, one per GPU (default: the number of GPUs)")
@@ -116,37 +101,31 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split argv into this script's arguments, checked and completed, and those of train.py (all after `--`)."""
     parser = build_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_args(argv[:cut])
     if unknown:
-        flag = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        suggestion = f"did you mean {nearest[0]}? " if nearest else ""
-        parser.error(f"unknown argument {flag}; {suggestion}Flags of train.py go after --")
-    try:
-        complete_arguments(args, os.environ)
-    except UsageError as error:
-        parser.error(str(error))
+        parser.error(f"unknown argument {unknown[0].split('=')[0]}; flags of train.py go after --; see --help")
+    complete_arguments(args, os.environ)
     return args, argv[cut + 1 :]
 
 
 def complete_arguments(args: argparse.Namespace, environ) -> None:
-    """Fill in what has no fixed default, and check what argparse cannot; raises UsageError."""
+    """Fill in what has no fixed default, and check what argparse cannot; raises UserError."""
     code_path = Path(args.code_path)
     if not code_path.is_dir():
-        raise UsageError(f"--code_path: no such folder: {args.code_path}")
+        raise UserError(f"--code_path: no such folder: {args.code_path}")
     if not (code_path / "train.py").is_file():
-        raise UsageError(f"--code_path: no train.py in {args.code_path}")
+        raise UserError(f"--code_path: no train.py in {args.code_path}")
     if not (code_path / args.config).is_file():
-        raise UsageError(f"--config: no such file: {args.config} (relative paths are taken from {args.code_path})")
+        raise UserError(f"--config: no such file: {args.config} (relative paths are taken from {args.code_path})")
     if args.machine_num > 1 and not args.ip:
-        raise UsageError("--ip: with several nodes, the address of node 0 is needed")
+        raise UserError("--ip: with several nodes, the address of node 0 is needed")
     if environ.get("SLURM_LOCALID", "0") != "0":
         # Each would start a torchrun of its own, with all processes of the node.
-        raise UsageError("SLURM started several tasks on this node; it needs one (--ntasks-per-node=1)")
+        raise UserError("SLURM started several tasks on this node; it needs one (--ntasks-per-node=1)")
     args.node_rank = resolve_node_rank(args.node_rank, args.machine_num, environ)
     if args.np is None:
         if not args.vis_gpu:
@@ -154,13 +133,13 @@ def complete_arguments(args: argparse.Namespace, environ) -> None:
 
         args.np = len(args.vis_gpu) if args.vis_gpu else torch.cuda.device_count() or 1
     if args.vis_gpu and len(args.vis_gpu) < args.np:
-        raise UsageError(f"--vis_gpu: names {len(args.vis_gpu)} GPUs for --np {args.np} processes")
+        raise UserError(f"--vis_gpu: names {len(args.vis_gpu)} GPUs for --np {args.np} processes")
     args.standalone = args.machine_num == 1 and args.main_port is None
     args.ip, args.main_port = args.ip or "127.0.0.1", args.main_port or 29500
 
 
 def resolve_node_rank(flag: int | None, machine_num: int, environ) -> int:
-    """This node's rank: the flag, else the first of NODE_RANK_VARIABLES that is set; raises UsageError.
+    """This node's rank: the flag, else the first of NODE_RANK_VARIABLES that is set; raises UserError.
 
     A single node has rank 0 whatever the variables say: it may be one run of many in a SLURM job.
     """
@@ -171,12 +150,12 @@ def resolve_node_rank(flag: int | None, machine_num: int, environ) -> int:
         source = next((name for name in NODE_RANK_VARIABLES if environ.get(name)), None)
         if source is None:
             names = ", ".join(NODE_RANK_VARIABLES)
-            raise UsageError(f"--node_rank: needed with {machine_num} nodes; give it, or set one of {names}")
+            raise UserError(f"--node_rank: needed with {machine_num} nodes; give it, or set one of {names}")
         if not environ[source].isdecimal():
-            raise UsageError(f"{source}: must be a whole number from 0 to {machine_num - 1}, not {environ[source]!r}")
+            raise UserError(f"{source}: must be a whole number from 0 to {machine_num - 1}, not {environ[source]!r}")
         rank = int(environ[source])
     if rank >= machine_num:
-        raise UsageError(f"{source}: {rank} is out of range; {machine_num} nodes have the ranks 0 to {machine_num - 1}")
+        raise UserError(f"{source}: {rank} is out of range; {machine_num} nodes have the ranks 0 to {machine_num - 1}")
     return rank
 
 
@@ -325,7 +304,8 @@ def log(message: str) -> None:
         print(f"multi_machine_start.py: {message}", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("multi_machine_start.py")
+def main(argv: Sequence[str] | None = None) -> int:
     args, train_arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     command = build_command(args, train_arguments)
     environment = torchrun_environment(args, os.environ)

@@ -52,9 +52,7 @@ def refusal(checkout, capsys, no_rank):
     """The line that refuses these arguments."""
 
     def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as ending:
-            multi_machine_start.main(["--code_path", str(checkout.root), *arguments, "--dry_run"])
-        assert ending.value.code == 2
+        assert multi_machine_start.main(["--code_path", str(checkout.root), *arguments, "--dry_run"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -138,8 +136,7 @@ def test_a_single_node_is_node_0_wherever_it_runs():
         ("--machine_num 2 --ip a --node_rank 2", ["--node_rank", "out of range", "0 to 1"]),
         ("--node_rank 1", ["--node_rank", "out of range"]),
         ("--machine_num 2 --node_rank 0 --ip=", ["--ip"]),
-        ("--node_rang 1", ["--node_rang", "did you mean --node_rank?"]),
-        ("--cfg=a.yaml", ["--cfg", "did you mean --config?"]),
+        ("--cfg=a.yaml", ["unknown argument --cfg; "]),
         ("--machine 2", ["--machine", "unknown argument"]),
         ("--opts A 1", ["--opts", "after --"]),
         ("stray", ["unknown argument stray"]),
@@ -378,9 +375,3 @@ def test_a_signal_reaches_the_workers_of_the_real_torchrun(launch, checkout):
     output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75, errors
     assert output.count("SIGUSR1") == 2
-
-
-def test_the_launcher_needs_the_standard_library_only():
-    code = "import sys; sys.path.insert(0, '.'); import multi_machine_start as m; m.main(['--np', '1', '--dry_run'])"
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "torch.distributed.run" in result.stdout, result.stderr
