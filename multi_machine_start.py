@@ -22,21 +22,22 @@ saving. Any other: torchrun's own.
 import argparse
 import contextlib
 import ctypes
-import difflib
 import json
 import os
 import shlex
 import signal
-import socket
 import string
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": train.py was asked to stop and has saved
-EXIT_MISTAKE = 2  # train.py found wrong arguments, data or recipe before it trained
+from configs import UserError
+from configs.commands import CommandParser, command
+from configs.errors import EXIT_MISTAKE, EXIT_STOPPED
+
 RENEWAL_SECONDS = (
     3600  # a start that lasted so long made progress: days of training may meet more faults than --retries
 )
@@ -54,64 +55,36 @@ TORCHRUN_DEFAULTS = {
 }
 
 
-class UsageError(Exception):
-    """One line: what the user has to change."""
-
-
 # --- arguments
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports an error in one line, and takes --two_words as --two-words too, like torchrun.
-
-    train.py's own parser cannot be shared: importing `configs` needs yacs, and this file needs only Python.
-    """
-
-    def add(self, flag: str, **kwargs) -> None:
-        self.add_argument(flag, *({flag[:2] + flag[2:].replace("_", "-")} - {flag}), **kwargs)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def whole_number(minimum: int, maximum: int | None = None):
-    """An argparse type: a whole number within these bounds."""
-    bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+def whole_number(minimum: int):
+    """An argparse type: a whole number of at least this."""
 
     def parse(text: str) -> int:
         # isdecimal: int() would also take "1_0" and " 1".
-        if not text.isdecimal() or int(text) < minimum or (maximum is not None and int(text) > maximum):
-            raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, not {text!r}")
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
         return int(text)
 
     return parse
 
 
-def device_list(text: str) -> list[str]:
-    """An argparse type: the devices in a list such as `0,1,2,3`."""
-    devices = [device.strip() for device in text.split(",")]
-    if "" in devices or len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(f"must be a list of different GPUs such as 0,1,2,3, not {text!r}")
-    return devices
+def build_parser() -> CommandParser:
+    parser = CommandParser("multi_machine_start", __doc__)
+    parser.prog = Path(__file__).name
 
+    def add(flag: str, **kwargs) -> None:
+        """Takes --two_words as --two-words too, like torchrun."""
+        parser.add_argument(flag, *({flag[:2] + flag[2:].replace("_", "-")} - {flag}), **kwargs)
 
-def build_parser() -> OneLineParser:
-    # No abbreviations: a flag that is added later must not change the meaning of an old script.
-    parser = OneLineParser(
-        prog=Path(__file__).name,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, count, positive = parser.add, whole_number(0), whole_number(1)
+    count, positive = whole_number(0), whole_number(1)
     add("--machine_num", type=positive, default=1, help="number of nodes (default: 1)")
     add("--node_rank", type=count, help="rank of this node, from 0 (default: see above)")
     add("--np", type=positive, help="processes on this node, one per GPU (default: the number of GPUs)")
     add("--ip", help="address of node 0; needed with several nodes")
-    add(
-        "--main_port", type=whole_number(1, 65535), help="port on node 0 (default: 29500; with one node, any free port)"
-    )
-    add("--vis_gpu", type=device_list, help="GPUs to use on this node, such as 0,1,2,3 (default: all)")
+    add("--main_port", type=positive, help="port on node 0 (default: 29500; with one node, any free port)")
+    add("--vis_gpu", type=lambda text: text.split(","), help="GPUs to use on this node, such as 0,1,2,3 (default: all)")
     add("--code_path", default=str(Path(__file__).parent), help="checkout to run in (default: this one)")
     # The paths in the next three flags are relative to the checkout.
     add(
@@ -128,37 +101,31 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split argv into this script's arguments, checked and completed, and those of train.py (all after `--`)."""
     parser = build_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
     args, unknown = parser.parse_known_args(argv[:cut])
     if unknown:
-        flag = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        suggestion = f"did you mean {nearest[0]}? " if nearest else ""
-        parser.error(f"unknown argument {flag}; {suggestion}Flags of train.py go after --")
-    try:
-        complete_arguments(args, os.environ)
-    except UsageError as error:
-        parser.error(str(error))
+        parser.error(f"unknown argument {unknown[0].split('=')[0]}; flags of train.py go after --; see --help")
+    complete_arguments(args, os.environ)
     return args, argv[cut + 1 :]
 
 
 def complete_arguments(args: argparse.Namespace, environ) -> None:
-    """Fill in what has no fixed default, and check what argparse cannot; raises UsageError."""
+    """Fill in what has no fixed default, and check what argparse cannot; raises UserError."""
     code_path = Path(args.code_path)
     if not code_path.is_dir():
-        raise UsageError(f"--code_path: no such folder: {args.code_path}")
+        raise UserError(f"--code_path: no such folder: {args.code_path}")
     if not (code_path / "train.py").is_file():
-        raise UsageError(f"--code_path: no train.py in {args.code_path}")
+        raise UserError(f"--code_path: no train.py in {args.code_path}")
     if not (code_path / args.config).is_file():
-        raise UsageError(f"--config: no such file: {args.config} (relative paths are taken from {args.code_path})")
+        raise UserError(f"--config: no such file: {args.config} (relative paths are taken from {args.code_path})")
     if args.machine_num > 1 and not args.ip:
-        raise UsageError("--ip: with several nodes, the address of node 0 is needed")
+        raise UserError("--ip: with several nodes, the address of node 0 is needed")
     if environ.get("SLURM_LOCALID", "0") != "0":
         # Each would start a torchrun of its own, with all processes of the node.
-        raise UsageError("SLURM started several tasks on this node; it needs one (--ntasks-per-node=1)")
+        raise UserError("SLURM started several tasks on this node; it needs one (--ntasks-per-node=1)")
     args.node_rank = resolve_node_rank(args.node_rank, args.machine_num, environ)
     if args.np is None:
         if not args.vis_gpu:
@@ -166,13 +133,13 @@ def complete_arguments(args: argparse.Namespace, environ) -> None:
 
         args.np = len(args.vis_gpu) if args.vis_gpu else torch.cuda.device_count() or 1
     if args.vis_gpu and len(args.vis_gpu) < args.np:
-        raise UsageError(f"--vis_gpu: names {len(args.vis_gpu)} GPUs for --np {args.np} processes")
+        raise UserError(f"--vis_gpu: names {len(args.vis_gpu)} GPUs for --np {args.np} processes")
     args.standalone = args.machine_num == 1 and args.main_port is None
     args.ip, args.main_port = args.ip or "127.0.0.1", args.main_port or 29500
 
 
 def resolve_node_rank(flag: int | None, machine_num: int, environ) -> int:
-    """This node's rank: the flag, else the first of NODE_RANK_VARIABLES that is set; raises UsageError.
+    """This node's rank: the flag, else the first of NODE_RANK_VARIABLES that is set; raises UserError.
 
     A single node has rank 0 whatever the variables say: it may be one run of many in a SLURM job.
     """
@@ -183,12 +150,12 @@ def resolve_node_rank(flag: int | None, machine_num: int, environ) -> int:
         source = next((name for name in NODE_RANK_VARIABLES if environ.get(name)), None)
         if source is None:
             names = ", ".join(NODE_RANK_VARIABLES)
-            raise UsageError(f"--node_rank: needed with {machine_num} nodes; give it, or set one of {names}")
+            raise UserError(f"--node_rank: needed with {machine_num} nodes; give it, or set one of {names}")
         if not environ[source].isdecimal():
-            raise UsageError(f"{source}: must be a whole number from 0 to {machine_num - 1}, not {environ[source]!r}")
+            raise UserError(f"{source}: must be a whole number from 0 to {machine_num - 1}, not {environ[source]!r}")
         rank = int(environ[source])
     if rank >= machine_num:
-        raise UsageError(f"{source}: {rank} is out of range; {machine_num} nodes have the ranks 0 to {machine_num - 1}")
+        raise UserError(f"{source}: {rank} is out of range; {machine_num} nodes have the ranks 0 to {machine_num - 1}")
     return rank
 
 
@@ -322,23 +289,14 @@ def read_report(logs: Path) -> tuple[str, int | None] | None:
 
 
 def why_not_started(args: argparse.Namespace) -> str:
-    """The likeliest cause where torchrun has ended without having started a worker."""
-    if args.node_rank == 0 and not args.standalone:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", args.main_port))
-            except OSError as error:
-                return (
-                    f"port {args.main_port} of this node cannot be used ({error.strerror}); choose another --main_port"
-                )
-    if args.machine_num > 1:
-        return (
-            f"the {args.machine_num} nodes have not met within {args.rendezvous_timeout or RENDEZVOUS_SECONDS} s at "
-            f"{args.ip}:{args.main_port}; start all of them with the same --machine_num, --ip and --main_port, and "
-            "give an address of node 0 as --ip"
-        )
-    return "no worker was started"
+    """The likeliest causes where torchrun has ended without having started a worker."""
+    if args.standalone:
+        return "no worker was started"
+    return (
+        f"the {args.machine_num} nodes have not met within {args.rendezvous_timeout or RENDEZVOUS_SECONDS} s at "
+        f"{args.ip}:{args.main_port}, or node 0 cannot use that port; start all of them with the same --machine_num, "
+        "--ip and --main_port, give an address of node 0 as --ip, and a port that is free there"
+    )
 
 
 def log(message: str) -> None:
@@ -346,7 +304,8 @@ def log(message: str) -> None:
         print(f"multi_machine_start.py: {message}", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("multi_machine_start.py")
+def main(argv: Sequence[str] | None = None) -> int:
     args, train_arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     command = build_command(args, train_arguments)
     environment = torchrun_environment(args, os.environ)

@@ -25,6 +25,8 @@ RETIRED_KEYS = {
     "MODEL.GMA.PATCH_SIZE": "the stem's stride of 4 is part of the network",
     "MODEL.GMA.PRETRAINED": "use MODEL.PRETRAINED",
     "LOCAL_RANK": "the launcher's environment decides",
+    "TEST.PREDICTIONS": "predictions are written as CSV",
+    "TEST.REAL_JSON": "ReaL's labels are timm's copy",
 }
 
 

@@ -61,21 +61,19 @@ class FolderSource:
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
     Hidden folders are no classes: an editor's leftover must not shift every label after it.
-    Raises UserError if the folder is missing or has no classes, if a class has no image (unless `allow_empty`), or if a
-    folder cannot be read or a link leads back to it.
+    Raises UserError if the folder is missing or has no classes, if a class has no image, or if a folder cannot
+    be read or a link leads back to it.
     """
 
-    def __init__(self, root: str | Path, allow_empty: bool = False) -> None:
+    def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.classes = class_folders(self.root)
         if not self.classes:
             raise UserError(f"{self.root}: holds no class folders; expected {self.root}/<class>/<image>")
         images = {name: _image_files(self.root, name) for name in self.classes}
         self.samples = SampleList((path, label) for label, name in enumerate(self.classes) for path in images[name])
-        self.empty_classes = [name for name in self.classes if not images[name]]
-        if self.empty_classes and not allow_empty:
-            suffixes = ", ".join(IMG_EXTENSIONS)
-            raise UserError(f"{self.root}: no images ({suffixes}) in class {_list(self.empty_classes)}")
+        if empty := [name for name in self.classes if not images[name]]:
+            raise UserError(f"{self.root}: no images ({', '.join(IMG_EXTENSIONS)}) in class {_list(empty)}")
 
     def read(self, index: int) -> bytes:
         return Path(self.samples[index][0]).read_bytes()

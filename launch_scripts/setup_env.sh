@@ -81,32 +81,12 @@ install() {
     printf '%s\n' "$state" >"$stamp"
 }
 
-# require FILE: checks that every package in FILE is installed, in any version: conda and clusters pin their own.
-require() {
-    local missing
-    missing=$("$PYTHON" - "$ROOT/$1" <<'PYTHON_CODE'
-import re
-import sys
-from importlib.metadata import PackageNotFoundError, version
-
-for line in open(sys.argv[1], encoding="utf-8"):
-    name = re.match(r"[A-Za-z0-9][\w.-]*", line)
-    try:
-        name and version(name[0])
-    except PackageNotFoundError:
-        print(name[0], end=" ")
-PYTHON_CODE
-    )
-    [[ -z $missing ]] || die "NO_VENV=1, and $PYTHON lacks: $missing(install them: $PYTHON -m pip install -r $1)"
-}
-
 # setup_env [dev]: sets PYTHON and PATH.
 setup_env() {
     local files=(requirements.txt) file
     [[ ${1:-} != dev ]] || files+=(requirements-dev.txt)
     if [[ ${NO_VENV:-0} == 1 ]]; then
         find_python
-        for file in "${files[@]}"; do require "$file"; done
     else
         make_venv
         for file in "${files[@]}"; do install "$file"; done

@@ -455,11 +455,6 @@ class GroupMixFormer(nn.Module):
         self.apply(_init_weights)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names beside one-dimensional parameters and biases that weight decay must spare: none."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that order the parameters by depth, for timm's layer-wise learning rate decay."""
         if coarse:

@@ -53,7 +53,7 @@ class Call(NamedTuple):
 
 
 class Checkout:
-    """A copy of the launchers with empty configs, train.py and test.py, and a stub for Python."""
+    """A copy of the launchers with empty YAML files, train.py and test.py, and a stub for Python."""
 
     def __init__(self, folder: Path):
         self.root = folder / "a checkout"
@@ -61,7 +61,7 @@ class Checkout:
         shutil.copytree(ROOT / "launch_scripts", self.root / "launch_scripts")
         shutil.copytree(ROOT / ".ci", self.root / ".ci")
         shutil.copy(ROOT / "multi_machine_start.py", self.root)
-        (self.root / "configs").mkdir()
+        shutil.copytree(ROOT / "configs", self.root / "configs", ignore=shutil.ignore_patterns("*.yaml", "__pycache__"))
         for variant in VARIANTS:
             (self.root / "configs" / f"groupmixformer_{variant}.yaml").touch()
         for name in ("train.py", "test.py"):

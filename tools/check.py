@@ -8,15 +8,11 @@ training or evaluation; 1 something does (with --strict: anything was found); 2 
 import argparse
 import hashlib
 import json
-import mmap
-import multiprocessing
 import os
 import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -24,11 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
-from configs.errors import one_line
+from configs.errors import first_line, one_line
 from data.datasets import IMAGE_FORMATS, decode_image
 from data.sources import (
     MAX_MEMBER_BYTES,
@@ -41,19 +38,18 @@ from data.sources import (
     open_source,
 )
 from data.workers import available_cores, set_parent_death_signal
+from utils.run_log import printable
 
 ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
     "split": (ERROR, "split that training cannot open"),
     "classes": (ERROR, "train and val differ in their classes"),
-    "empty-class": (ERROR, "class without images"),
     "unread-image": (ERROR, "image that training does not read"),
     "unreadable": (ERROR, "file that cannot be read"),
     "empty": (ERROR, "empty file"),
     "damaged": (ERROR, "file that does not decode"),
     "bomb": (ERROR, "file that decodes to too much"),
-    "crash": (ERROR, "file that ends or blocks the process that decodes it"),
     "train-and-val": (ERROR, "image that is in both train and val"),
     "duplicate": (WARNING, "image that is in a split twice"),
     "misnamed": (WARNING, "image of another format than its suffix says; training reads it"),
@@ -61,7 +57,7 @@ KINDS = {
 }
 LINES_PER_KIND = 10  # on the console
 FILES_PER_TASK = 16
-SECONDS_PER_FILE = 120  # then the process that decodes it is ended
+SECONDS_PER_TASK = 600  # then a decoder is stuck
 
 
 class Problem(NamedTuple):
@@ -71,10 +67,9 @@ class Problem(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """The result for one image. `digest` and `mode` are empty if it does not decode."""
+    """The result for one image. `digest` is empty if it does not decode."""
 
     digest: bytes = b""  # 16 bytes of its SHA-256
-    mode: str = ""  # Pillow's, such as 'RGB'
     problem: tuple[str, str] | None = None  # kind and reason
 
 
@@ -84,7 +79,6 @@ class Report:
 
     data_path: str
     splits: dict[str, Source]
-    modes: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
 
     def count(self, level: str) -> int:
@@ -106,20 +100,24 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
     problems, digests = report.problems, {}
     for split, name in SPLIT_NAMES[dataset].items():
         try:
-            report.splits[split] = _open(data_path, dataset, split, zipped)
+            report.splits[split] = open_source(data_path, dataset, split, zipped, "no", 0, 1)
         except UserError as error:
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
     for split, source in report.splits.items():
         digests[split] = np.zeros(len(source.samples), "S16")
-        with tqdm(total=len(source.samples), desc=split, unit="image", disable=None) as progress:
-            for index, found in inspect_all(source, workers):
+        inspected = tqdm(inspect_all(source, workers), split, len(source.samples), unit="image", disable=None)
+        index = -1
+        try:
+            for index, found in enumerate(inspected):
                 digests[split][index] = found.digest
-                if found.digest:
-                    report.modes[found.mode] += 1
                 if found.problem:
                     kind, reason = found.problem
                     problems.append(Problem(kind, _name(source, source.samples[index][0]), reason))
-                progress.update()
+        except RuntimeError as error:
+            where = _name(source, source.samples[index + 1][0])
+            raise UserError(
+                f"{where}, or an image soon after it, ends or blocks the process that decodes it: {first_line(error)}"
+            ) from None
         if isinstance(source, FolderSource):
             problems += _not_read(source)
     problems += _repeated(report.splits, digests)
@@ -133,14 +131,6 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
     return report
 
 
-def _open(data_path: str, dataset: str, split: str, zipped: bool) -> Source:
-    """The source that training would open. Empty classes are left for the report, which names all of them."""
-    folder = Path(data_path) / SPLIT_NAMES[dataset][split]
-    if folder.is_dir() and not zipped:
-        return FolderSource(folder, allow_empty=True)
-    return open_source(data_path, dataset, split, zipped, "no", 0, 1)
-
-
 def _name(source: Source, path: str) -> str:
     """The path of a file of this source below the data path."""
     if isinstance(source, ZipSource):
@@ -149,9 +139,7 @@ def _name(source: Source, path: str) -> str:
 
 
 def _not_read(source: FolderSource) -> Iterator[Problem]:
-    """Empty classes, and the files of a split that training passes over. It ignores hidden ones, and so does this."""
-    for name in source.empty_classes:
-        yield Problem("empty-class", f"{source.root.name}/{name}", "no file with the suffix of an image")
+    """The files of a split that training passes over. It ignores hidden ones, and so does this."""
     for folder, subfolders, names in os.walk(source.root):
         in_class = folder != str(source.root)
         if not in_class:
@@ -223,7 +211,7 @@ def inspect(source: Source, index: int) -> Inspection:
         return Inspection(problem=("empty", "0 bytes"))
     try:
         with Image.open(BytesIO(encoded), formats=IMAGE_FORMATS) as header:
-            mode, form = header.mode, header.format or ""
+            form = header.format or ""
         decode_image(encoded)
     except Image.DecompressionBombError as error:
         return Inspection(problem=("bomb", one_line(error)))
@@ -234,71 +222,30 @@ def inspect(source: Source, index: int) -> Inspection:
     form = "JPEG" if form == "MPO" else form  # what cameras write: a JPEG, and more after it
     expected = Image.registered_extensions().get(path.suffix.lower(), form)
     problem = None if form == expected else ("misnamed", f"{form}, not {expected}")
-    return Inspection(hashlib.sha256(encoded).digest()[:16], mode, problem)
+    return Inspection(hashlib.sha256(encoded).digest()[:16], problem)
 
 
 # ------------------------------------------------------------------------------------------------ inspecting all images
-def inspect_all(source: Source, workers: int) -> Iterator[tuple[int, Inspection]]:
-    """Inspect the images of a source in `workers` processes: yields (index, result) in any order.
-
-    A process that dies takes its pool with it. The images that were being decoded are then tried alone, because one of
-    them may be the reason. The others go to a new pool.
-    """
-    pending = set(range(len(source.samples)))
-    in_work = mmap.mmap(-1, max(1, len(pending)))  # a byte for each image, shared with the processes
-    while pending:
-        try:
-            for index, inspection in _inspect_in_pool(source, sorted(pending), workers, in_work):
-                pending.remove(index)
-                yield index, inspection
-        except BrokenProcessPool:
-            suspects = [index for index in sorted(pending) if in_work[index]]
-            if not suspects:
-                raise UserError("processes die before they decode an image; try fewer --workers") from None
-            for index in suspects:
-                pending.remove(index)
-                try:
-                    yield from _inspect_in_pool(source, [index], 1, in_work)
-                except BrokenProcessPool:
-                    reason = f"the process that decodes it dies, or has to be ended after {SECONDS_PER_FILE} s"
-                    yield index, Inspection(problem=("crash", reason))
+def inspect_all(source: Source, workers: int) -> Iterator[Inspection]:
+    """Inspect the images of a source in `workers` processes, in order. RuntimeError where one is lost or stuck."""
+    loader = DataLoader(
+        range(len(source.samples)),
+        batch_size=FILES_PER_TASK,
+        collate_fn=lambda indices: [inspect(source, index) for index in indices],
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        timeout=SECONDS_PER_TASK,
+        multiprocessing_context="fork",  # shares the source, which may be gigabytes, instead of copying it
+    )
+    for found in loader:
+        yield from found
 
 
-def _inspect_in_pool(
-    source: Source, indices: Sequence[int], workers: int, in_work: mmap.mmap
-) -> Iterator[tuple[int, Inspection]]:
-    """`inspect` each of these images. Raises BrokenProcessPool if a process dies."""
-    tasks = [indices[start : start + FILES_PER_TASK] for start in range(0, len(indices), FILES_PER_TASK)]
-    # Forked processes share the source, which may be gigabytes, instead of copying it.
-    fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, fork, _start_worker, (source, in_work))
-    try:
-        for task in as_completed([pool.submit(_inspect_task, task) for task in tasks]):
-            yield from task.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(source: Source, in_work: mmap.mmap) -> None:
-    global _work  # of this process
-    _work = source, in_work
+def _start_worker(worker_id: int) -> None:
     set_parent_death_signal(signal.SIGKILL)  # or it would outlive a check that is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in the middle of a decoder too
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libtiff and others report every damaged file there
-
-
-def _inspect_task(indices: Sequence[int]) -> list[tuple[int, Inspection]]:
-    source, in_work = _work
-    found = []
-    for index in indices:
-        in_work[index] = 1
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_FILE)
-        found.append((index, inspect(source, index)))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        in_work[index] = 0
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -312,7 +259,7 @@ def format_report(report: Report, strict: bool) -> str:
         level, meaning = KINDS[kind]
         lines.append(f"{level}: {kind}: {meaning} ({len(problems):,})")
         lines += [
-            f"    {_printable(problem.path)}: {_printable(problem.reason)}" for problem in problems[:LINES_PER_KIND]
+            f"    {printable(problem.path)}: {printable(problem.reason)}" for problem in problems[:LINES_PER_KIND]
         ]
         if len(problems) > LINES_PER_KIND:
             lines.append(f"    and {len(problems) - LINES_PER_KIND:,} more; --json FILE names all")
@@ -322,7 +269,6 @@ def format_report(report: Report, strict: bool) -> str:
             f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
             f"fingerprint {fingerprint(source)[:16]}"
         )
-    lines.append(f"modes    {', '.join(f'{mode} {count:,}' for mode, count in sorted(report.modes.items()))}")
     verdict = "do not train on it as it is" if report.exit_code(strict) else "ready"
     return "\n".join(
         [*lines, f"result   {report.count(ERROR):,} errors, {report.count(WARNING):,} warnings: {verdict}", ""]
@@ -339,7 +285,6 @@ def format_json(report: Report, strict: bool) -> str:
             split: {"classes": dict(zip(source.classes, _class_sizes(source))), "fingerprint": fingerprint(source)}
             for split, source in report.splits.items()
         },
-        "modes": dict(sorted(report.modes.items())),
         "problems": [{"level": KINDS[problem.kind][0], **problem._asdict()} for problem in report.problems],
     }
     return json.dumps(content, indent=1) + "\n"
@@ -348,11 +293,6 @@ def format_json(report: Report, strict: bool) -> str:
 def _class_sizes(source: Source) -> list[int]:
     labels = Counter(label for _, label in source.samples)
     return [labels[label] for label in range(len(source.classes))]
-
-
-def _printable(text: str) -> str:
-    """One line without control characters, so that a file's name can neither fake a line nor steer the terminal."""
-    return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in text)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -74,7 +74,7 @@ def format_comparison(results: dict[str, Any], names: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare two files."""
     parser = CommandParser("tools.compare", __doc__)
-    parser.add_argument("files", nargs=2, metavar="FILE", help="predictions that test.py wrote, .csv or .parquet")
+    parser.add_argument("files", nargs=2, metavar="FILE", help="predictions.csv that test.py wrote")
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
     check_json_target(args.json)

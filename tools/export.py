@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +78,8 @@ def export(network: nn.Module, path: Path, to: str, size: int, report: Report = 
             with quiet_exporters():
                 _write(network, _images((2, channels, size, size)), partial, to)
                 compute = _open(partial, to)
+        except ImportError as error:
+            raise UserError(f"--format {to}: {first_line(error)}; pip install -r requirements-extras.txt") from None
         except Exception as error:  # exporters raise whatever they like
             raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}
@@ -102,43 +103,20 @@ def _write(network: nn.Module, images: Tensor, path: Path, to: str) -> None:
         with torch.no_grad():
             torch.export.save(torch.export.export(network, (images,), dynamic_shapes=(dynamic,)), path)
         return
-    program = torch.onnx.export(
+    import onnxruntime  # noqa: F401 - where it is missing, say so now and not after minutes
+
+    torch.onnx.export(
         network,
         (images,),
+        path,
         dynamo=True,
         dynamic_shapes=(AXES,),
         opset_version=OPSET,
         input_names=["images"],
         output_names=output_names(network),
-        optimize=False,
+        external_data=False,
         verbose=False,
     )
-    _simplify(program.model)
-    program.save(str(path))
-
-
-def _simplify(model: Any) -> None:
-    """Fold constants and merge what is the same in an ONNX model, in place.
-
-    A selection of the passes of the exporter's own optimizer, which also looks for patterns to rewrite: that doubles
-    the time of the conversion, and onnxruntime is as fast without.
-    """
-    import onnx_ir.passes.common as passes
-    from onnxscript import optimizer
-
-    passes.InlinePass()(model)
-    optimizer.fold_constants(model)
-    for simplify in (
-        passes.RemoveUnusedNodesPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
-        passes.RemoveUnusedOpsetsPass(),
-        passes.NameFixPass(),
-    ):
-        simplify(model)
 
 
 def _open(path: Path, to: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -205,8 +183,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     check_json_target(args.json)
     report: Report = (lambda line: None) if args.json == STDOUT else lambda line: print(line, flush=True)
-    if args.format == "onnx":
-        _require_onnx()
     flags = [f"--{name}={getattr(args, name)}" for name in ("pretrained", "resume", "weights") if getattr(args, name)]
     config = read_config(["--cfg", args.cfg, *flags, *(["--opts", *args.opts] if args.opts else [])], keys_of, report)
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
@@ -226,17 +202,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = {"path": str(path), "format": args.format, "weights": f"{kind} of {weights}", "inputs": ["images"]}
         done |= {"outputs": output_names(network), "largest_differences": differences, "bytes": path.stat().st_size}
         write_json(args.json, done)
-
-
-def _require_onnx() -> None:
-    missing = []
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise UserError(f"--format onnx: needs {', '.join(missing)}; pip install -r requirements-extras.txt")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,9 +2,8 @@
 
     python -m tools.report FOLDER [--data-path DIR] [--out FILE] [--json FILE]
 
-FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and predictions.csv (or .parquet). The pictures
-of the mistakes come from --data-path, else from DATA.DATA_PATH in the run's config.json. Where they are missing, the
-page says so.
+FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and predictions.csv. The pictures of
+the mistakes come from --data-path, else from where test.py found them. Where they are missing, the page says so.
 """
 
 import base64
@@ -34,7 +33,7 @@ THUMBNAIL_PIXELS, JPEG_QUALITY = 192, 80
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --soft: GrayText; --line: color-mix(in srgb, CanvasText 20%, Canvas);
-  --card: color-mix(in srgb, CanvasText 5%, Canvas); --main: #3b93c9; --bad: #d9622b; }
+  --card: color-mix(in srgb, CanvasText 5%, Canvas); --bad: #d9622b; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: Canvas; color: CanvasText;
   font: 16px/1.5 system-ui, sans-serif; }
@@ -50,10 +49,7 @@ figure { margin: 0; break-inside: avoid-page; }
 figure img, .missing { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; }
 .missing { border: 1px dashed var(--line); padding: 1rem; text-align: center; color: var(--soft); }
 figcaption { font-size: .82rem; overflow-wrap: anywhere; } .wrong { color: var(--bad); font-weight: 600; }
-.right { color: CanvasText; font-weight: 600; } svg { width: 100%; max-width: 34rem; height: auto; }
-svg text { fill: CanvasText; font: 12px system-ui, sans-serif; } svg rect { print-color-adjust: exact; }
-svg .bar { fill: var(--main); } svg .few { fill-opacity: .35; } svg .axis { stroke: var(--soft); fill: none; }
-svg .ideal { stroke: var(--bad); stroke-dasharray: 6 4; stroke-width: 2; }
+.right { color: CanvasText; font-weight: 600; }
 """
 
 
@@ -77,28 +73,18 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Written
         raise UserError(f"{folder}: holds no metrics.json; give a folder that test.py wrote") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'metrics.json'}: damaged, or not written by test.py") from None
-    files = [folder / f"predictions.{suffix}" for suffix in ("csv", "parquet")]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        raise UserError(f"{folder}: holds no predictions.csv or predictions.parquet")
-    predictions = Predictions.load(found[0])
+    predictions = Predictions.load(folder / "predictions.csv")
     if not predictions.labelled.any():
-        raise UserError(f"{found[0]}: no image has a label, so there is nothing to report")
-    return WrittenEvaluation(folder, metrics, predictions, _images_root(folder, data_path, predictions.paths))
+        raise UserError(f"{folder}: no image has a label, so there is nothing to report")
+    return WrittenEvaluation(folder, metrics, predictions, _images_root(data_path, metrics, predictions.paths))
 
 
-def _images_root(folder: Path, data_path: str | None, paths: Sequence[str]) -> Path | None:
+def _images_root(data_path: str | None, metrics: dict[str, Any], paths: Sequence[str]) -> Path | None:
     """The data folder or its validation split, whichever holds the images. UserError where --data-path holds none."""
-    given, dataset = data_path, "imagenet"
-    try:
-        config = json.loads((folder.absolute().parents[1] / "config.json").read_text(encoding="utf-8"))["DATA"]
-        given, dataset = given or config["DATA_PATH"], config["DATASET"]
-    except (OSError, ValueError, KeyError, IndexError):
-        pass  # the evaluation was copied elsewhere
+    given = data_path or metrics.get("data")
     if not given:
         return None
-    names = [SPLIT_NAMES[dataset]["val"]] if dataset in SPLIT_NAMES else []
-    for root in [*(Path(given) / name for name in (*names, "val")), Path(given)]:
+    for root in [*(Path(given) / names["val"] for names in SPLIT_NAMES.values()), Path(given)]:
         if any((root / path).is_file() for path in paths[:100]):
             return root
     if data_path:
@@ -169,7 +155,11 @@ def thumbnail(path: Path) -> str | None:
         small.save(buffer, "JPEG", quality=JPEG_QUALITY)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri("jpeg", buffer)
+
+
+def _data_uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -235,26 +225,21 @@ def _numbers(content: dict[str, Any]) -> str:
 
 
 def _calibration(m: dict[str, Any]) -> str:
-    """A reliability diagram as inline SVG; faint bars stand for few images."""
-    bins, left, top, size = m["calibration"], 52, 12, 300
-    few = 0.01 * sum(bins["counts"])
-    shapes = []
-    edges = zip(bins["edges"], bins["edges"][1:], bins["counts"], bins["accuracy"], bins["confidence"])
-    for low, high, count, accuracy, confidence in edges:
-        if count and accuracy is not None:
-            hint = f"confidence {confidence:.3f}, correct {100 * accuracy:.1f} %, {count} images"
-            shapes.append(
-                f'<rect class="bar{" few" if count < few else ""}" x="{left + size * low + 1:.1f}" '
-                f'y="{top + size * (1 - accuracy):.1f}" width="{size * (high - low) - 2:.1f}" '
-                f'height="{size * accuracy:.1f}"><title>{_text(hint)}</title></rect>'
-            )
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        shapes.append(f'<text x="{left + size * tick}" y="{top + size + 18}" text-anchor="middle">{tick:g}</text>')
-        shapes.append(f'<text x="{left - 6}" y="{top + size * (1 - tick) + 4}" text-anchor="end">{100 * tick:g}</text>')
-    gap = np.nansum(
-        [n * (c - a) for n, c, a in zip(bins["counts"], bins["confidence"], bins["accuracy"]) if n and a is not None]
-    )
-    verdict = "too sure" if gap > 0 else "not sure enough"
+    """A reliability diagram; faint bars stand for few images."""
+    from matplotlib.figure import Figure
+
+    bins = m["calibration"]
+    edges, counts = np.array(bins["edges"]), np.array(bins["counts"])
+    accuracy, confidence = (np.array(bins[name], dtype=np.float64) for name in ("accuracy", "confidence"))
+    few = counts < 0.01 * counts.sum()
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(edges[:-1], 100 * accuracy, np.diff(edges), align="edge", color=np.where(few, "#c2dcec", "#3b93c9"))
+    axis.plot([0, 1], [0, 100], "--", color="#d9622b")
+    axis.set(xlim=(0, 1), ylim=(0, 100), xlabel="confidence", ylabel="correct, %")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    verdict = "too sure" if np.nansum(counts * (confidence - accuracy)) > 0 else "not sure enough"
     fitted = m.get("temperature")
     note = f" A temperature of {fitted['value']:.3f} would fit these images best." if fitted else ""
     if fitted and fitted["value"] in TEMPERATURE_RANGE:
@@ -262,13 +247,7 @@ def _calibration(m: dict[str, Any]) -> str:
     return (
         "<section><h2>Calibration</h2><p>Share of correct predictions at each confidence. Bars below the dashed line "
         f"are too sure. On average the network is {verdict}.{_text(note)} Faint bars hold less than 1 % of the images."
-        "</p>"
-        f'<svg viewBox="0 0 {left + size + 20} {top + size + 44}" role="img" aria-label="calibration plot">'
-        f'<rect class="axis" x="{left}" y="{top}" width="{size}" height="{size}"/>{"".join(shapes)}'
-        f'<line class="ideal" x1="{left}" y1="{top + size}" x2="{left + size}" y2="{top}"/>'
-        f'<text x="{left + size / 2}" y="{top + size + 38}" text-anchor="middle">confidence</text>'
-        f'<text transform="translate(14 {top + size / 2}) rotate(-90)" text-anchor="middle">correct, %</text>'
-        "</svg></section>"
+        f'</p><img src="{_data_uri("png", buffer)}" alt="calibration plot"></section>'
     )
 
 

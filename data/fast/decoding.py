@@ -89,12 +89,6 @@ def decode_to_tensor(encoded: bytes) -> Tensor:
     return EncodedImage(encoded).whole()
 
 
-def decodes_regions() -> bool:
-    """Whether nvImageCodec works here. Without it, `region` decodes whole images."""
-    with _one_at_a_time:
-        return _region_decoder(os.getpid()) is not None
-
-
 @cache
 def _region_decoder(process: int) -> Callable[[bytes, tuple[int, int], tuple[int, int]], np.ndarray | None] | None:
     """A function from a JPEG, its first row and column, and its last ones + 1, to pixels; None without nvImageCodec.

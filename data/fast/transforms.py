@@ -61,16 +61,12 @@ class FastTrainTransform:
         for step in self.steps:
             shear_by_lines(policy_ops(step))
 
-    def draw_box(self, image: EncodedImage) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a crop that is to be resized."""
-        return self.crop.get_params(image.header, self.crop.scale, self.crop.ratio)
-
     def decode_crop(self, encoded: bytes) -> Tensor:
         """From the bytes of a file to a crop of its image. Raises what `decode_image` raises for damaged files."""
         image = EncodedImage(encoded)
         if not self.resizes:  # small images: padded, and cropped to their final size
             return self.crop(image.whole().permute(2, 0, 1)).permute(1, 2, 0)
-        return image.region(*self.draw_box(image))
+        return image.region(*self.crop.get_params(image.header, self.crop.scale, self.crop.ratio))
 
     def __call__(self, crop: Tensor) -> Tensor:
         image = _resize(crop, list(self.crop.size), self.modes) if self.resizes else crop

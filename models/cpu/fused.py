@@ -18,6 +18,8 @@ What is done, and why it is exact:
   has it.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -149,7 +151,7 @@ class FusedLocalBranch(nn.Module):
         self.linear = FusedLinear(weight, bias)
         self.depthwise = FusedConv2d(branch.conv.conv1.weight, None, groups=weight.shape[0])
         self.pointwise = FusedLinear(branch.conv.pointwise_conv.weight.flatten(1), None)
-        self.norm = _frozen_layer_norm(branch.norm)
+        self.norm = copy.deepcopy(branch.norm).requires_grad_(False)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = _tokens(self.depthwise(_maps(self.linear(x), size)))
@@ -306,13 +308,6 @@ def _position_windows(attention: GroupMixAttention, first: int, last: int) -> tu
     widest = max(weight.shape[-1] for weight in weights if len(weight))
     padded = [F.pad(weight, [(widest - weight.shape[-1]) // 2] * 4) for weight in weights if len(weight)]
     return torch.cat(padded), torch.cat(biases)
-
-
-def _frozen_layer_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
-    """A copy whose parameters take no gradients."""
-    copy = nn.LayerNorm(norm.normalized_shape, eps=norm.eps).to(norm.weight)
-    copy.load_state_dict(norm.state_dict())
-    return copy.requires_grad_(False)
 
 
 def _fused_stem(stem: Stem) -> nn.Sequential:

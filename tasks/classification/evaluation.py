@@ -23,7 +23,7 @@ from .images import check_val_classes, open_split
 from .inference import predict
 from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
-from .predictions import Predictions, check_suffix
+from .predictions import Predictions
 from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
 from .weights import load_weights
 
@@ -51,7 +51,6 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     """
     config, processes, logger = session.config, session.processes, session.logger
     weights = find_weights(config)
-    check_suffix(Path(f"predictions.{config.TEST.PREDICTIONS}"))
     images = _open_images(config)
     check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
     num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
@@ -131,7 +130,7 @@ def _conclude(
     for line in describe(summary):
         session.logger.info(line)
     try:
-        write_outputs(folder, predictions, summary, session.config.TEST.PREDICTIONS)
+        write_outputs(folder, predictions, summary)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
     session.logger.info(f"predictions, accuracy by class, confusion and metrics are in {folder}")

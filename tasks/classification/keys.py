@@ -49,7 +49,5 @@ KEYS: dict[str, Key] = {
     "TEST.VAL_SET": launch(
         "", "validate on ImageNet with ReaL labels, ImageNet-V2, -A or -R, which --data-path is then",
         one_of("", "real", "v2", "a", "r"), flag="--val-set"),
-    "TEST.REAL_JSON": process("", "real.json with the labels of 'real'; default: timm's copy"),
-    "TEST.PREDICTIONS": process("csv", "form of the predictions file; parquet needs pyarrow", one_of("csv", "parquet")),
 }
 # fmt: on

@@ -10,7 +10,7 @@ import numpy as np
 from utils.files import write_json, write_rows
 
 from . import metrics
-from .predictions import SUFFIXES, Predictions
+from .predictions import Predictions
 from .validation_sets import real_accuracy
 
 
@@ -75,12 +75,10 @@ def describe(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_outputs(folder: Path, predictions: Predictions, summary: dict[str, Any], suffix: str) -> None:
-    """Write everything about one evaluation to a folder; `suffix` is csv or parquet. What lay there is replaced."""
+def write_outputs(folder: Path, predictions: Predictions, summary: dict[str, Any]) -> None:
+    """Write everything about one evaluation to a folder. What lay there is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    predictions.save(folder / f"predictions.{suffix}")
-    for other in {*SUFFIXES} - {f".{suffix}"}:  # of an evaluation that has been replaced
-        (folder / f"predictions{other}").unlink(missing_ok=True)
+    predictions.save(folder / "predictions.csv")
     write_rows(folder / "per_class.csv", PER_CLASS, _per_class_rows(predictions))
     write_rows(folder / "confusion.csv", CONFUSION, _confusion_rows(predictions))
     write_json(str(folder / "metrics.json"), summary)

@@ -9,7 +9,6 @@ negative logarithm. Where there is no label, label is -1 and what follows from i
 """
 
 import csv
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from configs import UserError
-from configs.errors import one_line
 from data.sources import UNLABELLED
-from utils.files import atomic_write, write_rows
+from utils.files import write_rows
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,8 @@ class Predictions:
         return (self.top[:, :k] == self.labels[:, None]).any(axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write a .csv or .parquet file (the latter needs pyarrow); UserError for another suffix."""
-        path = Path(path)
-        check_suffix(path)
-        if path.suffix == ".csv":
-            write_rows(path, column_names(self.top.shape[1]), self._rows())
-        else:
-            import pyarrow
-            from pyarrow import parquet
-
-            try:
-                table = pyarrow.table(self._columns())
-            except UnicodeEncodeError as error:
-                raise UserError(f"{path}: Parquet holds Unicode only, {error.object!r} is not: use .csv") from None
-            with atomic_write(path) as partial:
-                parquet.write_table(table, partial)
+        """Write the file."""
+        write_rows(Path(path), column_names(self.top.shape[1]), self._rows())
 
     @classmethod
     def load(cls, path: str | Path) -> "Predictions":
@@ -74,9 +59,8 @@ class Predictions:
         Raises UserError where it is missing, damaged, or has other columns.
         """
         path = Path(path)
-        check_suffix(path)
         try:
-            columns = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
+            columns = _read_csv(path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -87,7 +71,7 @@ class Predictions:
         try:
             labels = np.array(columns["label"], dtype=np.int64)
             probabilities, nll = (
-                np.array([math.nan if v in ("", None) else v for v in columns[name]], dtype=np.float32)
+                np.array([math.nan if v == "" else v for v in columns[name]], dtype=np.float32)
                 for name in ("probability", "nll")
             )
             top = np.stack([np.array(columns[f"top{i}"], dtype=np.int64) for i in range(1, k + 1)], axis=1)
@@ -111,39 +95,11 @@ class Predictions:
                 row += [index, share]
             yield row
 
-    def _columns(self) -> dict[str, Any]:
-        names = np.array(self.classes, dtype=object)
-        known = self.labelled
-        columns = {
-            "path": self.paths,
-            "label": self.labels,
-            "label_name": np.where(known, names[self.labels], ""),
-            "probability": self.probabilities,
-            "nll": self.nll,
-            "top1": self.top[:, 0],
-            "top1_name": names[self.top[:, 0]],
-            "p1": self.top_probabilities[:, 0],
-        }
-        for i in range(1, self.top.shape[1]):
-            columns |= {f"top{i + 1}": self.top[:, i], f"p{i + 1}": self.top_probabilities[:, i]}
-        return columns
-
 
 def column_names(k: int) -> list[str]:
     """The columns of a predictions file with k predictions per image."""
     names = ["path", "label", "label_name", "probability", "nll", "top1", "top1_name", "p1"]
     return names + [name for i in range(2, k + 1) for name in (f"top{i}", f"p{i}")]
-
-
-SUFFIXES = (".csv", ".parquet")
-
-
-def check_suffix(path: Path) -> None:
-    """Raise UserError where a predictions file could not be written or read under this name."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: predictions are a .csv or a .parquet file")
-    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow, or use .csv")
 
 
 def _read_csv(path: Path) -> dict[str, Sequence[Any]]:
@@ -155,13 +111,3 @@ def _read_csv(path: Path) -> dict[str, Sequence[Any]]:
             raise UserError(f"{path}:{number}: {len(row)} fields, the header has {len(header)}")
     columns = zip(*rows[1:]) if len(rows) > 1 else ([] for _ in header)
     return dict(zip(header, columns))
-
-
-def _read_parquet(path: Path) -> dict[str, Sequence[Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pydict()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

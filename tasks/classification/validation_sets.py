@@ -18,14 +18,12 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from yacs.config import CfgNode
 
 from configs import SPLIT_NAMES, UserError
-from data.sources import Source, class_folders
+from data.sources import FolderSource, SampleList, Source
 
 NUM_CLASSES = 1000
-REAL_IMAGES = 50_000
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+", re.IGNORECASE)
 
 
@@ -38,31 +36,23 @@ class ValidationSet:
     label_sets: list[list[int]] | None  # of every image, the class indices that count as right; None: its label
 
 
-class NamedFolders:
-    """`<root>/<folder>/**/*.JPEG` whose class indices come from a table of folder names, not from their order.
+class NamedFolders(FolderSource):
+    """Class folders whose indices come from a table of folder names, not from their order.
 
-    Raises UserError where a folder is not in the table, two folders are the same class, or one has no image.
+    Raises UserError, beside `FolderSource`, where a folder is not in the table, or two folders are the same class.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], index_of: dict[str, int], what: str) -> None:
-        self.root, self.classes = root, list(classes)
-        folders: dict[str, int] = {}
-        for name in class_folders(root):
+        super().__init__(root)
+        labels: list[int] = []
+        for name in self.classes:
             if name not in index_of:
                 raise UserError(f"{root / name}: not a class folder of {what}")
-            if index_of[name] in folders.values():
+            if index_of[name] in labels:
                 raise UserError(f"{root / name}: another folder is class {index_of[name]} as well")
-            folders[name] = index_of[name]
-        if not folders:
-            raise UserError(f"{root}: holds no class folders; expected {root}/<class>/<image>, see {what}")
-        self.samples = make_dataset(str(root), folders, IMG_EXTENSIONS, allow_empty=True)
-        filled = {label for _, label in self.samples}
-        empty = sorted(name for name, label in folders.items() if label not in filled)
-        if empty:
-            raise UserError(f"{root / empty[0]}: holds no images ({', '.join(IMG_EXTENSIONS)})")
-
-    def read(self, index: int) -> bytes:
-        return Path(self.samples[index][0]).read_bytes()
+            labels.append(index_of[name])
+        self.samples = SampleList((path, labels[number]) for path, number in self.samples)
+        self.classes = list(classes)
 
 
 def open_validation_set(config: CfgNode) -> ValidationSet:
@@ -88,31 +78,19 @@ def open_validation_set(config: CfgNode) -> ValidationSet:
             NamedFolders(root, wnids, numbered, "ImageNet-V2 (class numbers 0 to 999, or wnids)"), None, None
         )
     source = NamedFolders(root, wnids, numbered, "ImageNet-1k (wnids)")
-    return ValidationSet(source, None, real_labels([path for path, _ in source.samples], config.TEST.REAL_JSON))
+    return ValidationSet(source, None, real_labels([path for path, _ in source.samples]))
 
 
-def real_labels(paths: Sequence[str], json_path: str = "") -> list[list[int]]:
+def real_labels(paths: Sequence[str]) -> list[list[int]]:
     """ReaL's class indices for ImageNet validation images, which their names number from 1; empty where it has none.
 
-    Args:
-        paths: .../ILSVRC2012_val_00000001.JPEG and so on.
-        json_path: real.json of the authors; '': timm's copy.
-
-    Raises UserError for other names, and for a file that is not a list of 50,000 lists.
+    `paths` are .../ILSVRC2012_val_00000001.JPEG and so on; UserError for other names.
     """
-    try:
-        text = Path(json_path).read_text() if json_path else _info("imagenet_real_labels.json")
-        labels = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"TEST.REAL_JSON = {json_path!r}: cannot be read: {error}") from None
-    if not isinstance(labels, list) or len(labels) != REAL_IMAGES or not all(isinstance(x, list) for x in labels):
-        raise UserError(
-            f"TEST.REAL_JSON = {json_path!r}: must be ReaL's list of {REAL_IMAGES:,} lists of class numbers"
-        )
+    labels = json.loads(_info("imagenet_real_labels.json"))
     found = []
     for path in paths:
         match = _VAL_NAME.fullmatch(Path(path).name)
-        if match is None or not 1 <= int(match[1]) <= REAL_IMAGES:
+        if match is None or not 1 <= int(match[1]) <= len(labels):
             raise UserError(
                 f"{path}: ReaL knows images by ImageNet's own names, ILSVRC2012_val_00000001.JPEG to _00050000"
             )

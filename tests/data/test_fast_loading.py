@@ -3,6 +3,7 @@
 import errno
 import io
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from data.datasets import ImageDataset, decode_image
 from data.fast import decoding as fast_decoding
-from data.fast.decoding import EncodedImage, decode_to_tensor, decodes_regions
+from data.fast.decoding import EncodedImage, _region_decoder, decode_to_tensor
 from data.fast.transforms import FastEvalTransform, FastTrainTransform
 from data.normalization import normalize
 from data.randomness import seed_everything
@@ -104,7 +105,9 @@ REGIONS = [
     (374, 0, 1, 500),
     (0, 0, 375, 500),
 ]
-regions_decoded = pytest.mark.skipif(not decodes_regions(), reason="needs nvImageCodec (requirements-extras.txt)")
+regions_decoded = pytest.mark.skipif(
+    _region_decoder(os.getpid()) is None, reason="needs nvImageCodec (requirements-extras.txt)"
+)
 
 
 @regions_decoded
@@ -193,7 +196,7 @@ def test_without_nvimagecodec_crops_are_the_same(
     monkeypatch.setattr(name, value)
     fast_decoding._region_decoder.cache_clear()
     try:
-        assert not decodes_regions() and torch.equal(crop(), expected)
+        assert _region_decoder(os.getpid()) is None and torch.equal(crop(), expected)
     finally:
         fast_decoding._region_decoder.cache_clear()
 

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +52,7 @@ def refusal(checkout, capsys, no_rank):
     """The line that refuses these arguments."""
 
     def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as ending:
-            multi_machine_start.main(["--code_path", str(checkout.root), *arguments, "--dry_run"])
-        assert ending.value.code == 2
+        assert multi_machine_start.main(["--code_path", str(checkout.root), *arguments, "--dry_run"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -130,20 +127,16 @@ def test_a_single_node_is_node_0_wherever_it_runs():
         ("--machine_num 0", ["--machine_num", "'0'"]),
         ("--batchsize x", ["--batchsize", "'x'"]),
         ("--retries -1", ["--retries", "at least 0"]),
-        ("--main_port 65536", ["--main_port", "from 1 to 65535"]),
         ("--config absent.yaml", ["--config", "no such file", "absent.yaml"]),
         ("--code_path absent", ["--code_path", "no such folder", "absent"]),
         ("--code_path .", ["--code_path", "no train.py"]),
         ("--vis_gpu 0,1 --np 3", ["--vis_gpu", "2 GPUs", "--np 3"]),
-        ("--vis_gpu 0,0", ["--vis_gpu", "different GPUs"]),
-        ("--vis_gpu 0,,1", ["--vis_gpu", "'0,,1'"]),
         ("--machine_num 2 --node_rank 0", ["--ip"]),
         ("--machine_num 2 --ip a", ["--node_rank", "SLURM_NODEID", "NODE_RANK"]),
         ("--machine_num 2 --ip a --node_rank 2", ["--node_rank", "out of range", "0 to 1"]),
         ("--node_rank 1", ["--node_rank", "out of range"]),
         ("--machine_num 2 --node_rank 0 --ip=", ["--ip"]),
-        ("--node_rang 1", ["--node_rang", "did you mean --node_rank?"]),
-        ("--cfg=a.yaml", ["--cfg", "did you mean --config?"]),
+        ("--cfg=a.yaml", ["unknown argument --cfg; "]),
         ("--machine 2", ["--machine", "unknown argument"]),
         ("--opts A 1", ["--opts", "after --"]),
         ("stray", ["unknown argument stray"]),
@@ -247,11 +240,9 @@ def test_a_long_run_renews_the_retries(supervise, no_rank, lasted, starts):
     assert 10 - left == starts
 
 
-def test_a_port_that_is_taken_is_named(supervise, no_rank):
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-        _, lines, _ = supervise([(1, 1)], "--main_port", str(port), worker_started=False)
-    assert f"port {port} of this node cannot be used (Address already in use); choose another" in lines[-1]
+def test_a_meeting_that_fails_names_address_and_port(supervise, no_rank):
+    _, lines, _ = supervise([(1, 1)], "--main_port", "1234", worker_started=False)
+    assert "at 127.0.0.1:1234, or node 0 cannot use that port; " in lines[-1]
 
 
 def test_the_report_of_a_worker(monkeypatch, tmp_path):
@@ -384,9 +375,3 @@ def test_a_signal_reaches_the_workers_of_the_real_torchrun(launch, checkout):
     output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75, errors
     assert output.count("SIGUSR1") == 2
-
-
-def test_the_launcher_needs_the_standard_library_only():
-    code = "import sys; sys.path.insert(0, '.'); import multi_machine_start as m; m.main(['--np', '1', '--dry_run'])"
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "torch.distributed.run" in result.stdout, result.stderr

@@ -207,27 +207,18 @@ def test_too_many_logits_are_not_kept_and_change_nothing_else(data, make_config,
 
 
 # ------------------------------------------------------------------------------------------------- the predictions file
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
 @pytest.mark.parametrize("num_classes", [1, 3, 7])
-def test_a_predictions_file_reads_back_as_it_was(tmp_path, suffix, num_classes):
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
+def test_a_predictions_file_reads_back_as_it_was(tmp_path, num_classes):
     before = some_predictions(num_classes=num_classes)
-    if suffix == "parquet":
-        with pytest.raises(UserError, match=r"p.parquet: Parquet holds Unicode only, .* is not: use .csv"):
-            before.save(tmp_path / "p.parquet")
-        before = Predictions(
-            **{**vars(before), "paths": list("abcdefghijkl"), "classes": list("tuvwxyz")[:num_classes]}
-        )
-    before.save(tmp_path / f"p.{suffix}")
-    after = Predictions.load(tmp_path / f"p.{suffix}")
+    before.save(tmp_path / "p.csv")
+    after = Predictions.load(tmp_path / "p.csv")
     assert after.paths == before.paths and after.logits is None
     for name in COLUMNS:
         assert np.array_equal(getattr(before, name), getattr(after, name), equal_nan=name in COLUMNS[1:3]), name
         assert getattr(before, name).dtype == getattr(after, name).dtype
     seen = {*before.labels[before.labelled], *before.top[:, 0]}
     assert all(after.classes[i] == before.classes[i] for i in seen)
-    assert list(tmp_path.iterdir()) == [tmp_path / f"p.{suffix}"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "p.csv"]
 
 
 def test_the_columns_of_a_predictions_file(tmp_path):
@@ -256,14 +247,6 @@ def test_what_is_no_predictions_file(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         Predictions.load(tmp_path / "p.csv")
     assert str(tmp_path / "p.csv") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(predictions.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"p.parquet: Parquet needs pyarrow: pip install pyarrow, or use .csv"):
-        some_predictions().save(tmp_path / "p.parquet")
-    with pytest.raises(UserError, match=r"p.txt: predictions are a .csv or a .parquet file"):
-        some_predictions().save(tmp_path / "p.txt")
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -467,9 +450,6 @@ def test_an_evaluation_in_another_way_replaces_no_other(evaluate):
     evaluate(flags=["--amp-opt-level", "O1"])
     assert (folder / "weights-val-data-32-uncropped-bfloat16").is_dir()
     assert evaluate(flags=["--amp-opt-level", "O0"]) and len(list(folder.iterdir())) == 3, "O0 is a CPU's default"
-    evaluate("TEST.PREDICTIONS", "parquet")  # which replaces the first one whole
-    replaced = folder / "weights-val-data-32-uncropped"
-    assert [path.name for path in replaced.glob("predictions.*")] == ["predictions.parquet"]
 
 
 def test_a_compiled_evaluation_has_a_folder_of_its_own(make_config):

@@ -118,8 +118,7 @@ def val_name(number):
     return f"ILSVRC2012_val_{number:08d}.JPEG"
 
 
-@pytest.mark.parametrize("own_file", [False, True])
-def test_real_labels_count_sets_of_classes(tmp_path, config_of, own_file):
+def test_real_labels_count_sets_of_classes(tmp_path, config_of):
     """timm's first four label sets are [], [970, 795], [230, 231], [809]; folders hold ImageNet's own labels."""
     data = tmp_path / "data"
     predicted = {1: 5, 2: 795, 3: 7, 4: 809, 5: 1}
@@ -128,13 +127,8 @@ def test_real_labels_count_sets_of_classes(tmp_path, config_of, own_file):
     assert real_labels([val_name(n) for n in (1, 2, 3, 4)]) == sets
     for number, label in folders.items():
         paint(data / "val" / WNIDS[label] / val_name(number), predicted[number])
-    opts = ()
-    if own_file:
-        every = sets + [[1, 2]] + [[]] * 49_995
-        (tmp_path / "real.json").write_text(json.dumps(every))
-        opts = ("TEST.REAL_JSON", str(tmp_path / "real.json"))
-    _, result, summary = evaluate(config_of("real", *opts, data=data), ColourReader(also=[231, 999]))
-    fifth_is_right = 1 in real_labels([val_name(5)], opts[1] if opts else "")[0]
+    _, result, summary = evaluate(config_of("real", data=data), ColourReader(also=[231, 999]))
+    fifth_is_right = 1 in real_labels([val_name(5)])[0]
     assert summary["images"] == 5 and summary["counted"] == 4, "the first image has no label and does not count"
     assert summary["acc1"] == pytest.approx(100 * (2 + fifth_is_right) / 4)
     assert summary["acc5"] == pytest.approx(100 * (3 + fifth_is_right) / 4), "231 is second for the third image"
@@ -142,7 +136,6 @@ def test_real_labels_count_sets_of_classes(tmp_path, config_of, own_file):
     assert dict(zip(result.paths, result.labels)) == {
         f"{WNIDS[label]}/{val_name(number)}": label for number, label in folders.items()
     }
-    assert own_file == fifth_is_right
 
 
 def test_real_accuracy_is_timms():
@@ -165,7 +158,7 @@ def test_real_accuracy_is_timms():
     [
         ("v2", ["0/a.png", "1000/a.png"], r"1000: not a class folder of ImageNet-V2 \(class numbers 0 to 999"),
         ("v2", ["1/a.png", "0001/a.png"], "1: another folder is class 1 as well"),
-        ("v2", ["1/a.txt"], r"/1: holds no images \(.jpg"),
+        ("v2", ["1/a.txt"], r": no images \(.jpg.* in class 1$"),
         ("v2", [], "holds no class folders"),
         ("a", [f"{WNIDS[0]}/a.png"], r"n01440764: not a class folder of ImageNet-A's 200 \(wnids\)"),
         ("r", ["cat/a.png"], "cat: not a class folder of ImageNet-R's 200"),
@@ -181,15 +174,6 @@ def test_another_layout_is_told(tmp_path, config_of, val_set, images, message):
     with pytest.raises(UserError, match=message) as caught:
         open_validation_set(config_of(val_set))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [None, "{", "[[1], [2]]", '{"a": 1}'])
-def test_another_real_json_is_told(tmp_path, content):
-    path = tmp_path / "real.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=r"TEST.REAL_JSON = '.*real.json': (cannot be read|must be ReaL's list)"):
-        real_labels([val_name(1)], str(path))
 
 
 def test_missing_folders_and_zips_are_told(tmp_path, config_of):

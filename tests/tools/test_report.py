@@ -25,7 +25,7 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 def write_evaluation(tmp_path: Path, classes: list[str], **about: Any) -> Path:
-    """Six images of three classes, four right, in a run folder whose config.json names the data."""
+    """Six images of three classes, four right, in a run folder; metrics.json names the data."""
     paths = [f"{'abc'[i // 2]}/{i}.png" for i in range(6)]
     for number, path in enumerate(paths):
         file = tmp_path / "data" / "val" / path
@@ -38,9 +38,7 @@ def write_evaluation(tmp_path: Path, classes: list[str], **about: Any) -> Path:
     probability = np.array([0.5, 0.3, 0.5, 0.5, 0.5, 0.06], dtype=np.float32)
     predictions = Predictions(paths, labels, probability, -np.log(probability), top, shares, classes)
     folder = tmp_path / "run" / "evaluation" / "val"
-    write_outputs(folder, predictions, about | summarize(predictions), "csv")
-    config = {"DATA": {"DATA_PATH": str(tmp_path / "data"), "DATASET": "imagenet"}}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    write_outputs(folder, predictions, {"data": str(tmp_path / "data")} | about | summarize(predictions))
     return folder
 
 
@@ -62,10 +60,10 @@ def test_page_holds_the_numbers_escapes_names_and_names_no_other_file(evaluation
     assert "&lt;script" in page and "<script" not in page
     addresses = _Addresses()
     addresses.feed(page)
-    assert len(addresses.found) == 2 and all(a.startswith("data:image/jpeg;base64,") for a in addresses.found)
+    assert len(addresses.found) == 3 and all(a.startswith("data:image/") for a in addresses.found)
     assert "@import" not in page and "url(" not in page
-    for address in addresses.found:
-        assert Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).size == (60, 40)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))) for address in addresses.found]
+    assert [picture.size for picture in pictures] == [(506, 506), (60, 40), (60, 40)], "calibration first"
     content = json.loads((tmp_path / "content.json").read_text())
     assert [m["path"] for m in content["mistakes"]] == ["c/5.png", "a/1.png"], "the surest first"
     assert [c["name"] for c in content["worst_classes"]] == ["ant", "cat", EVIL]

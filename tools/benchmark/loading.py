@@ -11,8 +11,7 @@ from torch import Tensor
 
 from configs import read_config
 from data.datasets import decode_image
-from data.fast.decoding import EncodedImage, decode_to_tensor, decodes_regions
-from data.fast.transforms import FastTrainTransform
+from data.fast.decoding import decode_to_tensor
 from data.randomness import seed_everything
 from data.sources import FolderSource
 from tasks import keys_of
@@ -38,9 +37,6 @@ def benchmark_load(args: argparse.Namespace, device: torch.device) -> list[dict[
         "fast": lambda: _load(encoded, fast_train.decode_crop, fast_train),
         "fast, packed (256, quality 95)": lambda: _load(packed, fast_train.decode_crop, fast_train),
     }
-    if decodes_regions():
-        whole = _whole_then_crop(fast_train)
-        training["fast, without nvImageCodec"] = lambda: _load(encoded, whole, fast_train)
     validation = {
         "exact": lambda: _load(encoded, decode_image, exact_eval),
         "fast": lambda: _load(encoded, decode_to_tensor, fast_eval),
@@ -66,14 +62,3 @@ def _load(encoded: Sequence[bytes], decode: Callable[[bytes], Any], transform: C
     for index, content in enumerate(encoded):
         seed_everything(0, index)
         transform(decode(content))
-
-
-def _whole_then_crop(transform: FastTrainTransform) -> Callable[[bytes], Tensor]:
-    """What `transform.decode_crop` does where nvImageCodec is not installed."""
-
-    def decode(encoded: bytes) -> Tensor:
-        image = EncodedImage(encoded)
-        top, left, height, width = transform.draw_box(image)
-        return image.whole()[top : top + height, left : left + width]
-
-    return decode
