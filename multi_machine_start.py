@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shlex
 import signal
@@ -58,13 +59,14 @@ TORCHRUN_DEFAULTS = {
 # --- arguments
 
 
-def whole_number(minimum: int):
-    """An argparse type: a whole number of at least this."""
+def whole_number(minimum: int, maximum: float = math.inf):
+    """An argparse type: a whole number within these bounds."""
 
     def parse(text: str) -> int:
         # isdecimal: int() would also take "1_0" and " 1".
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        if not text.isdecimal() or not minimum <= int(text) <= maximum:
+            bounds = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, not {text!r}")
         return int(text)
 
     return parse
@@ -83,7 +85,7 @@ def build_parser() -> CommandParser:
     add("--node_rank", type=count, help="rank of this node, from 0 (default: see above)")
     add("--np", type=positive, help="processes on this node, one per GPU (default: the number of GPUs)")
     add("--ip", help="address of node 0; needed with several nodes")
-    add("--main_port", type=positive, help="port on node 0 (default: 29500; with one node, any free port)")
+    add("--main_port", type=whole_number(1, 65535), help="port on node 0 (29500; with one node, any free port)")
     add("--vis_gpu", type=lambda text: text.split(","), help="GPUs to use on this node, such as 0,1,2,3 (default: all)")
     add("--code_path", default=str(Path(__file__).parent), help="checkout to run in (default: this one)")
     # The paths in the next three flags are relative to the checkout.

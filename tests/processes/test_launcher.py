@@ -125,6 +125,7 @@ def test_a_single_node_is_node_0_wherever_it_runs():
         ("--np 0", ["--np", "at least 1", "'0'"]),
         ("--np -2", ["--np", "at least 1", "'-2'"]),
         ("--machine_num 0", ["--machine_num", "'0'"]),
+        ("--main_port 70000", ["--main_port", "from 1 to 65535", "'70000'"]),
         ("--batchsize x", ["--batchsize", "'x'"]),
         ("--retries -1", ["--retries", "at least 0"]),
         ("--config absent.yaml", ["--config", "no such file", "absent.yaml"]),
