@@ -284,7 +284,10 @@ def test_compiled_gradients_that_may_not_be_finite_are_refused(
 def test_compiled_by_inductor_is_the_network(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     eps = torch.finfo(dtype).eps
-    network, x = network_of().train(), images()
+    two_stages = dict(
+        embed_dims=(40, 120), depths=(1, 2), mlp_ratios=(4, 4)
+    )  # each stage is half a minute of compiling
+    network, x = network_of(**two_stages).train(), images()
     compiled, exact = copy.deepcopy(network), copy.deepcopy(network).double()
     compile_blocks(compiled)
     logits = []
