@@ -40,8 +40,16 @@ def _entry_point(name: str) -> _Callable[..., _nn.Module]:
         model = create(**options)
         if weights is not None:
             # Of a training checkpoint timm takes the moving average, where it holds one.
+            if not isinstance(weights, dict) and not _Path(weights).is_file():
+                raise FileNotFoundError(f"weights={str(weights)!r}: no such file")
             state = weights if isinstance(weights, dict) else _load_state_dict(str(weights))
-            model.load_state_dict(_network.checkpoint_filter_fn(state, model))
+            try:
+                model.load_state_dict(_network.checkpoint_filter_fn(state, model))
+            except RuntimeError as error:  # hundreds of lines, one a parameter
+                lines = str(error).splitlines()
+                raise ValueError(
+                    f"weights of another network than {name}{options or ''}: {lines[1].strip()[:200]}"
+                ) from None
         return model
 
     entry_point.__name__ = name

@@ -92,8 +92,10 @@ def main(run_folder: RunFolder | None = None) -> None:
                         logger.info(f"validating the {weights} weights")
                         broadcast_batchnorm_stats(candidate, processes)
                         results[weights] = validate(task, candidate)
+                        numbers_of_weights = ", ".join(f"{n} {value:.4g}" for n, value in results[weights].items())
+                        logger.info(f"{weights} weights: {numbers_of_weights}")
                 is_best = loop.record({w: r[task.decides] for w, r in results.items()}, task.higher_is_better)
-                logger.info(f"Best {task.decides}: {loop.best:.3f} ({loop.best_weights} weights)")
+                logger.info(f"Best {task.decides}: {loop.best_so_far}")
                 validation = {f"{name}_{w}": value for w, r in results.items() for name, value in r.items()}
                 judged_by = {"decides": task.decides, "higher_is_better": task.higher_is_better}
                 epochs.append(numbers | validation | judged_by)
@@ -110,10 +112,7 @@ def main(run_folder: RunFolder | None = None) -> None:
         curves.draw()
 
     # ------------------------------------------------------------------------------------------------------------ close
-    logger.info(
-        f"{config.TRAIN.EPOCHS} epochs done: best {task.decides} {loop.best:.3f} ({loop.best_weights} weights), "
-        f"run folder {folder}"
-    )
+    logger.info(f"{config.TRAIN.EPOCHS} epochs done: best {task.decides} {loop.best_so_far}, run folder {folder}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
 
 def make_parser(keys: Mapping[str, Key], description: str = "") -> OneLineParser:
     """The parser of the whole command line, which exits with status 2 and one line where the command line is wrong."""
-    parser = OneLineParser(description=description, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the example commands
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=raw)
     _add_sources(parser, required=True)
     for name, key in keys.items():
         if key.flag:

@@ -5,7 +5,7 @@
 The PNG shows the input, Grad-CAM for the predicted class, the top-5, the response maps of all branches of one
 Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and the share of each branch in every block.
 The flags of test.py that choose weights and preprocessing work here too, such as --cfg, --resume, --pretrained,
---weights, --img-size and --opts (see test.py --help). --json FILE writes the numbers.
+--weights and --opts (see test.py --help). --json FILE writes the numbers.
 """
 
 import sys

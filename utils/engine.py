@@ -83,6 +83,13 @@ class LoopState:
     def mean(self, total: float) -> float:
         return total / self.counted if self.counted else math.nan
 
+    @property
+    def best_so_far(self) -> str:
+        """The best number, for the log."""
+        if not self.best_weights:
+            return "none yet, no validation gave a number"
+        return f"{self.best:.3f} ({self.best_weights} weights)"
+
     def record(self, numbers: dict[str, float], higher_is_better: bool = True) -> bool:
         """Note the numbers that decide, {'raw': ..., 'ema': ...}; True where one of them is the best so far."""
         is_best = False
@@ -130,7 +137,7 @@ def train_step(
         supervisor.arrive()  # before every batch: synchronised batch norms wait for the others in each
         with _gradient_sync(state.model, enabled=step == steps - 1):
             with state.precision.autocast():
-                loss, parts = task.loss(state.model, batch)
+                loss, parts = _checked(task.loss(state.model, batch))
             state.scaler.scale(loss / steps).backward()
         losses.append({name: value.detach().float() / steps for name, value in ({"": loss} | parts).items()})
     state.scaler.unscale_(state.optimizer)
@@ -199,6 +206,14 @@ def train_one_epoch(
         **{f"train_{name}": loop.mean(total) for name, total in loop.part_sums.items()},
         "grad_norm": loop.mean(loop.norm_sum),
     }
+
+
+def _checked(returned: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a task's loss returned; UserError where it is not a loss and its named parts."""
+    loss, parts = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not isinstance(parts, dict) or any(not isinstance(v, Tensor) or v.dim() for v in (loss, *parts.values())):
+        raise UserError(f"Task.loss: returned {returned!r:.200}; it must return a scalar tensor and a dict of such")
+    return loss, parts
 
 
 def validate(task: Task, network: nn.Module) -> dict[str, float]:

@@ -232,8 +232,8 @@ def restore(
     changes = recipe_changes(saved, config, identity, fixed)
     if changes and not config.TRAIN.ALLOW_CHANGES:
         raise UserError(
-            f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; go back to it, or continue all the "
-            "same, to train longer for example, with --allow-changes"
+            f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; restore these values, begin a "
+            "new run with another --tag, or continue with --allow-changes (to train longer, for example)"
         )
     for change in changes:
         logger.warning(f"continuing with a change: {change}")

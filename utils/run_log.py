@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import socket
@@ -218,7 +219,8 @@ class TensorBoard:
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                if math.isfinite(value):  # of others tensorboardX warns without a name
+                    self.writer.add_scalar(name, value, step)
 
     def epoch(self, train_loss: float, validation: dict[str, float], num_updates: int) -> None:
         """Numbers of an epoch, written to disk now: epoch/train_loss, val/acc1_raw and so on."""

@@ -52,5 +52,7 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates,
     if schedule.NAME == "linear":
         decay_updates = total_updates - warmup_updates
         return PolyLRScheduler(optimizer, t_initial=decay_updates, lr_min=rates.minimum, power=1.0, **common)
+    if schedule.NAME != "step":
+        raise ValueError(f"TRAIN.LR_SCHEDULER.NAME = {schedule.NAME!r}: has a name, but no schedule here")
     decay_updates = schedule.DECAY_EPOCHS * updates_per_epoch
     return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=schedule.DECAY_RATE, **common)

@@ -51,3 +51,8 @@ class Task:
     load_pretrained: Callable[[str], str] = _no_pretrained
     compile: Callable[[Precision], None] = _nothing_to_compile  # the network in place, for COMPILE
     preview: Callable[[Batch], Tensor] | None = None  # normalised images (B, 3, H, W) of a batch, for TensorBoard
+
+    def __post_init__(self) -> None:
+        missing = {"data_fingerprint", "val_fingerprint"} - set(self.identity)
+        if missing:
+            raise UserError(f"Task.identity: lacks {', '.join(sorted(missing))}; a resumed run is checked by them")

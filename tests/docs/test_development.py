@@ -5,14 +5,17 @@ import re
 import sys
 from types import ModuleType
 
+import pytest
 import runs
 
 import tasks
+from utils.checkpoint import load_file
+from utils.session import start_session
 
 PAGE = (runs.ROOT / "docs" / "development.md").read_text()
 
 
-def test_the_documented_task_trains(tmp_path, monkeypatch):
+def test_the_documented_task_trains_and_is_evaluated(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     module = ModuleType("documented_task")
@@ -30,7 +33,11 @@ def test_the_documented_task_trains(tmp_path, monkeypatch):
     names -= {"train_<part>", "<number>_raw", "<number>_ema"}
     assert set(lines[0]) == names | {"train_bias", "error_raw", "error_ema"}
     assert lines[-1]["error_raw"] < lines[0]["error_raw"]
-    assert (folder / "ckpt_best.pth").exists()
+    best = load_file(folder / "ckpt_best.pth")
+    monkeypatch.setattr(sys, "argv", ["test.py", *args, "--resume", str(folder / "ckpt_best.pth")])
+    tasks.evaluate(start_session("", tasks.keys_of))
+    shown = re.search(r"(\w+) weights of .*: {'error': ([\d.]+)}", capsys.readouterr().out)
+    assert (shown[1], float(shown[2])) == (best["best_weights"], pytest.approx(best["max_accuracy"]))
 
 
 def test_every_place_that_the_page_names_exists():

@@ -81,7 +81,7 @@ def build(session: Session) -> Task:
         validate=validate,
         decides="rmse",
         higher_is_better=False,
-        identity={"data_fingerprint": "scikit-learn's digits"},
+        identity={"data_fingerprint": "256 of scikit-learn's digits", "val_fingerprint": "97 others"},
         about="noisy digits",
     )
 

@@ -165,6 +165,8 @@ def test_a_number_that_is_none_is_never_the_best(image_folder, tmp_path, monkeyp
     assert runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path)) == 0
     best = load_file(runs.run_folder(tmp_path) / "ckpt_best.pth")
     assert (best["epoch"], best["max_accuracy"], best["best_weights"]) == (1, 10.0, "raw")
+    assert "Best acc1: none yet, no validation gave a number" in log_of(tmp_path)
+    assert "raw weights: acc1 nan, acc5 100, loss 1\n" in log_of(tmp_path)
 
 
 def test_a_task_that_names_a_number_which_it_does_not_give_loses_no_epoch(image_folder, tmp_path, monkeypatch):
@@ -172,6 +174,22 @@ def test_a_task_that_names_a_number_which_it_does_not_give_loses_no_epoch(image_
     with pytest.raises(UserError, match=r"Task\.decides = 'acc': validate gives acc1, acc5, loss; name one"):
         runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path))
     assert (runs.run_folder(tmp_path) / "ckpt_epoch_0_update_4.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda value, parts: value, lambda value, parts: (value, {"x": 1.0}), lambda value, parts: (value[None], {})],
+)
+def test_a_task_whose_loss_is_none_is_named(image_folder, tmp_path, monkeypatch, wrong):
+    runs.change_task(monkeypatch, lambda task: {"loss": lambda *batch: wrong(*task.loss(*batch))})
+    with pytest.raises(UserError, match=r"Task\.loss: returned .*; it must return a scalar tensor and a dict of such"):
+        runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path))
+
+
+def test_a_task_without_fingerprints_is_refused(image_folder, tmp_path, monkeypatch):
+    runs.change_task(monkeypatch, lambda task: {"identity": {"val_fingerprint": "x"}})
+    with pytest.raises(UserError, match=r"Task\.identity: lacks data_fingerprint"):
+        runs.train_here(monkeypatch, runs.arguments(image_folder, tmp_path))
 
 
 def test_metrics_have_every_epoch_once_over_a_stop(image_folder, tmp_path, monkeypatch):
