@@ -5,6 +5,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,22 @@ def write_executable(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o755)
     return path
+
+
+@contextmanager
+def started_processes() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts processes, whose output is text on pipes; those that are left at the end of the block are killed."""
+    started = []
+
+    def start(command: Sequence[str], **options) -> subprocess.Popen:
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen(command, **pipes, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate(timeout=TIMEOUT_SECONDS)
 
 
 class Call(NamedTuple):

@@ -10,7 +10,16 @@ import subprocess
 import sys
 
 import pytest
-from stub_checkout import METACHARACTERS, ROOT, TIMEOUT_SECONDS, VARIANTS, Checkout, assert_one_line, write_executable
+from stub_checkout import (
+    METACHARACTERS,
+    ROOT,
+    TIMEOUT_SECONDS,
+    VARIANTS,
+    Checkout,
+    assert_one_line,
+    started_processes,
+    write_executable,
+)
 
 SCRIPTS = sorted((ROOT / "launch_scripts").glob("*.sh"))
 
@@ -307,27 +316,15 @@ def slurm(checkout, tmp_path):
     # The script looks every second whether the step has ended.
     write_executable(path / "sleep", f"#!/usr/bin/env bash\nexec {shutil.which('sleep')} 0.05\n")
     script = shutil.copy(ROOT / "launch_scripts" / "slurm_train.sh", path / "slurm_script")
-    started = []
 
     def start(*arguments, **environment):
         job = {"SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
         job |= {"SLURM_SUBMIT_DIR": str(checkout.root), "SLURM_CPUS_PER_TASK": "64"}
         environment = checkout.environment(PATH=f"{path}:{os.environ['PATH']}", **{**job, **environment})
-        process = subprocess.Popen(
-            ["bash", script, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+        return spawn(["bash", script, *arguments], cwd=tmp_path, env=environment)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate(timeout=TIMEOUT_SECONDS)
+    with started_processes() as spawn:
+        yield start
 
 
 def test_slurm_starts_one_launcher_on_each_node(checkout, slurm):

@@ -12,7 +12,7 @@ from string import Template
 from types import SimpleNamespace
 
 import pytest
-from stub_checkout import METACHARACTERS, ROOT, TIMEOUT_SECONDS, Checkout
+from stub_checkout import METACHARACTERS, ROOT, TIMEOUT_SECONDS, Checkout, started_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from utils import failures
@@ -270,7 +270,6 @@ def launch(checkout, tmp_path):
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
     (package / "__init__.py").touch()
-    started = []
 
     def start(torchrun_code: str | None, *arguments: str, script: str = "", **environment: str) -> subprocess.Popen:
         environment = checkout.environment(**environment)
@@ -280,20 +279,10 @@ def launch(checkout, tmp_path):
         if torchrun_code is not None:
             (package / "run.py").write_text(f"import json, os, signal, sys\n{torchrun_code}")
             environment["PYTHONPATH"] = str(package.parents[1])
-        process = subprocess.Popen(
-            [*command, *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+        return spawn([*command, *arguments], env=environment)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate(timeout=TIMEOUT_SECONDS)
+    with started_processes() as spawn:
+        yield start
 
 
 # Says what it got, and reports as train.py does. The alarm ends what a failing test would leave behind.
