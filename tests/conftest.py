@@ -67,6 +67,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def two_processes(data, tmp_path_factory):
+    """A finished run of two processes that was never stopped."""
+    import runs
+    from ranks import run_ranks
+
+    output = tmp_path_factory.mktemp("two")
+    result = run_ranks("train.py", runs.arguments(data, output, "DATA.BATCH_SIZE", "2"), processes=2)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The last state of a run of one process that was never stopped."""
+    import runs
+    from ranks import train_in_fork
+
+    output = tmp_path_factory.mktemp("straight")
+    status, text = train_in_fork(runs.arguments(data, output))
+    assert status == 0, text
+    return runs.final_state(output, 2)
+
+
 def write_image_folder(
     root: Path,
     classes: Sequence[str] = CLASSES,

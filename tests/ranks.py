@@ -6,6 +6,7 @@ and `runs.launch` are for the tests of torchrun and of an interpreter's own star
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -307,3 +308,8 @@ def all_end(pids, seconds=30):
         if not ended:
             return False
     return True
+
+
+def report_in(file):
+    """What a process that failed left for its launcher."""
+    return json.loads(file.read_text())["message"]

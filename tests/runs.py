@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 
 import tasks
 import train
-from utils.checkpoint import load_file
+from utils.checkpoint import BEST_NAME, load_file
 from utils.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,3 +169,24 @@ def _feed(update: Callable[[bytes], None], name: str, value: Any) -> None:
         update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     else:
         update(f"{name} {value!r}".encode())
+
+
+def final_state(output, epochs):
+    folder = run_folder(output)
+    return digest(folder / f"ckpt_epoch_{epochs - 1}.pth"), digest(folder / BEST_NAME)
+
+
+def learning_rates(output):
+    """{"[epoch/epochs][update/updates]": the learning rate that was logged}."""
+    log = (run_folder(output) / "log_rank0.txt").read_text()
+    return dict(re.findall(r"Train: (\[\d+/\d+\]\[\d+/\d+\]).* lr (\S+)", log))
+
+
+def samples_by_update(output, processes):
+    """{(epoch, update): the images that any process saw}."""
+    seen = {}
+    for rank in range(processes):
+        for line in (run_folder(output) / f"samples_rank{rank}.txt").read_text().splitlines():
+            epoch, update, *indices = map(int, line.split())
+            seen.setdefault((epoch, update), []).extend(indices)
+    return {key: sorted(indices) for key, indices in seen.items()}

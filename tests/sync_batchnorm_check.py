@@ -1,4 +1,4 @@
-"""Run under torchrun by test_distributed.py: a network on two processes against the whole batch on one, in float64.
+"""Run by test_distributed.py: a network on two processes against the whole batch on one, in float64.
 
 Prints a line of JSON: the largest errors of logits, gradients and running statistics, and the compiler's graph breaks.
 """
