@@ -5,14 +5,27 @@ Run it on every machine, with the same arguments except for the node's rank:
 
     python multi_machine_start.py --machine_num 2 --node_rank 0 --ip 10.0.0.1 --main_port 29500 --np 8 \\
         --config configs/groupmixformer_small.yaml --data_path ~/imagenet --output output --tag small \\
-        -- --opts TRAIN.EPOCHS 100
+        -- <flags of train.py>
 
-Everything after `--` goes to train.py. Without --node_rank, the first of these variables that is set gives the rank:
-SLURM_NODEID, NODE_RANK, PET_NODE_RANK, GROUP_RANK, MACHINE_RANK. (SLURM_PROCID counts tasks, not nodes.)
+Everything after `--` goes to train.py. With several nodes, environment variables stand in for flags that are missing;
+the first one that is set counts:
 
-The launcher forwards SIGTERM, SIGINT and SIGUSR1, so that train.py can save and end. After a fault it starts torchrun
-again, up to --retries times, and train.py continues from its last good checkpoint. After an hour of training the count
-starts again from 0. The launcher does not retry a mistake that train.py finds before it trains.
+    --node_rank   SLURM_NODEID, NODE_RANK, PET_NODE_RANK, GROUP_RANK, MACHINE_RANK
+    --ip          MASTER_ADDR, PET_MASTER_ADDR
+    --main_port   MASTER_PORT, PET_MASTER_PORT
+
+SLURM_PROCID counts tasks, not nodes, and is not read.
+
+Process 0, on node 0, writes the checkpoints, and reads them when the run continues. Nodes need no shared disk as long
+as node 0 stays the same machine. SLURM may give a requeued job another first node: there --output must be a folder that
+all nodes share. Nodes need no internet.
+
+The launcher forwards SIGTERM, SIGINT, SIGHUP and SIGUSR1, so that train.py can save and end. A signal that it was
+started with ignored stays ignored, for torchrun and train.py too: under nohup, a lost connection ends nothing.
+
+After a fault it starts torchrun again, up to --retries times, and train.py continues from its last good checkpoint.
+After an hour of training the count starts again from 0. The launcher does not retry a mistake that train.py finds
+before it trains.
 
 The last line names the cause of a failure. Exit codes: 0: the run is done. 75: it was stopped and has saved; start it
 again to continue. 2: a mistake in these arguments, or one that train.py found. 128 + n: stopped by signal n without
@@ -32,7 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from configs import UserError
@@ -44,16 +57,20 @@ RENEWAL_SECONDS = (
 )
 RENDEZVOUS_SECONDS = 900  # torchrun's own limit of waiting for the other nodes
 NODE_RANK_VARIABLES = ("SLURM_NODEID", "NODE_RANK", "PET_NODE_RANK", "GROUP_RANK", "MACHINE_RANK")
+ADDRESS_VARIABLES = ("MASTER_ADDR", "PET_MASTER_ADDR")
+PORT_VARIABLES = ("MASTER_PORT", "PET_MASTER_PORT")
+DEFAULT_PORT = 29500
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # train.py saves, and ends
 
-# Settings of torchrun by environment variable: a torchrun that does not know one ignores it.
-TORCHRUN_DEFAULTS = {
-    # A signal that is missing here kills torchrun instead of reaching the workers.
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    # Seconds from a forwarded signal to SIGKILL. The default of 30 is short for a checkpoint on a slow disk. SLURM
-    # gives 120 (slurm_train.sh).
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
-}
+# Seconds from a signal that torchrun forwards to SIGKILL. Its default of 30 is short for a checkpoint on a slow disk.
+# SLURM gives 120 (slurm_train.sh).
+SHUTDOWN_SECONDS = 90
+
+# What train.py reads: flag or configuration key -> the flag's name in messages.
+PATHS_TO_READ = {"--data-path": "--data_path", "DATA.DATA_PATH": "--data_path", "--cfg": "--cfg"}
+PATHS_TO_READ |= {"--pretrained": "--pretrained", "MODEL.PRETRAINED": "--pretrained"}
+PATHS_TO_READ |= {"--resume": "--resume", "MODEL.RESUME": "--resume"}
 
 
 # --- arguments
@@ -76,30 +93,36 @@ def build_parser() -> CommandParser:
     parser = CommandParser("multi_machine_start", __doc__)
     parser.prog = Path(__file__).name
 
-    def add(flag: str, **kwargs) -> None:
+    def add(group, flag: str, **kwargs) -> None:
         """Takes --two_words as --two-words too, like torchrun."""
-        parser.add_argument(flag, *({flag[:2] + flag[2:].replace("_", "-")} - {flag}), **kwargs)
+        group.add_argument(flag, *({flag[:2] + flag[2:].replace("_", "-")} - {flag}), **kwargs)
 
-    count, positive = whole_number(0), whole_number(1)
-    add("--machine_num", type=positive, default=1, help="number of nodes (default: 1)")
-    add("--node_rank", type=count, help="rank of this node, from 0 (default: see above)")
-    add("--np", type=positive, help="processes on this node, one per GPU (default: the number of GPUs)")
-    add("--ip", help="address of node 0; needed with several nodes")
-    add("--main_port", type=whole_number(1, 65535), help="port on node 0 (29500; with one node, any free port)")
-    add("--vis_gpu", type=lambda text: text.split(","), help="GPUs to use on this node, such as 0,1,2,3 (default: all)")
-    add("--code_path", default=str(Path(__file__).parent), help="checkout to run in (default: this one)")
-    # The paths in the next three flags are relative to the checkout.
-    add(
-        "--config", default="configs/groupmixformer_small.yaml", help="YAML file in the checkout (default: %(default)s)"
-    )
-    add("--data_path", default="./datasets/imagenet", help="folder with train/ and val/ (default: %(default)s)")
-    add("--output", default="./output", help="folder for runs, shared by all nodes (default: %(default)s)")
-    add("--tag", help="name of the run (default: the config's)")
-    add("--batchsize", type=positive, help="images per GPU (default: the config's)")
-    add("--retries", type=count, default=0, help="how often to start again after a fault (default: 0)")
-    add("--retry_wait", type=count, default=10, help="seconds before that; the others notice the fault (default: 10)")
-    add("--rendezvous_timeout", type=positive, help=f"seconds to wait for other nodes (default: {RENDEZVOUS_SECONDS})")
-    add("--dry_run", action="store_true", help="print the command instead of running it")
+    count, positive, port = whole_number(0), whole_number(1), whole_number(1, 65535)
+    nodes = parser.add_argument_group("nodes and processes")
+    add(nodes, "--machine_num", type=positive, default=1, metavar="N", help="number of nodes")
+    add(nodes, "--node_rank", type=count, metavar="N", help="rank of this node, from 0 (default: see above)")
+    add(nodes, "--ip", metavar="ADDRESS", help="address of node 0; needed with several nodes (default: see above)")
+    text = f"port on node 0 (default: see above, else {DEFAULT_PORT}; with one node, any free port)"
+    add(nodes, "--main_port", type=port, metavar="PORT", help=text)
+    add(nodes, "--np", type=positive, metavar="N", help="processes here, one per GPU (default: the number of GPUs)")
+    text = "GPUs to use on this node, such as 0,1,2,3 (default: all)"
+    add(nodes, "--vis_gpu", type=lambda text: text.split(","), metavar="LIST", help=text)
+    run = parser.add_argument_group("run", "Relative paths start at the checkout.")
+    here, text = str(Path(__file__).parent), "checkout to run in (default: the one of this file)"
+    add(run, "--code_path", default=here, metavar="DIR", help=text)
+    add(run, "--config", default="configs/groupmixformer_small.yaml", metavar="FILE", help="YAML file")
+    add(run, "--data_path", default="./datasets/imagenet", metavar="DIR", help="folder with train/ and val/")
+    add(run, "--output", default="./output", metavar="DIR", help="folder for runs; see above where it must be")
+    add(run, "--tag", metavar="NAME", help="name of the run (default: the config's)")
+    add(run, "--batchsize", type=positive, metavar="N", help="images per GPU (default: the config's)")
+    faults = parser.add_argument_group("faults")
+    add(faults, "--retries", type=count, default=0, metavar="N", help="how often to start again after a fault")
+    text = "seconds before that; the others notice the fault"
+    add(faults, "--retry_wait", type=count, default=10, metavar="SECONDS", help=text)
+    text = f"seconds to wait for other nodes (default: {RENDEZVOUS_SECONDS})"
+    add(faults, "--rendezvous_timeout", type=positive, metavar="SECONDS", help=text)
+    text = "print the command instead of running it, and name the paths in it that are not on this machine"
+    add(parser, "--dry_run", action="store_true", help=text)
     return parser
 
 
@@ -123,8 +146,8 @@ def complete_arguments(args: argparse.Namespace, environ) -> None:
         raise UserError(f"--code_path: no train.py in {args.code_path}")
     if not (code_path / args.config).is_file():
         raise UserError(f"--config: no such file: {args.config} (relative paths are taken from {args.code_path})")
-    if args.machine_num > 1 and not args.ip:
-        raise UserError("--ip: with several nodes, the address of node 0 is needed")
+    if args.machine_num > 1:
+        resolve_address(args, environ)
     if environ.get("SLURM_LOCALID", "0") != "0":
         # Each would start a torchrun of its own, with all processes of the node.
         raise UserError("SLURM started several tasks on this node; it needs one (--ntasks-per-node=1)")
@@ -137,7 +160,30 @@ def complete_arguments(args: argparse.Namespace, environ) -> None:
     if args.vis_gpu and len(args.vis_gpu) < args.np:
         raise UserError(f"--vis_gpu: names {len(args.vis_gpu)} GPUs for --np {args.np} processes")
     args.standalone = args.machine_num == 1 and args.main_port is None
-    args.ip, args.main_port = args.ip or "127.0.0.1", args.main_port or 29500
+    args.ip, args.main_port = args.ip or "127.0.0.1", args.main_port or DEFAULT_PORT
+
+
+def first_set(names: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """The first of these variables that is set and not empty."""
+    return next((name for name in names if environ.get(name)), None)
+
+
+def resolve_address(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Fill in --ip and --main_port of several nodes from the environment; raises UserError.
+
+    A single node does not look there: the variables may belong to the job that it is a part of.
+    """
+    if not args.ip:
+        name = first_set(ADDRESS_VARIABLES, environ)
+        if name is None:
+            raise UserError(f"--ip: needed with {args.machine_num} nodes; give node 0's address, or set MASTER_ADDR")
+        args.ip = environ[name]
+    name = first_set(PORT_VARIABLES, environ)
+    if args.main_port is None and name is not None:
+        try:
+            args.main_port = whole_number(1, 65535)(environ[name])
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from None
 
 
 def resolve_node_rank(flag: int | None, machine_num: int, environ) -> int:
@@ -149,7 +195,7 @@ def resolve_node_rank(flag: int | None, machine_num: int, environ) -> int:
     if flag is None and machine_num == 1:
         return 0
     if flag is None:
-        source = next((name for name in NODE_RANK_VARIABLES if environ.get(name)), None)
+        source = first_set(NODE_RANK_VARIABLES, environ)
         if source is None:
             names = ", ".join(NODE_RANK_VARIABLES)
             raise UserError(f"--node_rank: needed with {machine_num} nodes; give it, or set one of {names}")
@@ -188,12 +234,36 @@ def keep_literal(argument: str) -> str:
     return argument if expanded == argument else argument.replace("$", "$$")
 
 
-def torchrun_environment(args: argparse.Namespace, environ) -> dict[str, str]:
-    """The variables to add to the environment; only --vis_gpu overrides what the user has set."""
-    added = {name: value for name, value in TORCHRUN_DEFAULTS.items() if name not in environ}
+def torchrun_environment(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables to add to the environment; only --vis_gpu overrides what the user has set.
+
+    Settings of torchrun by environment variable: a torchrun that does not know one ignores it.
+    """
+    # A signal that is missing here kills torchrun instead of reaching the workers. One that is there is no longer
+    # ignored, by torchrun and its workers: torchrun would undo nohup.
+    names = [number.name for number in (*STOP_SIGNALS, signal.SIGQUIT) if not is_ignored(number)]
+    defaults = {"PET_SIGNALS_TO_HANDLE": ",".join(names), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
+    added = {name: value for name, value in defaults.items() if name not in environ}
     if args.vis_gpu:
         added["CUDA_VISIBLE_DEVICES"] = ",".join(args.vis_gpu)
     return added
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether this process was started with a signal ignored, as nohup and a shell's background jobs do it."""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def missing_paths(args: argparse.Namespace, train_arguments: Sequence[str]) -> Iterator[str]:
+    """A line for each path that train.py would read and that is not on this machine."""
+    paths = {"--data_path": args.data_path}
+    for word, following in zip(train_arguments, [*train_arguments[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name in PATHS_TO_READ:
+            paths[PATHS_TO_READ[name]] = value if equals else following
+    for flag, path in paths.items():
+        if not (Path(args.code_path) / path).exists():
+            yield f"{flag}: not on this machine: {path} (relative paths start at {args.code_path})"
 
 
 def format_command(command: list[str], environment: dict[str, str], code_path: str) -> str:
@@ -208,8 +278,7 @@ def format_command(command: list[str], environment: dict[str, str], code_path: s
 def supervise(args: argparse.Namespace, command: list[str], environment: dict[str, str]) -> int:
     """Run torchrun to its end, again after a fault while retries are left; returns the exit code of this script."""
     node = f"node {args.node_rank}"
-    # A signal that this process was started with ignored (nohup, a shell's background job) stays ignored.
-    stop_signals = {s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if signal.getsignal(s) != signal.SIG_IGN}
+    stop_signals = {number for number in STOP_SIGNALS if not is_ignored(number)}
     # Blocked signals wait in a queue, so none is lost between two instructions. SIGCHLD says that torchrun has ended.
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {*stop_signals, signal.SIGCHLD})
     retries_left = args.retries
@@ -314,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = format_command(command, environment, args.code_path)
     if args.dry_run:
         print(line)
+        for missing in missing_paths(args, train_arguments):
+            log(missing)
         return 0
     log(f"node {args.node_rank} of {args.machine_num}: {line}")
     return supervise(args, command, environment)

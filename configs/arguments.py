@@ -5,17 +5,35 @@ import difflib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from .keys import Key
+from .keys import FILE_NAME, Key
+
+# Headings of --help: the first part of a key, or a whole key -> the heading of its flag. Others are the run's.
+HEADINGS = {"DATA": "data", "MODEL": "network and weights", "TRAIN": "training", "TEST": "evaluation"}
+HEADINGS |= {"EVAL_MODE": "evaluation", "THROUGHPUT_MODE": "evaluation", "MODEL_FILE": "network and weights"}
+FOLDER_KEYS = ("DATA.DATA_PATH", "OUTPUT")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, breaks no flag at its hyphens, and shows defaults."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_default = action.nargs != 0 and action.default not in (None, "", [], argparse.SUPPRESS)
+        return f"{text} (default: %(default)s)" if has_default and "default" not in text else text
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports one line, on the first process only, and suggests the nearest flag for an unknown one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
         # argparse takes -0.1 for a value but -1e-3 for a flag: `--opts TRAIN.BASE_LR -1e-3` would not name the key.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
@@ -35,27 +53,36 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
     """The values of --cfg and --opts alone: they decide the task, and the task decides which other flags there are."""
-    parser = OneLineParser(allow_abbrev=False, add_help=False)
+    parser = OneLineParser(add_help=False)
     _add_sources(parser)
     known, _ = parser.parse_known_args(argv)
     return known.cfg, known.opts
 
 
-def make_parser(keys: Mapping[str, Key], description: str = "") -> OneLineParser:
-    """The parser of the whole command line, which exits with status 2 and one line where the command line is wrong."""
-    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the example commands
-    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=raw)
+def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser:
+    """Add the whole command line to a parser, which may have flags of its own."""
     _add_sources(parser, required=True)
+    parser.epilog = "In brackets: the key that a flag sets, and its default, which a YAML file may replace."
+    groups = {name: parser.add_argument_group(name) for name in ("data", "network and weights", "training")}
+    groups |= {name: parser.add_argument_group(name) for name in ("evaluation", "run")}
     for name, key in keys.items():
         if key.flag:
-            parser.add_argument(key.flag, dest=name, default=None, help=key.meaning, **_options(key))
-    parser.add_argument("--flops", action="store_true", help="count FLOPs and parameters only (test.py)")
-    parser.add_argument(
-        "--images", nargs="+", metavar="PATH", help="label these pictures, and those in these folders (test.py)"
+            heading = HEADINGS.get(name) or HEADINGS.get(name.partition(".")[0], "run")
+            groups[heading].add_argument(
+                key.flag, dest=name, default=None, help=_help(name, key), **_options(name, key)
+            )
+    evaluation = groups["evaluation"]
+    evaluation.add_argument("--flops", action="store_true", help="count FLOPs and parameters only")
+    evaluation.add_argument(
+        "--images", nargs="+", metavar="PATH", help="label these pictures, and those in these folders"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output (test.py)")
+    evaluation.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help="accepted from old launchers; the environment decides"
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        metavar="N",
+        help="for old launchers; not used",
     )
     return parser
 
@@ -67,14 +94,24 @@ def _add_sources(parser: argparse.ArgumentParser, required: bool = False) -> Non
     )
 
 
-def _options(key: Key) -> dict[str, Any]:
+def _help(name: str, key: Key) -> str:
+    """The help of a flag: the meaning of its key, its name, and its default where the meaning does not say that."""
+    shown = "" if "default" in key.meaning or key.default in ("", [], False) else f", default: {key.default}"
+    return f"{key.meaning} ({name}{shown})".replace("%", "%%")
+
+
+def _options(name: str, key: Key) -> dict[str, Any]:
     """What argparse needs to know of a flag; the type and rules of its key decide."""
     if isinstance(key.default, bool):
         return {"action": "store_true"}
     if isinstance(key.default, list):
-        return {"nargs": "+", "type": int}
-    names = [name for rule in key.rules for name in rule.choices if name]
-    return {"type": type(key.default), "choices": names or None}
+        return {"nargs": "+", "type": int, "metavar": "N"}
+    names = [choice for rule in key.rules for choice in rule.choices if choice]
+    if names:
+        return {"choices": names}
+    if not isinstance(key.default, str):
+        return {"type": type(key.default), "metavar": "N"}
+    return {"metavar": "DIR" if name in FOLDER_KEYS else "NAME" if FILE_NAME in key.rules else "FILE"}
 
 
 def flag_values(args: argparse.Namespace, keys: Mapping[str, Key]) -> dict[str, Any]:

@@ -4,16 +4,19 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .arguments import OneLineParser
 from .errors import UserError
 
+OUTPUT_FLAGS = ("--out", "--output", "--json")
 Main = Callable[[Sequence[str] | None], int | None]
 
 
 class CommandParser(OneLineParser):
     """A parser that shows a module's docstring as it stands, and raises UserError, one line, for wrong use.
+
+    Its help has flags that are required first, and those that say where results go last.
 
     Args:
         name: the module, such as 'tools.check'.
@@ -21,12 +24,15 @@ class CommandParser(OneLineParser):
     """
 
     def __init__(self, name: str, description: str | None) -> None:
-        super().__init__(
-            prog=f"python -m {name}",
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        super().__init__(prog=f"python -m {name}", description=description, add_help=False)
+        self._required, self._options, self._output = map(self.add_argument_group, ("required", "options", "output"))
+        self.add_argument("-h", "--help", action="help", help="show this help and exit")
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        if not names[0].startswith("-"):
+            return super().add_argument(*names, **kwargs)
+        results = self._output if names[0] in OUTPUT_FLAGS else self._options
+        return (self._required if kwargs.get("required") else results).add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message if "see --help" in message or "did you mean" in message else f"{message}; see --help")

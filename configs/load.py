@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from .arguments import flag_values, make_parser, parse_sources
+from .arguments import OneLineParser, flag_values, make_parser, parse_sources
 from .errors import UserError, one_line
 from .keys import KEYS, RETIRED_KEYS, Key
 
@@ -39,7 +39,11 @@ class Command(NamedTuple):
 
 
 def read_command(
-    argv: Sequence[str] | None, keys_of: KeysOf, notify: Callable[[str], None] = print, description: str = ""
+    argv: Sequence[str] | None,
+    keys_of: KeysOf,
+    notify: Callable[[str], None] = print,
+    description: str = "",
+    parser: OneLineParser | None = None,
 ) -> Command:
     """Read a command line with the files that it names, and check everything.
 
@@ -48,6 +52,7 @@ def read_command(
         keys_of: gives the keys that a task has beside the shared ones (`tasks.keys_of`).
         notify: is called with one line for each key or flag that is accepted and ignored.
         description: for --help.
+        parser: takes the flags that the program has beside these, and has a description of its own.
 
     Raises UserError, one line that names file or option, key and value, for a wrong value. A wrong command line ends
     the program with status 2 and one line.
@@ -60,7 +65,7 @@ def read_command(
         if setting.name == "TASK":
             task = _convert(setting, KEYS["TASK"])
     keys = {**KEYS, **keys_of(task)}
-    args = make_parser(keys, description).parse_args(argv)
+    args = make_parser(keys, parser or OneLineParser(description=description)).parse_args(argv)
     if len(opts) % 2:
         raise UserError(f"--opts takes pairs of KEY and VALUE, but {opts[-1]!r} has no value")
     flags = flag_values(args, keys)

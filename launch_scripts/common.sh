@@ -8,10 +8,8 @@ ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 # valid VARIANT too (digits, or one of your own).
 PUBLISHED_VARIANTS=(miny tiny small base large)
 
-# torchrun forwards these signals to its workers. Any other signal kills torchrun. SLURM sends SIGUSR1 before the time
-# is up. The scripts set neither OMP_NUM_THREADS nor NCCL_*. torchrun sets OMP_NUM_THREADS to 1 for several processes,
-# which suits training: the work is on the GPU or in loader processes. A single process on a CPU uses all cores.
-export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+# The scripts set neither OMP_NUM_THREADS nor NCCL_*. torchrun sets OMP_NUM_THREADS to 1 for several processes, which
+# suits training: the work is on the GPU or in loader processes. A single process on a CPU uses all cores.
 
 die() {
     printf '%s: %s\n' "$(basename -- "$0")" "$*" >&2
@@ -20,7 +18,7 @@ die() {
 
 # Prints the comment block at the top of the running script as its help.
 show_help() {
-    sed -n '2,/^[^#]/{ /^#SBATCH/d; s/^# \{0,1\}//p; }' "$0"
+    sed -n '2,/^[^#]/{ /^##*SBATCH/d; s/^# \{0,1\}//p; }' "$0"
 }
 
 # split_arguments MOST "$@": arguments before `--` go to POSITIONAL (at most MOST), those after it to EXTRA.
@@ -48,17 +46,38 @@ split_arguments() {
     ((${#POSITIONAL[@]} <= most)) || die "too many arguments: ${POSITIONAL[*]} (--help shows what it takes)"
 }
 
-# choose_python CHECKOUT: sets PYTHON, unless the environment did, to the checkout's .venv or else to python3. The path
-# becomes absolute, because the callers change folders.
+# run_setup: runs the commands in SETUP. They may set the other variables, and need not be fit for `set -eu`.
+run_setup() {
+    [[ -n ${SETUP:-} ]] || return 0
+    set +euo pipefail
+    eval "$SETUP"
+    local code=$?
+    set -euo pipefail
+    ((code == 0)) || die "SETUP: its last command ended with code $code: $SETUP"
+}
+
+# choose_python CHECKOUT: sets the array PYTHON_COMMAND to the words of PYTHON, else to the checkout's .venv, else to
+# python3. Quotes in PYTHON hold a word together. A path of the first word becomes absolute: the callers change folders.
 choose_python() {
-    if [[ -z ${PYTHON:-} ]]; then
-        PYTHON=python3
-        [[ ! -x $1/.venv/bin/python ]] || PYTHON=$1/.venv/bin/python
-    fi
     local path
-    path=$(command -v -- "$PYTHON") || die "no Python at $PYTHON: set PYTHON, or run bash launch_scripts/setup_env.sh"
+    if [[ -z ${PYTHON:-} ]]; then
+        PYTHON_COMMAND=(python3)
+        [[ ! -x $1/.venv/bin/python ]] || PYTHON_COMMAND=("$1/.venv/bin/python")
+    elif command -v -- "$PYTHON" >/dev/null; then
+        PYTHON_COMMAND=("$PYTHON") # a path with a space
+    else
+        mapfile -d '' -t PYTHON_COMMAND < <(xargs printf '%s\0' <<<"$PYTHON" 2>/dev/null)
+    fi
+    path=$(command -v -- "${PYTHON_COMMAND[0]:-}") || die "PYTHON=${PYTHON:-python3}: no such program;$(advise_setup)"
     [[ $path == /* ]] || path=$PWD/$path
-    PYTHON=$path
+    PYTHON_COMMAND[0]=$path
+}
+
+# Prints what helps where there is no Python with the requirements.
+advise_setup() {
+    local script=$ROOT/launch_scripts/setup_env.sh
+    [[ ! -f $script ]] || printf ' run bash %q, or' "$script"
+    printf ' set PYTHON'
 }
 
 # choose_config CHECKOUT: sets CFG, unless the environment did, to the YAML of VARIANT.
@@ -67,7 +86,8 @@ choose_config() {
     if [[ -z ${CFG:-} ]]; then
         CFG=configs/groupmixformer_${VARIANT:-small}.yaml
         if [[ ! -f $1/$CFG ]]; then
-            names=$(cd -- "$1" && printf '%s\n' configs/groupmixformer_*.yaml | sed 's/.*groupmixformer_\(.*\)\.yaml/\1/')
+            names=$(cd -- "$1" && ls configs/groupmixformer_*.yaml 2>/dev/null) || die "no configs/groupmixformer_*.yaml in $1"
+            names=$(sed 's/.*groupmixformer_\(.*\)\.yaml/\1/' <<<"$names")
             die "no variant ${VARIANT:-small}; valid ones: ${names//$'\n'/ }"
         fi
     fi
@@ -77,8 +97,8 @@ choose_config() {
 # choose_gpus: sets GPUS, unless the environment did, to the number of GPUs that torch finds, or to 1 without GPUs.
 choose_gpus() {
     if [[ -z ${GPUS:-} ]]; then
-        GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)' 2>/dev/null) ||
-            die "$PYTHON cannot import torch: run bash launch_scripts/setup_env.sh, or set PYTHON"
+        GPUS=$("${PYTHON_COMMAND[@]}" -c 'import torch; print(torch.cuda.device_count() or 1)' 2>/dev/null) ||
+            die "${PYTHON_COMMAND[*]} cannot import torch;$(advise_setup)"
     fi
     [[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "GPUS is the number of processes to start, at least 1, not '$GPUS'"
 }
@@ -98,6 +118,7 @@ run_distributed() {
         [[ ${POSITIONAL[0]} == /* ]] || POSITIONAL[0]=$PWD/${POSITIONAL[0]}
         DATA_PATH=${POSITIONAL[0]}/data/ILSVRC/Data/CLS-LOC
     fi
+    run_setup
     choose_python "$code"
     choose_config "$code"
     choose_gpus
@@ -107,7 +128,7 @@ run_distributed() {
     cd -- "$code"
     # exec: signals reach the launcher itself, and no shell stays behind.
     if [[ $script == train.py ]]; then
-        exec "$PYTHON" multi_machine_start.py --machine_num 1 --np "$GPUS" --config "$CFG" \
+        exec "${PYTHON_COMMAND[@]}" multi_machine_start.py --machine_num 1 --np "$GPUS" --config "$CFG" \
             --data_path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" -- "${own[@]}" "${EXTRA[@]}"
     fi
     launcher=()
@@ -115,8 +136,10 @@ run_distributed() {
         unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE # another launcher may have set them
     else
         launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+        # torchrun would undo nohup, for itself and its workers: by default it handles SIGHUP.
+        [[ -z $(trap -p HUP) ]] || export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT}"
     fi
-    exec "$PYTHON" "${launcher[@]}" "$script" --cfg "$CFG" \
+    exec "${PYTHON_COMMAND[@]}" "${launcher[@]}" "$script" --cfg "$CFG" \
         --data-path "${DATA_PATH:-./datasets/imagenet}" --output "${OUTPUT:-./output}" "${own[@]}" "${EXTRA[@]}"
 }
 
@@ -125,6 +148,7 @@ run_measurement() {
     local flag=$1 variant
     shift
     split_arguments 1 "$@"
+    run_setup
     choose_python "$ROOT"
     VARIANT=${POSITIONAL[0]:-${VARIANT:-small}}
     # A variant that is named on the command line wins over CFG from the environment.
@@ -132,10 +156,10 @@ run_measurement() {
     cd -- "$ROOT"
     if [[ $VARIANT == all && -z ${CFG:-} ]]; then
         for variant in "${PUBLISHED_VARIANTS[@]}"; do
-            "$PYTHON" test.py --cfg "configs/groupmixformer_$variant.yaml" "$flag" "${EXTRA[@]}"
+            "${PYTHON_COMMAND[@]}" test.py --cfg "configs/groupmixformer_$variant.yaml" "$flag" "${EXTRA[@]}"
         done
     else
         choose_config "$ROOT"
-        exec "$PYTHON" test.py --cfg "$CFG" "$flag" "${EXTRA[@]}"
+        exec "${PYTHON_COMMAND[@]}" test.py --cfg "$CFG" "$flag" "${EXTRA[@]}"
     fi
 }

@@ -10,7 +10,7 @@
 # From the environment (relative paths start at the checkout):
 # DATA_PATH          folder for the digits; default datasets/digits
 # OUTPUT, TAG        the run folder is $OUTPUT/groupmixformer_digits/$TAG; default output and quickstart
-# PYTHON, NO_VENV=1  see setup_env.sh
+# SETUP, PYTHON, NO_VENV=1  see setup_env.sh
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 case ${1:-} in -h | --help) show_help && exit 0 ;; esac
@@ -23,13 +23,14 @@ TAG=${TAG:-quickstart}
 run_folder=$OUTPUT/groupmixformer_digits/$TAG
 flags=(--cfg configs/groupmixformer_digits.yaml --data-path "$DATA_PATH" --output "$OUTPUT" --tag "$TAG" "$@")
 
-"$PYTHON" -m tools.digits --output "$DATA_PATH"
-"$PYTHON" train.py "${flags[@]}"
-"$PYTHON" test.py "${flags[@]}" --resume "$run_folder/ckpt_best.pth"
+"${PYTHON_COMMAND[@]}" -m tools.digits --output "$DATA_PATH"
+"${PYTHON_COMMAND[@]}" train.py "${flags[@]}"
+"${PYTHON_COMMAND[@]}" test.py "${flags[@]}" --resume "$run_folder/ckpt_best.pth"
 
-tensorboard=("$(dirname -- "$PYTHON")/tensorboard")
-[[ -x ${tensorboard[0]} ]] || tensorboard=("$PYTHON" -m tensorboard.main)
+folder=$(dirname -- "${PYTHON_COMMAND[0]}")
+tensorboard=("$folder/tensorboard")
+[[ -x ${tensorboard[0]} ]] || tensorboard=("${PYTHON_COMMAND[@]}" -m tensorboard.main)
 [[ $run_folder == /* ]] || run_folder=$ROOT/$run_folder
-[[ $PYTHON != *.venv/bin/* ]] || echo "Other commands need this environment: source $(printf '%q' "$(dirname -- "$PYTHON")/activate")"
+[[ $folder != */.venv/bin ]] || echo "Other commands need this environment: source $(printf '%q' "$folder/activate")"
 echo "Run folder: $run_folder"
 echo "Look at it: $(printf '%q ' "${tensorboard[@]}" --logdir "$run_folder")"

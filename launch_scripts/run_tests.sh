@@ -6,7 +6,7 @@
 # --ci    also tests that launch processes, compile, or make network namespaces
 # --all   everything: also repetitions and random kills, and GPUs where there are any
 #
-# Installs what is needed as setup_env.sh does (PYTHON and NO_VENV=1 as there).
+# Installs what is needed as setup_env.sh does (SETUP, PYTHON and NO_VENV=1 as there).
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 case ${1:-} in -h | --help) show_help && exit 0 ;; esac
@@ -20,6 +20,6 @@ esac
 
 setup_env dev
 cd -- "$ROOT"
-"$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -n 3 --dist worksteal "${selection[@]}" "$@"
+"${PYTHON_COMMAND[@]}" -m ruff check .
+"${PYTHON_COMMAND[@]}" -m ruff format --check .
+exec "${PYTHON_COMMAND[@]}" -m pytest -n 3 --dist worksteal "${selection[@]}" "$@"

@@ -17,7 +17,11 @@
 # GPUS        processes, one per GPU; default: all GPUs of this machine
 # BATCH_SIZE  images per GPU; default: the config's
 # TAG         name of the run; default: the config's
-# PYTHON      the interpreter; default: the checkout's .venv, else python3
+# SETUP       shell commands to run first, such as: module load cuda; they may set the variables above
+# PYTHON      the interpreter; default: the checkout's .venv, else python3. It may have arguments, as for a container:
+#             PYTHON="apptainer exec --nv image.sif python"
+#
+# Nothing is downloaded: no internet is needed.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 run_distributed train.py "$@"

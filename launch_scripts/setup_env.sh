@@ -3,17 +3,22 @@
 #
 #     bash launch_scripts/setup_env.sh [dev]
 #
-# `dev` also installs requirements-dev.txt. Other scripts source this file and call `setup_env [dev]`, which sets PYTHON
-# to the interpreter and puts its folder first in PATH.
+# `dev` also installs requirements-dev.txt. Other scripts source this file and call `setup_env [dev]`, which sets
+# PYTHON_COMMAND to the interpreter and puts its folder first in PATH.
+#
+# This script needs the internet, or a mirror that pip knows. Once it has installed, nothing else does: on a cluster,
+# run it on a login node, in a checkout that the other nodes see.
 #
 # From the environment:
+# SETUP       shell commands to run first, such as: module load python
 # PYTHON      interpreter for making .venv, 3.10 or newer; default: python3, else the newest python3.x
-# NO_VENV=1   make and install nothing, and use PYTHON (or python3) as it is: for clusters and conda
+# NO_VENV=1   make and install nothing, and use PYTHON (or python3) as it is: for clusters, conda and containers. PYTHON
+#             may have arguments then: PYTHON="apptainer exec --nv image.sif python"
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-# python_version INTERPRETER: prints "3 11"; fails if INTERPRETER is no Python.
+# python_version COMMAND...: prints "3 11"; fails if COMMAND is no Python.
 python_version() {
-    "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null
+    "$@" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null
 }
 
 # is_recent VERSION: whether "MAJOR MINOR" is 3.10 or newer.
@@ -23,20 +28,20 @@ is_recent() {
     ((major > 3 || (major == 3 && minor >= 10)))
 }
 
-# Sets PYTHON to an interpreter that is recent enough: the one that PYTHON names, else python3, else a newer python3.x.
+# Sets PYTHON_COMMAND to an interpreter that is recent enough: that of PYTHON, else python3, else a newer python3.x.
 find_python() {
     local candidates=(python3 python3.{19..10}) candidate version old=""
     [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
-        version=$(python_version "$candidate") || continue
+        PYTHON=$candidate
+        version=$(choose_python "$ROOT" 2>/dev/null && python_version "${PYTHON_COMMAND[@]}") || continue
         if is_recent "$version"; then
-            PYTHON=$candidate
             choose_python "$ROOT"
             return
         fi
         old=${old:-"$candidate is Python ${version/ /.}, too old"}
     done
-    if [[ -n ${PYTHON:-} ]]; then
+    if ((${#candidates[@]} == 1)); then
         die "${old:-PYTHON=$PYTHON is no Python interpreter}: set PYTHON to one of version 3.10 or newer"
     fi
     die "${old:-no python3 found}: install Python 3.10 or newer, or set PYTHON to where it is"
@@ -44,27 +49,27 @@ find_python() {
 
 # install_state FILE: a hash of what an install depends on: the contents of FILE and the version of Python.
 install_state() {
-    "$PYTHON" -c 'import hashlib, sys
+    "${PYTHON_COMMAND[@]}" -c 'import hashlib, sys
 print(hashlib.sha256(repr(sys.version_info[:2]).encode() + open(sys.argv[1], "rb").read()).hexdigest())' "$1"
 }
 
-# Makes .venv unless there is one that works, and sets PYTHON to its interpreter.
+# Makes .venv unless there is one that works, and sets PYTHON_COMMAND to its interpreter.
 make_venv() {
     local venv=$ROOT/.venv version=""
     version=$(python_version "$venv/bin/python") || true
     if [[ -z $version ]]; then
         find_python
-        "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || die "$PYTHON lacks the modules venv and ensurepip:" \
+        "${PYTHON_COMMAND[@]}" -c 'import venv, ensurepip' 2>/dev/null || die "${PYTHON_COMMAND[*]} lacks the modules venv and ensurepip:" \
             "install them (Debian, Ubuntu: apt install python3-venv), or set NO_VENV=1 to use it as it is"
-        echo "Making $venv with $PYTHON"
+        echo "Making $venv with ${PYTHON_COMMAND[*]}"
         # --clear removes the remains of an interrupted run.
-        "$PYTHON" -m venv --clear "$venv" || die "could not make $venv (see above)"
+        "${PYTHON_COMMAND[@]}" -m venv --clear "$venv" || die "could not make $venv (see above)"
     else
         is_recent "$version" || die "$venv has Python ${version/ /.}, too old: remove it and start again"
     fi
-    PYTHON=$venv/bin/python
+    PYTHON_COMMAND=("$venv/bin/python")
     # An environment from another tool, or an interrupted run, may have an interpreter and no pip.
-    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null ||
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null ||
         die "$venv has no pip: remove it and start again"
 }
 
@@ -76,13 +81,14 @@ install() {
     [[ ! -f $stamp || $(<"$stamp") != "$state" ]] || return 0
     echo "Installing $1 into $ROOT/.venv"
     # PIP_USER=0: a user-wide `pip config` asking for --user fails in a virtual environment.
-    PIP_USER=0 "$PYTHON" -m pip install --disable-pip-version-check -r "$ROOT/$1" ||
+    PIP_USER=0 "${PYTHON_COMMAND[@]}" -m pip install --disable-pip-version-check -r "$ROOT/$1" ||
         die "could not install $1 (see above); run it again to try again"
     printf '%s\n' "$state" >"$stamp"
 }
 
-# setup_env [dev]: sets PYTHON and PATH.
+# setup_env [dev]: sets PYTHON_COMMAND and PATH.
 setup_env() {
+    run_setup
     local files=(requirements.txt) file
     [[ ${1:-} != dev ]] || files+=(requirements-dev.txt)
     if [[ ${NO_VENV:-0} == 1 ]]; then
@@ -92,7 +98,7 @@ setup_env() {
         for file in "${files[@]}"; do install "$file"; done
         export VIRTUAL_ENV=$ROOT/.venv
     fi
-    export PYTHON PATH="$(dirname -- "$PYTHON"):$PATH"
+    export PATH="$(dirname -- "${PYTHON_COMMAND[0]}"):$PATH"
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
@@ -106,5 +112,5 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     *) die "unknown argument $1: it takes nothing, or dev" ;;
     esac
     setup_env "$@"
-    echo "Ready: $PYTHON"
+    echo "Ready: ${PYTHON_COMMAND[*]}"
 fi

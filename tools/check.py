@@ -301,7 +301,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
-    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (one per core)")
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes, one per core")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
     parser.add_argument("--json", metavar="FILE", help="write the report for programs; - is standard output")
     args = parser.parse_args(argv)

@@ -59,7 +59,7 @@ def write_digits(output: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the data set. `argv` are the arguments without the program's name."""
     parser = CommandParser("tools.digits", __doc__)
-    parser.add_argument("--output", type=Path, default=Path("datasets/digits"), help="folder to write")
+    parser.add_argument("--output", type=Path, default=Path("datasets/digits"), metavar="DIR", help="folder to write")
     output = parser.parse_args(argv).output
     print(f"{output}: {'written' if write_digits(output) else 'already there'}")
 

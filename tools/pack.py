@@ -1,6 +1,6 @@
 """Pack a data set for fast reading: python -m tools.pack --data-path DIR --out DIR
 
-Writes train.zip with train_map.txt and val.zip with val_map.txt for `train.py --zip`: one file per split instead of a
+Writes train.zip with train_map.txt and val.zip with val_map.txt for DATA.ZIP_MODE: one file per split instead of a
 million. Training images with a short side above --short-side are resized to it, and stored as JPEGs of --quality: they
 decode faster. All other images keep their bytes, so that an evaluation sees the very same pixels. Exit status: 0 done;
 2 wrong use, or an image that cannot be read. A split that fails leaves no files.
@@ -91,9 +91,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds train/ and val/")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the zip files")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
-    parser.add_argument("--short-side", type=int, default=320, metavar="N", help="of training images, at most (320)")
-    parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the new JPEGs, 1 to 95 (95)")
-    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (one per core)")
+    parser.add_argument("--short-side", type=int, default=320, metavar="N", help="of training images, at most")
+    parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the new JPEGs, 1 to 95")
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes, one per core")
     args = parser.parse_args(argv)
     if args.short_side < 32:
         raise UserError(f"--short-side {args.short_side}: at least 32 pixels")

@@ -4,8 +4,7 @@
 
 The PNG shows the input, Grad-CAM for the predicted class, the top-5, the response maps of all branches of one
 Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and the share of each branch in every block.
-The flags of test.py that choose weights and preprocessing work here too, such as --cfg, --resume, --pretrained,
---weights and --opts (see test.py --help). --json FILE writes the numbers.
+The flags that choose weights and preprocessing are those of test.py. --json FILE writes the numbers.
 """
 
 import sys
@@ -261,20 +260,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the picture of a command line."""
     parser = CommandParser("tools.visualize", __doc__)
     parser.add_argument("--image", required=True, type=Path, metavar="FILE", help="the picture, of any size")
-    parser.add_argument("--stage", type=int, default=4, help="stage of the response maps, 1 to 4")
-    parser.add_argument("--block", type=int, default=-1, help="its block, from 1; -1 is the last")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (output/visualized/<picture>.png)")
-    args, rest = parser.parse_known_args(argv)
-    common, config, _ = read_command(rest, keys_of, lambda line: print(line, file=sys.stderr))
-    check_json_target(common.json)
+    parser.add_argument("--stage", type=int, default=4, metavar="N", help="stage of the response maps, 1 to 4")
+    parser.add_argument("--block", type=int, default=-1, metavar="N", help="its block, from 1; -1 is the last")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {DEFAULT_FOLDER}/<picture>.png")
+    args, config, _ = read_command(argv, keys_of, lambda line: print(line, file=sys.stderr), parser=parser)
+    check_json_target(args.json)
     # Not in the picture's folder: in a data set, the drawing would be one more image.
     out = args.out or DEFAULT_FOLDER / f"{args.image.stem}.png"
     result = visualize(config, args.image, args.stage, args.block, out)
-    stream = sys.stderr if common.json == STDOUT else sys.stdout
+    stream = sys.stderr if args.json == STDOUT else sys.stdout
     for entry in result["top"]:
         print(f"{100 * entry['probability']:6.2f} %  {entry['name']}", file=stream)
-    if common.json:
-        write_json(common.json, result)
+    if args.json:
+        write_json(args.json, result)
     print(f"wrote {out}", file=stream)
 
 

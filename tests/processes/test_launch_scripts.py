@@ -48,11 +48,35 @@ def test_script_kills_nothing_by_name(file):
 
 def test_help_is_the_comment_at_the_top(checkout):
     for script in SCRIPTS:
-        if script.name not in ("common.sh", "slurm_train.sh"):
-            result = checkout.run(f"launch_scripts/{script.name}", "--help")
+        if script.name != "common.sh":
+            result = checkout.run(f"launch_scripts/{script.name}", "--help", cwd=checkout.root.parent, SETUP="exit 1")
             assert result.returncode == 0, result.stderr
-            assert f"bash launch_scripts/{script.name}" in result.stdout
-            assert "set -euo" not in result.stdout
+            assert f" launch_scripts/{script.name}" in result.stdout
+            assert "set -euo" not in result.stdout and "\n#" not in result.stdout
+    assert checkout.calls() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SETUP and PYTHON
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["run_train", "run_eval", "run_cal_flops", "quickstart", "run_tests"])
+def test_setup_comes_first_and_python_may_have_arguments(checkout, tmp_path, script):
+    """As for modules and a container, in a folder with a space. SETUP is not held to `set -eu`, and may set others."""
+    write_executable(tmp_path / "modules" / "box", '#!/usr/bin/env bash\nshift 2\nexec "$@"\n')
+    setup = f'false; : $undefined; PATH="{tmp_path}/modules:$PATH" VARIANT=tiny'
+    python = f"box exec 'an image.sif' '{checkout.python}'"
+    settings = dict(SETUP=setup, PYTHON=python, NO_VENV="1", STUB_GPUS="2")
+    result = checkout.run(f"launch_scripts/{script}.sh", cwd=tmp_path, **settings)
+    assert result.returncode == 0, result.stderr
+    assert {call.python for call in checkout.all_calls()} == {str(checkout.python)}
+    first, *_ = checkout.calls()
+    assert first[0] == "-m" or any("groupmixformer_tiny" in word for word in first)
+
+
+def test_a_setup_that_fails_is_named(checkout):
+    assert_one_line(checkout.run("launch_scripts/run_train.sh", SETUP="module load cuda 2>&-"), "SETUP: ", "code 127")
     assert checkout.calls() == []
 
 
@@ -132,8 +156,13 @@ def test_run_explains_what_is_wrong(checkout):
     assert_one_line(checkout.run(script, GPUS="1", VARIANT="huge"), "huge", " ".join(VARIANTS))
     assert_one_line(checkout.run(script, GPUS="1", CFG="absent.yaml"), "absent.yaml")
     assert_one_line(checkout.run(script, GPUS="0"), "GPUS")
-    assert_one_line(checkout.run(script), "cannot import torch", "setup_env.sh")
-    assert_one_line(checkout.run(script, PYTHON="/absent/python"), "/absent/python")
+    setup = checkout.root / "launch_scripts" / "setup_env.sh"
+    advice = checkout.run(script).stderr.partition("cannot import torch; run bash ")[2].partition(", or set PYTHON")[0]
+    assert shlex.split(advice) == [str(setup)]
+    assert_one_line(checkout.run(script, PYTHON="/absent/python"), "/absent/python", "no such program; run bash ")
+    assert_one_line(checkout.run(script, PYTHON="' python"), "no such program")
+    setup.unlink()  # what a message suggests is there
+    assert_one_line(checkout.run(script, PYTHON="/absent/python"), "no such program; set PYTHON")
     assert_one_line(checkout.run(script, "--tag", "x"), "--tag", "after --")
     assert_one_line(checkout.run(script, "a", ".", "c"), "too many arguments")
     assert_one_line(checkout.run(script, "a", "configs", GPUS="1"), "no train.py")
@@ -337,6 +366,30 @@ def test_slurm_starts_one_launcher_on_each_node(checkout, slurm):
     launch = "multi_machine_start.py --machine_num 2 --np 4 --ip node-a --main_port 16234 --retries 3"
     train = "--config configs/groupmixformer_base.yaml --data_path ./datasets/imagenet --output ./output"
     assert argv[launcher + 1 :] == [*f"{launch} {train} --batchsize 64 --tag t --".split(), *METACHARACTERS]
+
+
+def test_each_task_of_an_array_has_a_run_of_its_own(slurm):
+    """SLURM gives the last task the number of the whole array: with that, all tasks would be requeued."""
+    array = {"SLURM_ARRAY_JOB_ID": "31234", "SLURM_ARRAY_TASK_ID": "2", "STUB_SRUN_CODE": "75"}
+    setup = "EXTRA+=(--opts SEED $SLURM_ARRAY_TASK_ID)"
+    for tag, expected in (("", "array_2"), ("seeds", "seeds_2")):
+        output, _ = slurm(**array, TAG=tag, SETUP=setup).communicate(timeout=TIMEOUT_SECONDS)
+        argv = json.loads(output.splitlines()[0])
+        assert argv[argv.index("--tag") + 1 :] == [expected, "--", "--opts", "SEED", "2"]
+        assert output.splitlines()[-1] == "scontrol requeue 31234_2"
+
+
+def test_slurm_gives_the_nodes_what_setup_has_set(slurm):
+    """`sbatch --export=NAMES` would otherwise limit what srun passes on."""
+    output, _ = slurm(PYTHON=f"{shutil.which('env')} X=1 python", SETUP="true").communicate(timeout=TIMEOUT_SECONDS)
+    argv = json.loads(output.splitlines()[0])
+    assert "--export=ALL" in argv
+    assert argv[argv.index("X=1") - 1 :][:4] == [shutil.which("env"), "X=1", "python", "multi_machine_start.py"]
+
+
+def test_the_slurm_script_has_lines_for_partition_and_account():
+    lines = (ROOT / "launch_scripts" / "slurm_train.sh").read_text().splitlines()
+    assert {"##SBATCH --partition=<name>", "##SBATCH --account=<name>"} <= set(lines)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])

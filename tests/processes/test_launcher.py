@@ -4,8 +4,8 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from string import Template
@@ -21,6 +21,8 @@ spec = importlib.util.spec_from_file_location("multi_machine_start", ROOT / "mul
 multi_machine_start = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(multi_machine_start)
 
+TORCHRUN_SETTINGS = ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -30,8 +32,11 @@ def checkout(tmp_path):
 # ----------------------------------------------------------------------------------------------- arguments and command
 @pytest.fixture
 def no_rank(monkeypatch):
-    for name in (*multi_machine_start.NODE_RANK_VARIABLES, "SLURM_LOCALID", *multi_machine_start.TORCHRUN_DEFAULTS):
+    module = multi_machine_start
+    own = ("SLURM_LOCALID", *TORCHRUN_SETTINGS)
+    for name in (*module.NODE_RANK_VARIABLES, *module.ADDRESS_VARIABLES, *module.PORT_VARIABLES, *own):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "is_ignored", lambda number: False)  # the tests may run under nohup
 
 
 @pytest.fixture
@@ -62,7 +67,7 @@ def refusal(checkout, capsys, no_rank):
 def test_command_with_the_released_flags(checkout, dry_run):
     released = "--np 4 --ip 10.0.0.1 --main_port 12345 --machine_num 3 --vis_gpu 0,1,2,3 --tag t --output out"
     released += " --data_path /data --config configs/groupmixformer_tiny.yaml --batchsize 64 --node_rank 2"
-    settings = ["PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90"]
+    settings = ["PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGQUIT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90"]
     launch = "-m torch.distributed.run --nnodes 3 --node_rank 2 --nproc_per_node 4 --master_addr 10.0.0.1"
     train = "--master_port 12345 train.py --cfg=configs/groupmixformer_tiny.yaml --data-path=/data --output=out"
     assert dry_run(*released.split()) == [
@@ -95,7 +100,7 @@ def test_no_argument_is_taken_for_a_command(dry_run):
 
 
 def test_what_the_user_has_set_stays(dry_run, monkeypatch):
-    for name in multi_machine_start.TORCHRUN_DEFAULTS:
+    for name in TORCHRUN_SETTINGS:
         monkeypatch.setenv(name, "7")
     assert dry_run()[3] == sys.executable
 
@@ -115,6 +120,37 @@ def test_node_rank(flag, environment, rank):
     assert multi_machine_start.resolve_node_rank(flag, 3, environment) == rank
 
 
+def test_the_address_and_port_of_node_0_may_come_from_the_environment(dry_run, monkeypatch):
+    nodes = ["--machine_num", "2", "--node_rank", "1"]
+    for name, value in (("PET_MASTER_ADDR", "10.0.0.9"), ("PET_MASTER_PORT", "3"), ("MASTER_ADDR", "10.0.0.1")):
+        monkeypatch.setenv(name, value)
+
+    def meets_at(*flags):
+        command = dry_run(*nodes, *flags)
+        return command[command.index("--master_addr") + 1], command[command.index("--master_port") + 1]
+
+    assert meets_at() == ("10.0.0.1", "3")
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    assert meets_at() == ("10.0.0.1", "12345")
+    assert meets_at("--ip", "a", "--main_port", "5") == ("a", "5")
+    assert "--standalone" in dry_run(), "a single node may be a part of that job"
+
+
+def test_a_dry_run_names_what_is_not_on_this_machine(checkout, capsys, no_rank):
+    def missing(*arguments):
+        assert multi_machine_start.main(["--code_path", str(checkout.root), "--np", "1", "--dry_run", *arguments]) == 0
+        return [line.split(" (relative")[0] for line in capsys.readouterr().err.splitlines()]
+
+    (checkout.root / "here").mkdir()
+    begin = "multi_machine_start.py: "
+    assert missing() == [f"{begin}--data_path: not on this machine: ./datasets/imagenet"]
+    assert missing("--data_path", "here") == []
+    assert missing("--data_path", "there", "--", "--data-path=here", "--tag", "--resume", "here") == []
+    weights = ["--pretrained", "a.pth", "--opts", "MODEL.RESUME", "b.pth", "DATA.DATA_PATH", "here"]
+    named = ["--pretrained: not on this machine: a.pth", "--resume: not on this machine: b.pth"]
+    assert missing("--", *weights) == [begin + line for line in named]
+
+
 def test_a_single_node_is_node_0_wherever_it_runs():
     assert multi_machine_start.resolve_node_rank(None, 1, {"SLURM_NODEID": "5"}) == 0
 
@@ -132,7 +168,7 @@ def test_a_single_node_is_node_0_wherever_it_runs():
         ("--code_path absent", ["--code_path", "no such folder", "absent"]),
         ("--code_path .", ["--code_path", "no train.py"]),
         ("--vis_gpu 0,1 --np 3", ["--vis_gpu", "2 GPUs", "--np 3"]),
-        ("--machine_num 2 --node_rank 0", ["--ip"]),
+        ("--machine_num 2 --node_rank 0", ["--ip: needed", "MASTER_ADDR"]),
         ("--machine_num 2 --ip a", ["--node_rank", "SLURM_NODEID", "NODE_RANK"]),
         ("--machine_num 2 --ip a --node_rank 2", ["--node_rank", "out of range", "0 to 1"]),
         ("--node_rank 1", ["--node_rank", "out of range"]),
@@ -159,6 +195,10 @@ def test_wrong_environment_is_named(refusal, monkeypatch):
     assert "NODE_RANK: must be a whole number from 0 to 1, not 'first'" in refusal(*several)
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert "--ntasks-per-node=1" in refusal(*several)
+    monkeypatch.delenv("SLURM_LOCALID")
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    assert "MASTER_PORT: must be a whole number from 1 to 65535, not '0'" in refusal(*several)
 
 
 # ------------------------------------------------------------------------- supervision, with a function for torchrun
@@ -271,7 +311,7 @@ def launch(checkout, tmp_path):
     (package.parent / "__init__.py").touch()
     (package / "__init__.py").touch()
 
-    def start(torchrun_code: str | None, *arguments: str, script: str = "", **environment: str) -> subprocess.Popen:
+    def start(torchrun_code: str | None, *arguments: str, script: str = "", before=(), **environment: str):
         environment = checkout.environment(**environment)
         command = [sys.executable, str(checkout.root / "multi_machine_start.py"), "--np", "2", "--retry_wait", "0"]
         if script:
@@ -279,7 +319,7 @@ def launch(checkout, tmp_path):
         if torchrun_code is not None:
             (package / "run.py").write_text(f"import json, os, signal, sys\n{torchrun_code}")
             environment["PYTHONPATH"] = str(package.parents[1])
-        return spawn([*command, *arguments], env=environment)
+        return spawn([*before, *command, *arguments], env=environment)
 
     with started_processes() as spawn:
         yield start
@@ -299,8 +339,9 @@ def stop(signum, frame):
         report = {"message": "saved", "errorCode": 75, "extraInfo": {"py_callstack": "saved", "timestamp": 1}}
         json.dump({"message": report}, open(path, "w"))
     os._exit(1)
-for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-    signal.signal(signal.Signals[name], stop)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, stop)
 os.write(1, f"ready {os.getpid()}\\n".encode())  # print may write a line in pieces, between those of another process
 while True:
     signal.pause()
@@ -317,7 +358,7 @@ def test_torchrun_sees_its_environment(launch):
     assert output.startswith("['3,1', 'INFO', '5'] ") and output.endswith("a checkout False\n")
 
 
-@pytest.mark.parametrize(("name", "saved"), [("SIGTERM", False), ("SIGINT", True), ("SIGUSR1", True)])
+@pytest.mark.parametrize(("name", "saved"), [("SIGTERM", False), ("SIGINT", True), ("SIGHUP", True), ("SIGUSR1", True)])
 def test_signals_are_forwarded_and_not_retried(launch, name, saved):
     process = launch(SAY_WHICH_SIGNAL, "--retries", "3", **({"SAVED": "1"} if saved else {}))
     assert process.stdout.readline().startswith("ready")
@@ -352,6 +393,20 @@ def test_torchrun_does_not_outlive_the_launcher(launch):
     process.kill()
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)  # ends when torchrun has closed its end of the pipe
     assert output == "SIGTERM\n"
+
+
+@pytest.mark.launch
+def test_under_nohup_a_lost_connection_ends_nothing(launch, checkout):
+    """torchrun handles SIGHUP by default, for itself and for its workers, which then no longer ignore it."""
+    (checkout.root / "train.py").write_text(f"import json, os, signal\n{SAY_WHICH_SIGNAL}")
+    process = launch(None, "--np", "1", SAVED="1", before=[shutil.which("nohup")])
+    worker = int(process.stdout.readline().removeprefix("ready "))
+    torchrun = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (process.pid, torchrun, worker):
+        os.kill(pid, signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert (process.returncode, output) == (75, "SIGTERM\n"), errors
 
 
 @pytest.mark.launch

@@ -67,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.benchmark", __doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), help="default: all; load where --data-path is")
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="groupmixformer_small", help="network (small)")
-    parser.add_argument("--batch-size", type=int, help="images a step (CPU 8; GPU 128 to train, 256 to evaluate)")
-    parser.add_argument("--size", type=int, default=224, help="input height and width, pixels (224)")
-    parser.add_argument("--trials", type=int, default=7, help="turns that count, after one to warm up (7)")
-    parser.add_argument("--images", type=int, default=96, help="photographs that 'load' takes (96)")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), default="groupmixformer_small", help="network")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="default: 8 on CPUs, 128 to train on GPUs, else 256"
+    )
+    parser.add_argument("--size", type=int, default=224, metavar="N", help="input height and width, pixels")
+    parser.add_argument("--trials", type=int, default=7, metavar="N", help="turns that count, after one to warm up")
+    parser.add_argument("--images", type=int, default=96, metavar="N", help="photographs that 'load' takes")
     parser.add_argument("--data-path", metavar="DIR", help="folder of class folders with photographs, for 'load'")
-    parser.add_argument("--out", default="output/benchmark", metavar="DIR", help="for results (output/benchmark)")
+    parser.add_argument("--out", default="output/benchmark", metavar="DIR", help="for results")
     args = parser.parse_args(argv)
     for name, low in (("batch_size", 1), ("size", 32), ("trials", 1), ("images", 1)):
         value = getattr(args, name)
