@@ -1,7 +1,9 @@
 """How a program ends: exit codes, and the exceptions whose message is meant for the user."""
 
 import re
+from pathlib import Path
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 # What a stopped and saved run exits with (EX_TEMPFAIL of sysexits.h): start the same command again to continue.
 EXIT_STOPPED = 75
 EXIT_MISTAKE = 2  # a mistake of the user, found before training: starting the same command again does not help
@@ -33,6 +35,17 @@ class CompilerStopped(Fault):
 
 class StopRequested(Exception):
     """All processes agreed to stop here; the state is that of a whole update."""
+
+
+def existing_file(name: str) -> str:
+    """A file of this checkout, such as 'configs/x.yaml', as its path from the current folder; '' where there is none.
+
+    For messages that suggest it: the program may have been started anywhere.
+    """
+    path = CHECKOUT / name
+    if not path.is_file():
+        return ""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import yaml
 from yacs.config import CfgNode
 
 from .arguments import OneLineParser, flag_values, make_parser, parse_sources
-from .errors import UserError, one_line
+from .errors import UserError, existing_file, one_line
 from .keys import KEYS, RETIRED_KEYS, Key
 
 KeysOf = Callable[[str], Mapping[str, Key]]
@@ -168,9 +168,11 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[Setting]:
 
 
 def _nearby_yaml(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path(__file__).parent
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1, cutoff=0.4)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+    """The file with the nearest name in the folder that was given, or in configs/."""
+    there = {p.name: existing_file(f"configs/{p.name}") for p in Path(__file__).parent.glob("*.yaml")}
+    there |= {p.name: str(p) for p in path.parent.glob("*.yaml") if p.is_file()}
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.4)
+    return f"; did you mean {there[near[0]]}?" if near else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- values

@@ -3,11 +3,14 @@
     python -m tools.curves RUN [RUN ...] [--out FILE] [--json FILE]
 
 RUN is a run folder; its metrics.jsonl holds one line for each finished epoch. One run is drawn to curves.png in its own
-folder, several are compared in ./curves.png.
+folder, several are compared in ./curves.png. Where one of several has diverged, the axis ends where the others do, and
+the panel names what is cut off.
 """
 
 import json
 import logging
+import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -21,13 +24,15 @@ from configs import UserError
 from configs.commands import CommandParser, command
 from configs.errors import one_line
 from utils.files import STDOUT, check_json_target, write_json
-from utils.run_log import METRICS_NAME
+from utils.run_log import METRICS_NAME, in_picture
 
 PICTURE_NAME = "curves.png"
 COST_LIMIT = 0.02  # share of a run's time that drawing may take
 # Okabe and Ito's colours, which people with any colour vision can tell apart; yellow is too pale for a thin line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LOG_FROM = 100  # ratio of the largest to the smallest gradient norm
+DIVERGED = 3  # times the range of the other runs: beyond it, a run would flatten them
+UNUSUAL_START = 10  # times the typical first epoch: no level to show
 MARKED_POINTS = 40  # epochs beyond which their points run into each other
 
 
@@ -43,9 +48,14 @@ class RunMetrics:
         """Name of the validation number that decides which weights are best, such as 'acc1'."""
         return self.epochs[-1].get("decides") or ""
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of that number is better."""
+        return self.epochs[-1].get("higher_is_better", True)
+
     def best_of(self, values: np.ndarray) -> float:
         """The best of some values of the number that decides."""
-        return values.max() if self.epochs[-1].get("higher_is_better", True) else values.min()
+        return values.max() if self.higher_is_better else values.min()
 
     def values(self, key: str) -> np.ndarray:
         """(epochs,) values; NaN where an epoch has none, or none that is finite."""
@@ -92,7 +102,7 @@ def draw_figure(runs: Sequence[RunMetrics]) -> Any:
     compared = len(runs) > 1
     figure = Figure(figsize=(12, 8.4 + 0.55 * len(runs) * compared), layout="constrained")
     panels = list(figure.subplots(2, 2).flat)
-    deciding = " / ".join(dict.fromkeys(run.deciding for run in runs))
+    deciding = in_picture(" / ".join(dict.fromkeys(run.deciding for run in runs)))
     titles = ("Loss", f"Validation: {deciding}", "Learning rate", "Gradient norm before clipping")
     units = ("loss", deciding, "learning rate at the end of the epoch", "L2 norm, mean over the epoch")
     for axis, title, unit in zip(panels, titles, units):
@@ -103,25 +113,32 @@ def draw_figure(runs: Sequence[RunMetrics]) -> Any:
         axis.spines[["top", "right"]].set_visible(False)
     for number, run in enumerate(runs):
         _draw_run(panels, run, number if compared else None)
-    _, _, _, norm = panels
+    loss, best, _, norm = panels
+    _cut_off_diverged(loss, runs, 1)
+    if len(directions := {run.higher_is_better for run in runs}) == 1:
+        _cut_off_diverged(best, runs, -1 if directions == {True} else 1)
+    end = _cut_off_diverged(norm, runs, 1)
     norms = np.concatenate([run.values("grad_norm") for run in runs])
-    norms = norms[norms > 0]
+    norms = norms[(norms > 0) & (norms <= end)]
     if len(norms) and norms.max() > LOG_FROM * norms.min():
         norm.set(yscale="log", ylabel="L2 norm, mean over the epoch (logarithmic)")
+        if end < math.inf:
+            norm.set_ylim(norms.min() / 1.2, 1.2 * end)
     below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}  # the lines of several runs would cover the curves
     for axis in panels:
         if not axis.lines:
             axis.text(0.5, 0.5, "nothing recorded", ha="center", va="center", transform=axis.transAxes, color="0.4")
         elif axis in panels[:2]:
             axis.legend(fontsize=8.5, frameon=False, **(below if compared else {}))
-    figure.suptitle(f"{len(runs)} runs compared" if compared else runs[0].name, fontweight="bold")
+    title = f"{len(runs)} runs compared" if compared else in_picture(runs[0].name)
+    figure.suptitle(title, fontweight="bold")
     return figure
 
 
 def _draw_run(panels: Sequence[Any], run: RunMetrics, number: int | None) -> None:
     """Colour tells runs apart where there are several (`number`), else the kinds of weights; EMA is always dashed."""
     loss, best, rate, norm = panels
-    prefix = "" if number is None else f"{run.name}: "
+    prefix = "" if number is None else f"{in_picture(run.name)}: ".replace("_", " _", run.name.startswith("_"))
     marker = {"marker": "o", "markersize": 3.5} if len(run.epochs) <= MARKED_POINTS else {}
     epochs = np.array([epoch["epoch"] + 1 for epoch in run.epochs])  # 1 is the end of the first epoch
 
@@ -129,7 +146,8 @@ def _draw_run(panels: Sequence[Any], run: RunMetrics, number: int | None) -> Non
         values = run.values(key)
         if np.isfinite(values).any():
             colour = COLOURS[(own if number is None else number) % len(COLOURS)]
-            axis.plot(epochs, values, color=colour, label=prefix + label, **{"linewidth": 1.6, **marker, **style})
+            options = {"linewidth": 1.6, "color": colour, "gid": str(number or 0), **marker, **style}
+            axis.plot(epochs, values, label=prefix + label, **options)
 
     line(loss, "train_loss", "training", 0, linewidth=0.8, alpha=0.6)
     for key, name, own in (("raw", "raw weights", 1), ("ema", "EMA weights", 2)):
@@ -141,6 +159,48 @@ def _draw_run(panels: Sequence[Any], run: RunMetrics, number: int | None) -> Non
             line(best, f"{run.deciding}_{key}", f"{name}, best {run.best_of(finite):.5g}", own, linestyle=linestyle)
     line(rate, "lr", "", 0)
     line(norm, "grad_norm", "", 0)
+
+
+def _cut_off_diverged(axis: Any, runs: Sequence[RunMetrics], worse: int) -> float:
+    """End an axis where runs that have not diverged do, and name those that go further in the panel.
+
+    Args:
+        axis: with the lines of all runs; their gid is the run's position.
+        runs: one run is never cut off.
+        worse: 1 where large values are bad, -1 where small ones are.
+
+    Returns the worst value that is shown; infinity where all are.
+    """
+    found = []  # worst value, first value, best value, name; large is bad
+    for number, run in enumerate(runs):
+        lines = [worse * np.asarray(line.get_ydata()) for line in axis.lines if line.get_gid() == str(number)]
+        lines = [values[np.isfinite(values)] for values in lines]
+        if lines:
+            every = np.concatenate(lines)
+            found.append((every.max(), max(values[0] for values in lines), every.min(), in_picture(run.name)))
+    if len(found) < 2:
+        return math.inf
+    found.sort()
+    low = min(lowest for _, _, lowest, _ in found)
+    typical = statistics.median_low(start for _, start, _, _ in found)
+    unusual = low + UNUSUAL_START * max(typical - low, abs(typical))
+    # Where a run begins is no divergence: a fine-tuned one is compared with one from scratch.
+    end = max(found[0][0], *(start for _, start, _, _ in found if start <= unusual))
+    for top, *_ in found:
+        if top - low > DIVERGED * max(end - low, 0.1 * abs(end)):
+            break
+        end = max(end, top)
+    cut = [
+        f"cut off: {name}, {'up' if worse > 0 else 'down'} to {worse * top:.3g}" for top, *_, name in found if top > end
+    ]
+    if not cut:
+        return math.inf
+    margin = 0.05 * max(end - low, 0.1 * abs(end))
+    axis.set_ylim(*sorted((worse * (low - margin), worse * (end + margin))))
+    # Below the title, where no curve is; points.
+    axis.set_title(axis.get_title(loc="left"), loc="left", fontweight="bold", pad=8 + 11 * len(cut))
+    axis.text(0, 1.01, "\n".join(cut), va="bottom", fontsize=8.5, transform=axis.transAxes)
+    return worse * end
 
 
 class RunCurves:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from configs import UserError, read_config
 from configs.commands import CommandParser, command
-from configs.errors import first_line
+from configs.errors import existing_file, first_line
 from tasks import keys_of
 from tasks.classification.weights import network_with
 from utils.checkpoint import load_file, select_weights
@@ -79,7 +79,9 @@ def export(network: nn.Module, path: Path, to: str, size: int, report: Report = 
                 _write(network, _images((2, channels, size, size)), partial, to)
                 compute = _open(partial, to)
         except ImportError as error:
-            raise UserError(f"--format {to}: {first_line(error)}; pip install -r requirements-extras.txt") from None
+            requirements = existing_file("requirements-extras.txt")
+            install = f"-r {requirements}" if requirements else "onnx onnxscript onnxruntime"
+            raise UserError(f"--format {to}: {first_line(error)}; pip install {install}") from None
         except Exception as error:  # exporters raise whatever they like
             raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}

@@ -30,6 +30,7 @@ from tasks.classification.transforms import views_transform
 from tasks.classification.weights import load_classifier
 from utils.checkpoint import find_weights
 from utils.files import STDOUT, check_json_target, write_json
+from utils.run_log import in_picture
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito's
 TOP = 5
@@ -215,8 +216,7 @@ def _draw_depth(band: Any, branches: Sequence[Branches]) -> None:
 
 def _short(name: str, length: int = 28) -> str:
     name = name.split(" (n")[0].split(",")[0]  # without WordNet's number and second names
-    name = name.replace("$", r"\$")  # in matplotlib, $ begins mathematics
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return in_picture(name if len(name) <= length else name[: length - 1] + "…")
 
 
 def choose_block(branches: Sequence[Branches], stage: int, block: int) -> Branches:
@@ -240,7 +240,7 @@ def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -
     result = explain(network, views[0])
     chosen = choose_block(result.branches, stage, block)
     shown = denormalize(views[:1])[0].clamp(0, 1).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
-    draw(out, f"{config.MODEL.NAME} on {image.name.replace('$', chr(92) + '$')}", shown, names, result, chosen)
+    draw(out, in_picture(f"{config.MODEL.NAME} on {image.name}"), shown, names, result, chosen)
     order = np.argsort(-result.probabilities, kind="stable")[:TOP].tolist()
     return {
         "picture": str(image),

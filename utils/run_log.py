@@ -96,6 +96,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def in_picture(text: str) -> str:
+    """A name as matplotlib draws it letter by letter; `$` would begin mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
 def log_provenance(logger: logging.Logger, processes: Processes) -> None:
     """Log command line, code version, library versions and machine."""
     logger.info(f"command: {' '.join(map(printable, sys.argv))}")

@@ -284,9 +284,16 @@ def test_broken_yaml_is_one_line_that_names_the_file(tmp_path, text):
     assert error_of("--cfg", path).startswith(path)
 
 
-def test_missing_and_unreadable_file(tmp_path):
+def test_missing_and_unreadable_file(tmp_path, monkeypatch):
     near = f"no such configuration file; did you mean {ROOT}/configs/groupmixformer_small.yaml?"
     assert near in error_of("--cfg", f"{ROOT}/configs/groupmixformer_smal.yaml")
+    small = f"{ROOT}/configs/groupmixformer_small.yaml"
+    monkeypatch.chdir(tmp_path)  # what is suggested works from here, and is there
+    assert error_of("--cfg", "groupmixformer_smal.yaml").endswith(f"; did you mean {small}?")
+    (tmp_path / "groupmixformer_smal1.yaml").symlink_to("nowhere")
+    assert error_of("--cfg", "groupmixformer_smal.yaml").endswith(f"; did you mean {small}?")
+    monkeypatch.chdir(ROOT)
+    assert error_of("--cfg", "groupmixformer_smal.yaml").endswith("; did you mean configs/groupmixformer_small.yaml?")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "binary.yaml", tmp_path):
         assert str(path) in error_of("--cfg", str(path))

@@ -10,7 +10,7 @@ import yaml
 
 import tasks
 from configs import read_config
-from configs.arguments import make_parser
+from configs.arguments import OneLineParser, make_parser
 from configs.keys import KEYS, RETIRED_KEYS, launch, process, recipe
 from configs.load import flatten, to_dict
 from utils.resume import recipe_changes
@@ -178,7 +178,10 @@ def test_the_reading_test_can_fail():
 # --------------------------------------------------------------------------------------------------------------- flags
 def test_no_new_flag_slips_in():
     assert {key.flag: name for name, key in CARDS.items() if key.flag} == FLAGS
-    assert set(make_parser(CARDS)._option_string_actions) == set(FLAGS) | FLAGS_WITHOUT_A_KEY | {"-h", "--help"}
+    assert set(make_parser(CARDS, OneLineParser())._option_string_actions) == set(FLAGS) | FLAGS_WITHOUT_A_KEY | {
+        "-h",
+        "--help",
+    }
 
 
 def test_flag_sets_its_key_and_no_other(empty, make_config):

@@ -160,3 +160,65 @@ def test_the_legend_names_the_smallest_value_where_less_is_better(tmp_path: Path
     write_metrics(tmp_path, best="rmse", rmse_raw=[0.9, 0.5, 0.6], higher_is_better=False)
     axis = curves.draw_figure([curves.read_run(tmp_path)]).axes[1]
     assert "raw weights, best 0.5" in lines_of(axis)
+
+
+GOOD = [6.9, 4.0, 2.0, 1.5, 1.2, 1.0]
+
+
+def panels_of_two(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> list[Any]:
+    for name, numbers in (("first", first), ("second", second)):
+        none = dict.fromkeys(("loss_raw", "loss_ema", "acc1_ema"))
+        write_metrics(tmp_path / "m" / name, 6, **{**none, "grad_norm": 1.0, "acc1_raw": 50.0, **numbers})
+    return curves.draw_figure([curves.read_run(tmp_path / "m" / name) for name in ("first", "second")]).axes
+
+
+@pytest.mark.parametrize("other", [[6.9, 4.0, 900.0, 1e9, 1e12, None], [5e4, 60.0, 50.0, 9.0, 8.0, 7.0]], ids=str)
+def test_a_run_that_diverged_does_not_flatten_the_others(tmp_path: Path, other: list[float | None]) -> None:
+    """It may do so at the end or in the first epoch; the panel says what is cut off, whatever the axis was before."""
+    first = {"train_loss": GOOD, "grad_norm": GOOD}
+    loss, _, _, norm = panels_of_two(tmp_path, first, {"train_loss": other, "grad_norm": other})
+    worst = max(value for value in other if value)
+    for axis in (loss, norm):
+        low, high = axis.get_ylim()
+        assert 0 < low < 1.0 and 6.9 < high < 8
+        assert [text.get_text() for text in axis.texts] == [f"cut off: m/second, up to {worst:.3g}"]
+
+
+def test_an_accuracy_that_falls_out_of_the_others_range_is_cut_off_below(tmp_path: Path) -> None:
+    first, second = [70.0, 72, 74, 75, 76, 77], [71.0, 73, 74, 0.1, 0.1, 0.1]
+    _, best, _, _ = panels_of_two(tmp_path, {"acc1_raw": first}, {"acc1_raw": second})
+    low, high = best.get_ylim()
+    assert 69 < low < 70 and 77 < high < 78
+    assert best.texts[0].get_text() == "cut off: m/second, down to 0.1"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (GOOD, [7.0, 5.0, 4.0, 3.0, 3.0, 3.0]),
+        (GOOD, [1.2, 1.1, 1.0, 1.0, 1.0, 1.0]),  # fine-tuned
+        (GOOD, [6.9, 3.0, 2.0, 2.0, 5.0, 9.0]),  # it fits too well: no reason to hide that
+        ([2.0] * 6, [2.0, 2.1, 2.2, 2.3, 2.4, 2.5]),
+        ([None] * 6, [6.9, 1e9, None, None, None, None]),
+    ],
+    ids=str,
+)
+def test_what_has_not_diverged_is_shown_whole(tmp_path: Path, first: list[Any], second: list[Any]) -> None:
+    loss, *_ = panels_of_two(tmp_path, {"train_loss": first}, {"train_loss": second})
+    assert loss.get_ylim()[1] >= max(value for value in (*first, *second) if value)
+    assert not loss.texts
+
+
+def test_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
+    """`$` is no mathematics, bytes that are no text have a picture, and no run is missing from the legend."""
+    names = ("$\\frac$", "_a$b$c\udce9")
+    for name in names:
+        write_metrics(tmp_path / name / "t", best="$m^2$")
+    figure = curves.draw_figure([curves.read_run(tmp_path / name / "t") for name in names])
+    FigureCanvasAgg(figure).draw()
+    loss, best, *_ = figure.axes
+    texts = [*loss.get_legend().get_texts(), best.title, best._left_title, best.yaxis.label]
+    shown, mathematics = zip(*(text._preprocess_math(text.get_text()) for text in texts))
+    assert not any(mathematics)
+    expected = {"$\\frac$/t: training", " _a$b$c\\udce9/t: training", "Validation: $m^2$", "$m^2$"}
+    assert expected <= set(shown)
