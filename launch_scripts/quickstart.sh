@@ -31,6 +31,6 @@ folder=$(dirname -- "${PYTHON_COMMAND[0]}")
 tensorboard=("$folder/tensorboard")
 [[ -x ${tensorboard[0]} ]] || tensorboard=("${PYTHON_COMMAND[@]}" -m tensorboard.main)
 [[ $run_folder == /* ]] || run_folder=$ROOT/$run_folder
-[[ $folder != */.venv/bin ]] || echo "Other commands need this environment: source $(printf '%q' "$folder/activate")"
+[[ ! -f $folder/activate ]] || echo "Other commands need this environment: source $(printf '%q' "$folder/activate")"
 echo "Run folder: $run_folder"
 echo "Look at it: $(printf '%q ' "${tensorboard[@]}" --logdir "$run_folder")"

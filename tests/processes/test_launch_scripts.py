@@ -145,6 +145,17 @@ def test_one_process_that_evaluates_is_in_no_group_of_another_launcher(checkout)
     assert (result.returncode, result.stdout) == (0, "\n"), result.stderr
 
 
+def test_an_evaluation_under_nohup_keeps_running(checkout):
+    """By default torchrun handles SIGHUP, although it was ignored."""
+    says = '#!/usr/bin/env bash\necho "signals ${PET_SIGNALS_TO_HANDLE-of torchrun}"\n'
+    python = write_executable(checkout.log.parent / "bin" / "says", says)
+    command = ["bash", str(checkout.root / "launch_scripts" / "run_eval.sh")]
+    environment = checkout.environment(PYTHON=str(python), GPUS="2")
+    for before, signals in (["nohup"], "SIGTERM,SIGINT,SIGQUIT"), (["env", "--default-signal=HUP"], "of torchrun"):
+        result = subprocess.run([*before, *command], env=environment, capture_output=True, text=True)
+        assert result.stdout == f"signals {signals}\n", result.stderr
+
+
 def test_run_prefers_the_checkouts_environment(checkout):
     python = write_executable(checkout.root / ".venv" / "bin" / "python", checkout.python.read_text())
     assert checkout.run("launch_scripts/run_train.sh", PYTHON="", GPUS="1").returncode == 0
