@@ -144,7 +144,7 @@ def test_the_multi_node_command():
 def test_every_command_is_one_that_is_tested_or_named_here():
     tested = [*PYTHON_COMMANDS, *MODULE_COMMANDS, *SHELL_SCRIPTS]
     others = [c for c in COMMANDS if c not in tested]
-    under_slurm = [c for c in others if "sbatch" in c]  # tests/processes/test_launch_scripts.py
+    under_slurm = [c for c in others if "sbatch" in c]  # tests/processes/test_slurm.py
     assert all("launch_scripts/slurm_train.sh" in c for c in under_slurm)
     assert sorted(" ".join(c[:3]) for c in others if c not in under_slurm) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
