@@ -1,5 +1,6 @@
 """Labelled images as torch datasets."""
 
+import contextlib
 import struct
 import zipfile
 import zlib
@@ -76,7 +77,9 @@ class ImageDataset(Dataset):
         """What is wrong with the image that was loaded last, though it can be read; '' for nothing."""
         if self.last_read[0] != index:
             return ""
-        lost = lost_content(self.last_read[1])
+        lost = ""
+        with contextlib.suppress(*_DECODING_ERRORS):  # a remark ends no run
+            lost = lost_content(self.last_read[1])
         return f"{self.name(index)}: comes out nearly constant: {lost}" if lost else ""
 
     def name(self, index: int) -> str:

@@ -9,8 +9,9 @@ from .files import IMAGE_FORMATS
 
 FEW_LEVELS = 32  # of 256; an image within so few is nearly constant to look at
 _JPEG = b"\xff\xd8"  # begins every JPEG: 8 bits, no transparency
-_MOSTLY = 0.5
+_MOSTLY = 0.5  # of the pixels
 _PIXELS_COMPARED = 2**16
+_FRAMES_COMPARED = 16
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -45,17 +46,47 @@ def _defined_bits(image: Image.Image) -> int:
 def lost_content(encoded: bytes) -> str:
     """Why an image comes out nearly constant although its file is not, in words; '' where that is not so.
 
-    It costs nothing for JPEGs, and a look at the header for other images of 8 bits without transparency. Raises what
-    `decode_image` raises.
+    Depth, transparency, or an animation's first frame may be the reason. It costs nothing for JPEGs, and a look at the
+    header for other images of 8 bits without transparency. Raises what `decode_image` raises.
     """
     if encoded.startswith(_JPEG):
         return ""
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
         if image.mode[0] in "IF":
             return _lost_values(np.asarray(image), np.asarray(_to_rgb(image))[..., 0], not _defined_bits(image))
-        if image.has_transparency_data:
-            return _lost_transparency(image)
+        deep = ";16" in str(image.tile[:1])  # 16 bits a colour, of which Pillow keeps the upper 8
+        frames = image.n_frames if getattr(image, "is_animated", False) else 1
+        if not (deep or frames > 1 or image.has_transparency_data):
+            return ""
+        colours = _contrast(_to_rgb(image))
+        if colours >= FEW_LEVELS:
+            return ""
+        if image.has_transparency_data and _contrast(_transparency(image)) >= FEW_LEVELS:
+            return "its picture is in the transparency, which is left out; save it without transparency"
+        if deep and (colours or _contrast(_lower_bytes(encoded))):
+            return f"its values of 16 bits become {colours + 1} of 256 levels; save it with 8 bits"
+        for frame in range(1, min(frames, _FRAMES_COMPARED)):
+            image.seek(frame)
+            if _contrast(_to_rgb(image)) >= FEW_LEVELS:
+                return f"it is one colour in the first of its {frames} frames, which is read; save another one"
     return ""
+
+
+def _contrast(image: Image.Image) -> int:
+    """The difference between the highest and the lowest level, of the colour where it is largest."""
+    return max(int(np.ptp(np.asarray(band.getextrema()))) for band in image.split())
+
+
+def _transparency(image: Image.Image) -> Image.Image:
+    return image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A")
+
+
+def _lower_bytes(encoded: bytes) -> Image.Image:
+    """What of a colour PNG's 16 bits is not read: the other byte order. The image as it is read, for other formats."""
+    image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    if image.format == "PNG":  # grey with transparency, LA;16B, has no such reader
+        image.tile = [tile._replace(args=tile.args.replace("RGB;16B", "RGB;16L")) for tile in image.tile]
+    return image
 
 
 def _lost_values(before: np.ndarray, after: np.ndarray, clipped: bool) -> str:
@@ -72,13 +103,3 @@ def _lost_values(before: np.ndarray, after: np.ndarray, clipped: bool) -> str:
         f"its values {np.nanmin(before):g} to {np.nanmax(before):g} become levels {after.min()} to {after.max()} of 0 "
         "to 255; save it with 8 bits"
     )
-
-
-def _lost_transparency(image: Image.Image) -> str:
-    rgb, alpha = _to_rgb(image), image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A")
-    if max(high - low for low, high in rgb.getextrema()) >= FEW_LEVELS:
-        return ""
-    low, high = alpha.getextrema()
-    if high - low < FEW_LEVELS:
-        return ""
-    return "its picture is in the transparency, which is left out; save it without transparency"

@@ -29,7 +29,7 @@ _COMPANION = re.compile(
     r"""(?:^|/)(?:\.(?!\.?(?:/|$))  # hidden; macOS: ._photo.jpg beside photo.jpg, .DS_Store
     |(?:__macosx|icon\r|temporary\ items|network\ trash\ folder  # macOS
     |thumbs\.db|ehthumbs(?:_vista)?\.db|desktop\.ini|\$recycle\.bin|recycler|system\ volume\ information  # Windows
-    |@eadir|[@\#]recycle|@tmp|[@\#]snapshot|@recently-snapshot|lost\+found  # file servers, Linux
+    |@eadir|[@\#]recycle|@tmp|[@\#]snapshot|@recently-snapshot|lost\+found|__pycache__  # file servers, programs
     )(?:/|$))
     |@syno\w+$|:zone\.identifier$""",
     re.IGNORECASE | re.VERBOSE,

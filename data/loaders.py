@@ -92,14 +92,15 @@ class TrainingData:
             if remarked and not remarks:
                 self.notify(remarked[0])
             remarks += len(remarked)
+            if remarks > 1 and number + 1 == len(self.loader):  # here: nothing asks for a batch after the last one
+                share = f" of process {self.order.rank}" if self.order.world_size > 1 else ""
+                self.notify(f"{remarks} images{share} in this epoch are like the first that was named; see tools.check")
             for wanted, index in zip(itertools.islice(expected, len(used)), used):
                 if wanted.index != index:
                     self._report_unreadable(wanted.index, index)
             if self.samples_log is not None:
                 self._log_samples(f"{epoch} {update + number // self.accumulation} {' '.join(map(str, used))}\n")
             yield batch
-        if remarks > 1:
-            self.notify(f"{remarks} images of this epoch are like the first that was named; see python -m tools.check")
 
     def _log_samples(self, line: str) -> None:
         try:

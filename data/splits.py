@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configs import SPLIT_NAMES, UserError
 
-from .files import class_folders
+from .files import class_folders, is_image_name, loose_files
 from .sources import FolderSource, SampleList, Source, ZipSource, count_images, list_names
 
 
@@ -59,6 +59,23 @@ def _one_class(source: Source, label: int, splits: list[str]) -> str:
     return f"{what}; {folder} holds the folders {list_names(below)}: if these are classes, move them one level up"
 
 
+def one_level_too_many(source: Source) -> str:
+    """Where every class holds its images in folders below it, and these have the same names: what may be meant.
+
+    '' elsewhere.
+    """
+    if not isinstance(source, FolderSource):
+        return ""
+    below: set[tuple[str, ...]] = set()
+    for name in class_folders(source.root):
+        folder = source.root / name
+        below.add(() if any(map(is_image_name, loose_files(folder))) else tuple(class_folders(folder)))
+        if len(below) > 1 or len(max(below)) < 2:
+            return ""
+    names = list_names(below.pop())
+    return f"{source.root}: each class holds no images but folders {names}: if these are the classes, move them one up"
+
+
 def with_classes(source: Source, classes: Sequence[str], where: str = "") -> Source:
     """`source` with the class indices of `classes`, those that a network is trained on; itself where it has them.
 
@@ -109,4 +126,7 @@ def _hint(root: Path, name: str) -> str:
     if (nested / name).is_dir():
         return f"; it is in {nested}"
     found = class_folders(root)
+    for near in (root.resolve().parent, *(root / folder for folder in found)):
+        if near != root and ((near / name).is_dir() or (near / f"{name}.zip").is_file()):
+            return f"; give --data-path {near}, which has it"
     return f"; found {list_names(found)}" if found else ""

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,17 @@ def tiff(values: np.ndarray, bits: int, sample_format: int = 1) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
 
 
+def deep_png(values: np.ndarray) -> bytes:
+    """An RGB PNG of 16 bits a colour, from (H, W) values of all three."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", *reversed(values.shape), 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def deep_images() -> dict[str, tuple[bytes, bool]]:
     """Images of unusual modes by name: the file, and whether it comes out nearly constant though it is not."""
     ramp = np.arange(1024).reshape(32, 32) / 1023  # from 0 to 1
@@ -86,6 +98,10 @@ def deep_images() -> dict[str, tuple[bytes, bool]]:
         "16_big_endian.tif": (encoded(of(65535 * ramp, ">u2"), "TIFF"), False),
         "16.pgm": (encoded(of(65535 * ramp, np.uint16), "PPM"), False),
         "16_constant.png": (encoded(of(300 + 0 * ramp, np.uint16), "PNG"), False),
+        "16_rgb.png": (deep_png(65535 * ramp), False),
+        "16_rgb_constant.png": (deep_png(7 + 0 * ramp), False),
+        "12_of_16_rgb.png": (deep_png(4095 * ramp), True),
+        "8_of_16_rgb.png": (deep_png(255 * ramp), True),
         "12_of_16.png": (encoded(of(4095 * ramp, np.uint16), "PNG"), True),
         "12.tif": (tiff((4095 * ramp).astype(int), 12), False),
         "mask_of_16.png": (encoded(of(ramp > 0.5, np.uint16), "PNG"), True),
@@ -105,6 +121,8 @@ def deep_images() -> dict[str, tuple[bytes, bool]]:
         "cmyk.tif": (encoded(Image.merge("CMYK", (grey, grey, grey, grey)), "TIFF"), False),
         "palette_alpha.tif": (encoded(grey.convert("P").convert("PA"), "TIFF"), False),
         "animated.gif": (encoded(grey, "GIF", save_all=True, append_images=[shape.convert("L")]), False),
+        "begins_blank.gif": (encoded(shape.convert("L"), "GIF", save_all=True, append_images=[grey]), True),
+        "blank_page.tif": (encoded(shape.convert("L"), "TIFF", save_all=True, append_images=[grey]), True),
         "photo.jfif": (encoded(grey, "JPEG"), False),
     }
     if ".avif" in IMAGE_SUFFIXES:

@@ -29,7 +29,7 @@ from configs.errors import first_line, one_line
 from data.decoding import decode_image, lost_content
 from data.files import IMAGE_FORMATS, class_folders, files_below, is_image_name, loose_files
 from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, count_images, fingerprint
-from data.splits import open_source, with_classes, without_images
+from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
 from utils.run_log import printable
 
@@ -44,6 +44,7 @@ KINDS = {
     "bomb": (ERROR, "file that decodes to too much"),
     "train-and-val": (ERROR, "image that is in both train and val"),
     "nearly-constant": (WARNING, "image that comes out nearly constant, though its file is not"),
+    "levels": (WARNING, "folders that may be one level too deep"),
     "class-not-in-val": (WARNING, "classes without validation images"),
     "unread-image": (WARNING, "image that training does not read"),
     "duplicate": (WARNING, "image that is in a split twice"),
@@ -100,6 +101,8 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
     problems += _match_classes(report)
     for split, source in report.splits.items():
+        if odd := one_level_too_many(source):
+            problems.append(Problem("levels", SPLIT_NAMES[dataset][split], odd))
         digests[split] = np.zeros(len(source.samples), "S16")
         inspected = tqdm(inspect_all(source, workers), split, len(source.samples), unit="image", disable=None)
         index = -1

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs import with_num_classes, with_values
 from data import TrainingData, build_eval_loader, fingerprint, usable_workers
+from data.splits import one_level_too_many
 from models.cpu.depthwise import use_fast_gradients
 from tasks.networks import build_model, compile_for_training
 from utils.precision import build_precision
@@ -32,6 +33,8 @@ def build(session: Session) -> Task:
     for split, source in (("training", train_source), ("validation", val_source)):
         if source.left_out:
             logger.info(f"left out of the {split} images, by suffix: {source.left_out}")
+        if odd := one_level_too_many(source):
+            logger.warning(odd)
     config = with_num_classes(config, len(classes))
     pin_memory = processes.device.type == "cuda"
     samples_log = session.folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None

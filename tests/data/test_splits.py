@@ -10,7 +10,7 @@ from image_data import message_of, png, write_zip, zip_image_folder
 from configs import SPLIT_NAMES
 from data import fingerprint
 from data.sources import FolderSource, ZipSource
-from data.splits import with_classes, without_images
+from data.splits import one_level_too_many, with_classes, without_images
 from tasks.classification.images import open_for_evaluation, open_split, open_validation
 from tools.check import main as check
 
@@ -31,16 +31,20 @@ def test_missing_data_path(make_config, tmp_path):
         (["train.zip"], "add --zip"),
         (["ILSVRC/Data/CLS-LOC/train/"], "ILSVRC/Data/CLS-LOC"),
         (["training/", "validation/"], "found training, validation"),
+        (["notes/", "imagenet/train/"], "imagenet, which has it"),
+        (["../train/"], "give --data-path"),
         ([], "has no folder train/"),
     ],
 )
 def test_missing_split_comes_with_a_hint(make_config, tmp_path, present, hint):
+    root = tmp_path / "root"
+    root.mkdir()
     for name in present:
         if name.endswith("/"):
-            (tmp_path / name).mkdir(parents=True)
+            (root / name).mkdir(parents=True)
         else:
-            (tmp_path / name).touch()
-    message = message_of(open_train, make_config, tmp_path)
+            (root / name).touch()
+    message = message_of(open_train, make_config, root)
     assert "train/" in message and hint in message
 
 
@@ -123,6 +127,23 @@ def test_one_class_of_a_zip_file(make_config, tmp_path):
     write_zip(tmp_path, "train", {"cat/1": png(1), "dog/2": png(2)}, ["cat/1\t0", "dog/2\t0"])
     message = message_of(open_train, make_config, tmp_path, "--zip")
     assert "class index 0" in message and "cat, dog" in message
+
+
+def test_folders_of_one_image_each_are_no_level_too_many(image_folder):
+    source = FolderSource(image_folder / "train")
+    assert one_level_too_many(source) == ""
+    for name in ("ant", "bee"):  # one class without
+        for below in ("x", "y"):
+            (image_folder / "train" / name / below).mkdir()
+        for path in list((image_folder / "train" / name).glob("*.png")):
+            path.rename(path.parent / "x" / path.name)
+    assert one_level_too_many(source) == ""
+    for below in ("x", "y"):
+        (image_folder / "train" / "cat" / below).mkdir()
+    assert one_level_too_many(source) == ""
+    for path in list((image_folder / "train" / "cat").glob("*.png")):
+        path.rename(path.parent / "x" / path.name)
+    assert "folders x, y" in one_level_too_many(source)
 
 
 # -------------------------------------------------------------------------------- classes of training and of validation
