@@ -1,7 +1,6 @@
 """Which files are images and which folders are classes: one answer for folders, zip files, --images, check and pack."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,15 +24,15 @@ _SUFFIXES = {
 IMAGE_FORMATS = tuple(_SUFFIXES)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
-_COMPANION = re.compile(
-    r"""(?:^|/)(?:\.(?!\.?(?:/|$))  # hidden; macOS: ._photo.jpg beside photo.jpg, .DS_Store
-    |(?:__macosx|icon\r|temporary\ items|network\ trash\ folder  # macOS
-    |thumbs\.db|ehthumbs(?:_vista)?\.db|desktop\.ini|\$recycle\.bin|recycler|system\ volume\ information  # Windows
-    |@eadir|[@\#]recycle|@tmp|[@\#]snapshot|@recently-snapshot|lost\+found|__pycache__  # file servers, programs
-    )(?:/|$))
-    |@syno\w+$|:zone\.identifier$""",
-    re.IGNORECASE | re.VERBOSE,
-)
+# What systems and programs leave beside a user's files, in lower case; hidden names need no list.
+_COMPANIONS = {
+    *("__macosx", "icon\r", "temporary items", "network trash folder"),  # macOS
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
+    *("$recycle.bin", "recycler", "system volume information"),
+    *("@eadir", "#recycle", "@recycle", "@tmp", "#snapshot", "@recently-snapshot"),  # file servers
+    *("lost+found", "__pycache__"),
+}
+_COMPANION_ENDS = (":zone.identifier", "@synoeastream", "@synoresource")  # after the whole name of a file
 _MAX_KINDS = 8  # of left-out files in one line
 
 
@@ -42,7 +41,14 @@ def is_companion(path: str) -> bool:
 
     It is never an image and never a class.
     """
-    return _COMPANION.search(path) is not None
+    return any(_is_companion_name(name) for name in path.split("/"))
+
+
+def _is_companion_name(name: str) -> bool:
+    if name.startswith("."):  # macOS: ._photo.jpg beside photo.jpg, .DS_Store
+        return name not in (".", "..")
+    lowered = name.lower()
+    return lowered in _COMPANIONS or lowered.endswith(_COMPANION_ENDS)
 
 
 def is_image_name(name: str) -> bool:

@@ -5,7 +5,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -34,6 +34,8 @@ MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
 class SampleList(Sequence):
     """A list of (path, class index) in three blocks of memory.
 
+    `labels` are the class indices, (N,) int64.
+
     A loader worker that reads a Python object writes to it, its count of references, and so gets a copy of its own of
     what it shares with its process: of 1.28 million tuples, hundreds of MB a worker.
     """
@@ -43,21 +45,17 @@ class SampleList(Sequence):
         paths = [os.fsencode(path) for path, _ in samples]
         self._paths = b"".join(paths)
         self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
-        self._labels = np.array([label for _, label in samples], dtype=np.int64)
+        self.labels = np.array([label for _, label in samples], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        label = int(self._labels[index])  # raises IndexError as a list does
+        label = int(self.labels[index])  # raises IndexError as a list does
         index %= len(self)
         return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), label
-
-    def present(self) -> set[int]:
-        """The class indices that images have."""
-        return set(np.unique(self._labels).tolist())
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
@@ -153,7 +151,7 @@ class ZipSource:
         self._records = np.array([_record(members[name]) for name, _ in samples], dtype=np.int64)
         names = _folder_names(samples)
         del members, samples  # before the images of the cache take their memory
-        labels = self.samples.present()
+        labels = set(self.samples.labels.tolist())
         num_classes = max(labels) + 1
         if num_classes > MAX_CLASSES or (len(labels) < num_classes and not gaps):
             first = next(index for index in range(num_classes) if index not in labels)
@@ -295,8 +293,7 @@ def fingerprint(source: Source) -> str:
 
 def count_images(source: Source) -> list[int]:
     """The number of images of every class."""
-    counts = Counter(label for _, label in source.samples)
-    return [counts[label] for label in range(len(source.classes))]
+    return np.bincount(source.samples.labels, minlength=len(source.classes)).tolist()
 
 
 def list_names(names: Sequence[str], limit: int = 5) -> str:

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
@@ -37,9 +39,8 @@ def open_source(
         source = ZipSource(root, name, cache_mode, rank, world_size, block, gaps)
     else:
         source = FolderSource(root / name, gaps)
-    labels = source.samples.present()
-    if len(labels) == 1:
-        raise UserError(_one_class(source, labels.pop(), list(names.values())))
+    if len(labels := np.unique(source.samples.labels)) == 1:
+        raise UserError(_one_class(source, int(labels[0]), list(names.values())))
     return source
 
 
@@ -87,7 +88,7 @@ def with_classes(source: Source, classes: Sequence[str], where: str = "") -> Sou
     if list(source.classes) == list(classes):
         return source
     index_of = {name: index for index, name in enumerate(classes)}
-    present = source.samples.present()
+    present = np.unique(source.samples.labels).tolist()
     mapped = copy.copy(source)
     mapped.classes = list(classes)
     if isinstance(source, ZipSource):
@@ -98,7 +99,7 @@ def with_classes(source: Source, classes: Sequence[str], where: str = "") -> Sou
             known = present if source.named else ()
             mapped.classes = [source.classes[i] if i in known else name for i, name in enumerate(classes)]
             return mapped
-        has = [source.classes[label] for label in sorted(present)]
+        has = [source.classes[label] for label in present]
     else:
         has = source.classes
     if unknown := [name for name in has if name not in index_of]:

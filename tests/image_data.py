@@ -108,6 +108,7 @@ def deep_images() -> dict[str, tuple[bytes, bool]]:
         "signed.tif": (tiff((255 * ramp).astype(int), 16, 2), False),
         "32.tif": (encoded(of(255 * ramp, np.int32), "TIFF"), False),
         "32_clipped.tif": (encoded(of(65535 * ramp, np.int32), "TIFF"), True),
+        "32_part_clipped.tif": (encoded(of(np.where(ramp < 0.4, 255 * ramp, 9000 * ramp), np.int32), "TIFF"), True),
         "float_255.tif": (encoded(of(255 * ramp, np.float32), "TIFF"), False),
         "float_1.tif": (encoded(of(ramp, np.float32), "TIFF"), True),
         "float_nan.tif": (encoded(of(np.where(ramp < 0.1, np.nan, 255 * ramp), np.float32), "TIFF"), False),
