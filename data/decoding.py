@@ -99,7 +99,5 @@ def _lost_values(before: np.ndarray, after: np.ndarray, clipped: bool) -> str:
     outside = 1 - np.mean((before >= 0) & (before < 256)) if clipped else 0
     if high - low >= FEW_LEVELS and outside <= _MOSTLY:
         return ""
-    return (
-        f"its values {np.nanmin(before):g} to {np.nanmax(before):g} become levels {after.min()} to {after.max()} of 0 "
-        "to 255; save it with 8 bits"
-    )
+    values = f"{np.nanmin(before):.4g} to {np.nanmax(before):.4g}"
+    return f"its values {values} become levels {after.min()} to {after.max()} of 0 to 255; save it with 8 bits"

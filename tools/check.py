@@ -272,12 +272,13 @@ def format_report(report: Report, strict: bool) -> str:
     for split, source in report.splits.items():
         sizes = count_images(source)
         if source.left_out:
-            lines.append(f"{split:8} left out, by suffix: {source.left_out}")
+            lines.append(f"{split:8} left out: {source.left_out}")
         lines.append(
             f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
             f"fingerprint {fingerprint(source)[:16]}"
         )
-    verdict = "do not train on it as it is" if report.exit_code(strict) else "ready"
+    verdict = "usable, with what the warnings say" if report.problems else "ready"
+    verdict = "do not train on it as it is" if report.exit_code(strict) else verdict
     return "\n".join(
         [*lines, f"result   {report.count(ERROR):,} errors, {report.count(WARNING):,} warnings: {verdict}", ""]
     )

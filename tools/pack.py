@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources["val"] = with_classes(sources["val"], sources["train"].classes, args.data_path)
     for split, source in sources.items():
         if source.left_out:
-            print(f"{names[split]}: left out, by suffix: {source.left_out}")
+            print(f"{names[split]}: left out: {source.left_out}")
     if few := without_images(sources["val"]):
         print(few)
     try:

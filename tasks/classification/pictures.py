@@ -112,7 +112,7 @@ def find_pictures(arguments: Sequence[str], notify: Callable[[str], None] = lamb
                     f"{left_out and '; it holds '}{left_out}"
                 )
             if left_out:
-                notify(f"--images {argument}: left out, by suffix: {left_out}")
+                notify(f"--images {argument}: left out: {left_out}")
             pictures |= dict.fromkeys(below)
         elif path.is_file():
             pictures[path] = None

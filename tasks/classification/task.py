@@ -32,7 +32,7 @@ def build(session: Session) -> Task:
     val_source = open_validation(config, classes, *share, logger.warning)
     for split, source in (("training", train_source), ("validation", val_source)):
         if source.left_out:
-            logger.info(f"left out of the {split} images, by suffix: {source.left_out}")
+            logger.info(f"left out of the {split} images: {source.left_out}")
         if odd := one_level_too_many(source):
             logger.warning(odd)
     config = with_num_classes(config, len(classes))

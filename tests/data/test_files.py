@@ -69,10 +69,10 @@ def test_a_littered_data_set_is_the_same_data_set(image_folder, littered, tmp_pa
     assert len(find_pictures([str(littered / "train")], lines := [].append)) == 18 and lines
     assert pack(["--data-path", str(littered), "--out", str(tmp_path / "z"), "--workers", "0"]) == 0
     assert ZipSource(tmp_path / "z", "train").classes == source.classes
-    assert "train: left out, by suffix: 3 .heic, 2 .txt" in capsys.readouterr().out
+    assert "train: left out: 3 .heic, 2 .txt" in capsys.readouterr().out
     assert check(["--data-path", str(littered), "--workers", "1", "--json", str(tmp_path / "report")]) == 0
     out = capsys.readouterr().out
-    assert "train    left out, by suffix: 3 .heic, 2 .txt" in out
+    assert "train    left out: 3 .heic, 2 .txt" in out
     kinds = {(p["kind"], Path(p["path"]).suffix) for p in json.loads((tmp_path / "report").read_text())["problems"]}
     assert kinds == {("not-image", ".heic"), ("not-image", ".txt")}
 
@@ -95,7 +95,7 @@ def test_pictures_are_what_training_reads(tmp_path):
         (tmp_path / name).write_bytes(b"")
     lines = []
     assert [path.name for path in find_pictures([str(tmp_path)], lines.append)] == ["a.jfif", "b.gif"]
-    assert lines == [f"--images {tmp_path}: left out, by suffix: 1 .heic"]
+    assert lines == [f"--images {tmp_path}: left out: 1 .heic"]
     assert find_pictures([str(tmp_path / "._e.png")]) == [tmp_path / "._e.png"], "a file that is named is tried"
 
 

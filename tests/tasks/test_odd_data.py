@@ -40,7 +40,7 @@ def test_an_odd_data_set_is_trained_on_and_its_oddities_are_said(image_folder, t
     shutil.rmtree(image_folder / "val" / "ant")
     log = train(monkeypatch, image_folder, tmp_path)
     for said in (
-        "left out of the training images, by suffix: 1 .heic",
+        "left out of the training images: 1 .heic",
         "1 of 3 classes have no validation images (ant)",
         "comes out nearly constant: its values 0 to 4095 become levels 0 to 15 of 0 to 255",
     ):
