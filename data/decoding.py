@@ -84,8 +84,8 @@ def _transparency(image: Image.Image) -> Image.Image:
 def _lower_bytes(encoded: bytes) -> Image.Image:
     """What of a colour PNG's 16 bits is not read: the other byte order. The image as it is read, for other formats."""
     image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
-    if image.format == "PNG":  # grey with transparency, LA;16B, has no such reader
-        image.tile = [tile._replace(args=tile.args.replace("RGB;16B", "RGB;16L")) for tile in image.tile]
+    if image.format == "PNG" and image.tile[0].args in ("RGB;16B", "RGBA;16B"):  # LA;16B has no such reader
+        image.tile = [tile._replace(args=tile.args.replace("16B", "16L")) for tile in image.tile]
     return image
 
 

@@ -70,14 +70,14 @@ def tiff(values: np.ndarray, bits: int, sample_format: int = 1) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
 
 
-def deep_png(values: np.ndarray) -> bytes:
-    """An RGB PNG of 16 bits a colour, from (H, W) values of all three."""
+def deep_png(values: np.ndarray, bands: int = 3) -> bytes:
+    """A PNG of 16 bits a colour, from (H, W) values of all bands: 2 are grey and transparency, 3 RGB, 4 RGBA."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", *reversed(values.shape), 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + np.repeat(row, bands).astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", *reversed(values.shape), 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -102,6 +102,8 @@ def deep_images() -> dict[str, tuple[bytes, bool]]:
         "16_rgb_constant.png": (deep_png(7 + 0 * ramp), False),
         "12_of_16_rgb.png": (deep_png(4095 * ramp), True),
         "8_of_16_rgb.png": (deep_png(255 * ramp), True),
+        "8_of_16_rgba.png": (deep_png(255 * ramp, 4), True),
+        "16_grey_alpha_constant.png": (deep_png(7 + 0 * ramp, 2), False),
         "12_of_16.png": (encoded(of(4095 * ramp, np.uint16), "PNG"), True),
         "12.tif": (tiff((4095 * ramp).astype(int), 12), False),
         "mask_of_16.png": (encoded(of(ramp > 0.5, np.uint16), "PNG"), True),
