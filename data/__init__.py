@@ -1,10 +1,11 @@
 """Data, for any task: sources (folders, zip files), decoding, the order of samples, seeding, loaders."""
 
 from .datasets import ImageDataset
+from .files import class_folders
 from .loaders import TrainingData, build_eval_loader
 from .normalization import denormalize, normalize
 from .randomness import TRAINING_STEP, seed_everything
-from .sources import Source, class_folders, fingerprint
+from .sources import Source, fingerprint
 from .workers import end_loader_workers, lost_loader_worker, usable_workers
 
 __all__ = [

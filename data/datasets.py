@@ -1,19 +1,19 @@
 """Labelled images as torch datasets."""
 
-import io
+import contextlib
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from configs import UserError
 from configs.errors import one_line
 
+from .decoding import decode_image, lost_content
 from .randomness import AUGMENTATION, seed_everything
 from .samplers import SampleKey
 from .sources import Source
@@ -32,18 +32,7 @@ _DECODING_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-# What class folders hold, by content whatever the name. Pillow would also try formats that start other programs (EPS).
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_SUBSTITUTES = 16  # neighbours tried in place of an unreadable image
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode to RGB as torchvision's default loader does; 16-bit grey keeps its upper 8 bits instead of clipping."""
-    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-        if image.mode.startswith("I"):
-            values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
-        return image.convert("RGB")
 
 
 class ImageDataset(Dataset):
@@ -64,6 +53,7 @@ class ImageDataset(Dataset):
         self.classes = source.classes
         self.transform = transform
         self.decode = decode
+        self.last_read = (-1, b"")  # index and content of a file
 
     def __len__(self) -> int:
         return len(self.source.samples)
@@ -74,7 +64,8 @@ class ImageDataset(Dataset):
     def load(self, index: int) -> Any:
         """The decoded image, before any transform."""
         try:
-            return self.decode(self.source.read(index))
+            self.last_read = index, self.source.read(index)
+            return self.decode(self.last_read[1])
         except _DECODING_ERRORS as error:
             raise UserError(f"{self.name(index)}: cannot be read as an image: {one_line(error)}") from None
 
@@ -82,19 +73,37 @@ class ImageDataset(Dataset):
         """Raise UserError where the file cannot be decoded as a whole, whatever part a crop would show."""
         ImageDataset(self.source, self.transform).load(index)
 
+    def remark(self, index: int) -> str:
+        """What is wrong with the image that was loaded last, though it can be read; '' for nothing."""
+        if self.last_read[0] != index:
+            return ""
+        lost = ""
+        with contextlib.suppress(*_DECODING_ERRORS):  # a remark ends no run
+            lost = lost_content(self.last_read[1])
+        return f"{self.name(index)}: comes out nearly constant: {lost}" if lost else ""
+
     def name(self, index: int) -> str:
         """The path of an image, for messages."""
         return self.source.samples[index][0]
 
 
+class AugmentedSample(NamedTuple):
+    """What `AugmentedDataset` gives."""
+
+    sample: Any
+    index: int  # of the sample, in the data set
+    remark: str  # what is wrong with it, though it can be read
+
+
 class AugmentedDataset(Dataset):
-    """The training view of any dataset: `dataset[SampleKey(epoch, index)]` -> (augmented sample, index).
+    """The training view of any dataset: `dataset[SampleKey(epoch, index)]` -> AugmentedSample.
 
     Augmentation depends on (seed, epoch, index) alone, so the same sample of the same epoch looks the same whichever
     process, worker or restarted run loads it.
 
     A sample that cannot be read (UserError) is replaced by the next readable one of the data set. The index that is
-    returned says which one it is; the caller reports it.
+    returned says which one it is; the caller reports it. In the first epoch, `dataset.remark(index)` is asked, where
+    there is one.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -104,14 +113,17 @@ class AugmentedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Any, int]:
+    def __getitem__(self, key: SampleKey) -> AugmentedSample:
         epoch, index = key
         for attempt in range(MAX_SUBSTITUTES):
             candidate = (index + attempt) % len(self.dataset)
             seed_everything(AUGMENTATION, self.seed, epoch, candidate)
             try:
-                return self.dataset[candidate], candidate
+                sample = self.dataset[candidate]
             except UserError:
                 if attempt == MAX_SUBSTITUTES - 1:
                     raise
+                continue
+            remark = getattr(self.dataset, "remark", None) if epoch == 0 else None
+            return AugmentedSample(sample, candidate, remark(candidate) if remark else "")
         raise AssertionError("unreachable")

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 
-from .datasets import AugmentedDataset
+from .datasets import AugmentedDataset, AugmentedSample
 from .samplers import TrainingOrder
 from .workers import init_worker, usable_workers
 
@@ -28,10 +28,11 @@ class TrainingData:
         config: the run's configuration.
         dataset: `dataset[index]` -> a sample, any nested tensors, randomly augmented. A sample that cannot be read
             raises UserError. For messages, if it has them: `dataset.name(index)`; `dataset.check(index)`, which raises
-            that UserError without drawing random numbers.
+            that UserError without drawing random numbers; `dataset.remark(index)`, which is asked in the first epoch
+            right after `dataset[index]`: one line on what is wrong with a sample that can be read, or ''.
         rank, world_size: this process among all.
         pin_memory: give batches in page-locked memory.
-        notify: is called with one line for every sample that cannot be read.
+        notify: is called with one line for every sample that cannot be read, and for the first remark and their count.
         collate: from a list of samples to a batch; torch's default_collate by default.
         samples_log: file that gets a line for every batch: epoch, update, sample indices; None: no such log.
 
@@ -86,7 +87,14 @@ class TrainingData:
         """
         self.order.set_position(epoch, update)
         expected = iter(self.order)
-        for number, (batch, used) in enumerate(self.loader):
+        remarks = 0
+        for number, (batch, used, remarked) in enumerate(self.loader):
+            if remarked and not remarks:
+                self.notify(remarked[0])
+            remarks += len(remarked)
+            if remarks > 1 and number + 1 == len(self.loader):  # here: nothing asks for a batch after the last one
+                share = f" of process {self.order.rank}" if self.order.world_size > 1 else ""
+                self.notify(f"{remarks} images{share} in this epoch are like the first that was named; see tools.check")
             for wanted, index in zip(itertools.islice(expected, len(used)), used):
                 if wanted.index != index:
                     self._report_unreadable(wanted.index, index)
@@ -120,13 +128,14 @@ class TrainingData:
 
 
 class _WithIndices:
-    """Collates (sample, index) pairs to (batch, indices). A class, because loader workers may need to pickle it."""
+    """Collates AugmentedSamples to (batch, indices, remarks). A class, because loader workers may need to pickle it."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, pairs: Sequence[tuple[Any, int]]) -> tuple[Any, list[int]]:
-        return self.collate([sample for sample, _ in pairs]), [index for _, index in pairs]
+    def __call__(self, samples: Sequence[AugmentedSample]) -> tuple[Any, list[int], list[str]]:
+        remarks = [remark for *_, remark in samples if remark]
+        return self.collate([sample for sample, *_ in samples]), [index for _, index, _ in samples], remarks
 
 
 def build_eval_loader(

@@ -5,21 +5,36 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from configs import SPLIT_NAMES, UserError
+from configs import UserError
+
+from .files import (
+    IMAGE_SUFFIXES,
+    class_folders,
+    count_suffixes,
+    describe_left_out,
+    files_below,
+    is_companion,
+    is_image_name,
+    loose_files,
+)
 
 UNLABELLED = -1  # the class index of an image whose class is not known
+MAX_CLASSES = 10**6  # a class index beyond is a mistake
 MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
 
 
 class SampleList(Sequence):
     """A list of (path, class index) in three blocks of memory.
+
+    `labels` are the class indices, (N,) int64.
 
     A loader worker that reads a Python object writes to it, its count of references, and so gets a copy of its own of
     what it shares with its process: of 1.28 million tuples, hundreds of MB a worker.
@@ -30,15 +45,15 @@ class SampleList(Sequence):
         paths = [os.fsencode(path) for path, _ in samples]
         self._paths = b"".join(paths)
         self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
-        self._labels = np.array([label for _, label in samples], dtype=np.int64)
+        self.labels = np.array([label for _, label in samples], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        label = int(self._labels[index])  # raises IndexError as a list does
+        label = int(self.labels[index])  # raises IndexError as a list does
         index %= len(self)
         return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), label
 
@@ -51,6 +66,7 @@ class Source(Protocol):
 
     classes: list[str]  # name of every class, by class index
     samples: Sequence[tuple[str, int]]  # (path, class index) of every image
+    left_out: str  # what lies there and is not read, counted in words; '' for nothing
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
@@ -60,56 +76,44 @@ class Source(Protocol):
 class FolderSource:
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
-    Hidden folders are no classes: an editor's leftover must not shift every label after it.
+    What is an image and what a class, `data.files` decides: a companion must not shift every label after it.
+
+    Args:
+        root: holds the class folders.
+        gaps: let classes have no images, which is for validation.
+
     Raises UserError if the folder is missing or has no classes, if a class has no image, or if a folder cannot
     be read or a link leads back to it.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, gaps: bool = False) -> None:
         self.root = Path(root)
         self.classes = class_folders(self.root)
         if not self.classes:
             raise UserError(f"{self.root}: holds no class folders; expected {self.root}/<class>/<image>")
-        images = {name: _image_files(self.root, name) for name in self.classes}
-        self.samples = SampleList((path, label) for label, name in enumerate(self.classes) for path in images[name])
-        if empty := [name for name in self.classes if not images[name]]:
-            raise UserError(f"{self.root}: no images ({', '.join(IMG_EXTENSIONS)}) in class {_list(empty)}")
+        samples: list[tuple[str, int]] = []
+        others = loose_files(self.root)
+        for label, name in enumerate(self.classes):
+            files = files_below(self.root / name, self.root)
+            samples += ((path, label) for path in files if is_image_name(path))
+            others += (path for path in files if not is_image_name(path))
+        self.samples = SampleList(samples)
+        self.left_out = describe_left_out(count_suffixes(others))
+        counts = count_images(self)
+        empty = [name for name, count in zip(self.classes, counts) if not count]
+        if empty and not (gaps and any(counts)):
+            raise UserError(f"{self.root}: no images ({', '.join(IMAGE_SUFFIXES)}) in class {list_names(empty)}")
 
     def read(self, index: int) -> bytes:
         return Path(self.samples[index][0]).read_bytes()
 
 
-def _image_files(root: Path, name: str) -> list[str]:
-    """Paths of the images in a class folder, in the order of torchvision's ImageFolder. Links are followed."""
-
-    def walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
-        real = os.path.realpath(folder)
-        if real in above:
-            raise UserError(f"{folder}: a link that leads back to {real}; remove it")
-        files, folders = [], []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    (folders if is_folder(entry) else files).append(entry.name)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}") from None
-        yield folder, sorted(files)
-        for below in folders:
-            yield from walk(f"{folder}{os.sep}{below}", (*above, real))
-
-    listed = sorted(walk(str(root / name), (os.path.realpath(root),)))
-    return [f"{folder}{os.sep}{file}" for folder, files in listed for file in files if is_image_name(file)]
-
-
-def is_image_name(name: str) -> bool:
-    """Whether training reads a file of this name: by its suffix."""
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 class ZipSource:
     """`<split>.zip` beside `<split>_map.txt`, whose lines are: path inside the zip, tab, class index.
 
-    Nothing is unpacked to disk: members are read by their names, into memory.
+    Nothing is unpacked to disk: members are read by their names, into memory. A map names its images, whatever their
+    suffixes; only lines that name companions (`data.files`) are passed over. Classes are called by the folders of their
+    members, where each has one of its own; else by their indices.
 
     Args:
         root: folder that holds both files.
@@ -119,12 +123,20 @@ class ZipSource:
             share.
         rank, world_size: this process among all.
         block: samples that are dealt to a process at a time: 1 in training, a batch in validation.
+        gaps: let class indices have no images, which is for validation.
 
     Raises UserError where a file is missing or the two do not agree, naming the line.
     """
 
     def __init__(
-        self, root: str | Path, split: str, cache_mode: str = "no", rank: int = 0, world_size: int = 1, block: int = 1
+        self,
+        root: str | Path,
+        split: str,
+        cache_mode: str = "no",
+        rank: int = 0,
+        world_size: int = 1,
+        block: int = 1,
+        gaps: bool = False,
     ) -> None:
         self.path = Path(root) / f"{split}.zip"
         self._file: BinaryIO | None = None
@@ -137,16 +149,18 @@ class ZipSource:
         self.samples = SampleList(samples)
         # What the archive says of every sample, so that no worker has to list it again: that took 0.5 GB in each.
         self._records = np.array([_record(members[name]) for name, _ in samples], dtype=np.int64)
-        labels = {label for _, label in samples}
+        names = _folder_names(samples)
         del members, samples  # before the images of the cache take their memory
+        labels = set(self.samples.labels.tolist())
         num_classes = max(labels) + 1
-        if len(labels) < num_classes:
+        if num_classes > MAX_CLASSES or (len(labels) < num_classes and not gaps):
             first = next(index for index in range(num_classes) if index not in labels)
             raise UserError(
                 f"{map_path}: no image of class index {first}; {num_classes - len(labels)} of the {num_classes} class "
-                "indices up to the highest have none"
+                f"indices up to the highest have none{self.left_out and '; left out: '}{self.left_out}"
             )
-        self.classes = [str(label) for label in sorted(labels)]
+        self.named = bool(names)
+        self.classes = [names.get(label, str(label)) for label in range(num_classes)]
 
         share = np.flatnonzero(np.arange(len(self.samples)) // block % world_size == rank)
         cached = {"no": range(0), "full": range(len(self.samples)), "part": share}
@@ -162,7 +176,7 @@ class ZipSource:
             raise UserError(f"{self.path}: not a readable zip file: {error}") from None
 
     def _read_map(self, map_path: Path, members: dict[str, zipfile.ZipInfo]) -> list[tuple[str, int]]:
-        samples = []
+        samples, companions = [], 0
         try:
             lines = map_path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
@@ -174,14 +188,18 @@ class ZipSource:
             if not tab or not label.strip().isdecimal():
                 raise UserError(f"{map_path}:{number}: {line!r} is not 'path inside the zip, tab, class index'")
             name = name.removeprefix("./").lstrip("/")
+            if is_companion(name):
+                companions += 1
+                continue
             if name not in members:
                 raise UserError(f"{map_path}:{number}: {name} is not in {self.path}")
             size = max(members[name].file_size, members[name].compress_size)
             if size > MAX_MEMBER_BYTES:
                 raise UserError(f"{map_path}:{number}: {name}: {size:,} bytes are too many for an image")
             samples.append((name, int(label)))
+        self.left_out = f"{companions:,} lines that name hidden files or companions" if companions else ""
         if not samples:
-            raise UserError(f"{map_path}: names no images")
+            raise UserError(f"{map_path}: names no images{self.left_out and '; left out: '}{self.left_out}")
         return samples
 
     def _fill_cache(self, indices: Sequence[int]) -> None:
@@ -236,33 +254,29 @@ def _record(info: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
     return info.header_offset, info.compress_size, info.file_size, info.CRC, method
 
 
+def _folder_names(samples: Iterable[tuple[str, int]]) -> dict[int, str]:
+    """The folder of each class index, below what folders all samples share; {} where they are not one to one."""
+    pairs = {(label, *name.split("/")[:-1]) for name, label in samples}
+    shared = len([*takewhile(lambda names: len(set(names)) == 1, zip(*(folders for _, *folders in pairs)))])
+    names = defaultdict(set)
+    for label, *folders in pairs:
+        names[label].add(folders[shared] if len(folders) > shared else "")
+    found = {label: of_label.pop() for label, of_label in names.items() if len(of_label) == 1}
+    one_to_one = len(set(found.values())) == len(names) and "" not in found.values()
+    return found if one_to_one else {}
+
+
 class PictureSource:
     """Unlabelled files as a source."""
 
     classes: list[str] = []  # noqa: RUF012 - never changed
+    left_out = ""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.samples = [(str(path), UNLABELLED) for path in paths]
 
     def read(self, index: int) -> bytes:
         return Path(self.samples[index][0]).read_bytes()
-
-
-def class_folders(root: Path) -> list[str]:
-    """Names of the class folders below `root`, sorted; UserError where it is no readable folder."""
-    try:
-        with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{root}: {error.strerror}") from None
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether the entry is a folder or a link to one; False for a link to itself, where `is_dir` raises."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def fingerprint(source: Source) -> str:
@@ -277,48 +291,11 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def open_source(
-    data_path: str,
-    dataset: str,
-    split: str,
-    zip_mode: bool,
-    cache_mode: str,
-    rank: int,
-    world_size: int,
-    block: int = 1,
-) -> Source:
-    """Open `split` ('train' or 'val') of the data set below `data_path`; UserError where it is not there."""
-    if not data_path:
-        raise UserError("DATA.DATA_PATH is empty: give the folder of the data set with --data-path")
-    root, name = Path(data_path), SPLIT_NAMES[dataset][split]
-    if not root.is_dir():
-        raise UserError(f"--data-path {data_path}: no such folder; give the one that holds {name}{'.zip' * zip_mode}")
-    if zip_mode:
-        return ZipSource(root, name, cache_mode, rank, world_size, block)
-    if not (root / name).is_dir():
-        raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name)}")
-    return FolderSource(root / name)
+def count_images(source: Source) -> list[int]:
+    """The number of images of every class."""
+    return np.bincount(source.samples.labels, minlength=len(source.classes)).tolist()
 
 
-def check_same_classes(train: Sequence[str], val: Sequence[str], data_path: str) -> None:
-    """Raise UserError where training and validation do not have the same classes: their indices would not agree."""
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if only_train or only_val:
-        parts = [f"only in train: {_list(only_train)}"] if only_train else []
-        parts += [f"only in val: {_list(only_val)}"] if only_val else []
-        raise UserError(f"{data_path}: train and val differ in their classes; {'; '.join(parts)}")
-
-
-def _hint(root: Path, name: str) -> str:
-    """What the user may have meant."""
-    if (root / f"{name}.zip").is_file():
-        return f", but {name}.zip: add --zip"
-    nested = root / "ILSVRC" / "Data" / "CLS-LOC"
-    if (nested / name).is_dir():
-        return f"; it is in {nested}"
-    found = class_folders(root)
-    return f"; found {_list(found)}" if found else ""
-
-
-def _list(names: Sequence[str], limit: int = 5) -> str:
+def list_names(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -26,17 +26,10 @@ from tqdm import tqdm
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 from configs.errors import first_line, one_line
-from data.datasets import IMAGE_FORMATS, decode_image
-from data.sources import (
-    MAX_MEMBER_BYTES,
-    FolderSource,
-    Source,
-    ZipSource,
-    check_same_classes,
-    fingerprint,
-    is_image_name,
-    open_source,
-)
+from data.decoding import decode_image, lost_content
+from data.files import IMAGE_FORMATS, class_folders, files_below, is_image_name, loose_files
+from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, count_images, fingerprint
+from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
 from utils.run_log import printable
 
@@ -44,13 +37,16 @@ ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
     "split": (ERROR, "split that training cannot open"),
-    "classes": (ERROR, "train and val differ in their classes"),
-    "unread-image": (ERROR, "image that training does not read"),
+    "classes": (ERROR, "val has classes that train has not"),
     "unreadable": (ERROR, "file that cannot be read"),
     "empty": (ERROR, "empty file"),
     "damaged": (ERROR, "file that does not decode"),
     "bomb": (ERROR, "file that decodes to too much"),
     "train-and-val": (ERROR, "image that is in both train and val"),
+    "nearly-constant": (WARNING, "image that comes out nearly constant, though its file is not"),
+    "levels": (WARNING, "folders that may be one level too deep"),
+    "class-not-in-val": (WARNING, "classes without validation images"),
+    "unread-image": (WARNING, "image that training does not read"),
     "duplicate": (WARNING, "image that is in a split twice"),
     "misnamed": (WARNING, "image of another format than its suffix says; training reads it"),
     "not-image": (WARNING, "file that is no image; training does not read it"),
@@ -103,7 +99,10 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
             report.splits[split] = open_source(data_path, dataset, split, zipped, "no", 0, 1)
         except UserError as error:
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
+    problems += _match_classes(report)
     for split, source in report.splits.items():
+        if odd := one_level_too_many(source):
+            problems.append(Problem("levels", SPLIT_NAMES[dataset][split], odd))
         digests[split] = np.zeros(len(source.samples), "S16")
         inspected = tqdm(inspect_all(source, workers), split, len(source.samples), unit="image", disable=None)
         index = -1
@@ -121,14 +120,22 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
         if isinstance(source, FolderSource):
             problems += _not_read(source)
     problems += _repeated(report.splits, digests)
-    if len(report.splits) == 2:
-        try:
-            check_same_classes(report.splits["train"].classes, report.splits["val"].classes, data_path)
-        except UserError as error:
-            problems.append(Problem("classes", ".", error.one_line()))
     order = list(KINDS)
     problems.sort(key=lambda problem: (order.index(problem.kind), problem.path, problem.reason))
     return report
+
+
+def _match_classes(report: Report) -> Iterator[Problem]:
+    """Give the validation images the class indices of the training images, as training does."""
+    if len(report.splits) < 2:
+        return
+    try:
+        report.splits["val"] = with_classes(report.splits["val"], report.splits["train"].classes, report.data_path)
+    except UserError as error:
+        yield Problem("classes", ".", error.one_line())
+        return
+    if few := without_images(report.splits["val"]):
+        yield Problem("class-not-in-val", ".", few)
 
 
 def _name(source: Source, path: str) -> str:
@@ -139,24 +146,21 @@ def _name(source: Source, path: str) -> str:
 
 
 def _not_read(source: FolderSource) -> Iterator[Problem]:
-    """The files of a split that training passes over. It ignores hidden ones, and so does this."""
-    for folder, subfolders, names in os.walk(source.root):
-        in_class = folder != str(source.root)
-        if not in_class:
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for path in (Path(folder) / name for name in names if not name.startswith(".")):
-            why = "another suffix than an image has" if in_class else "in no class folder"
-            if in_class and is_image_name(path.name):
-                continue
-            if no_file := _why_no_file(path):
-                yield Problem("unreadable", _name(source, str(path)), no_file)
-                continue
-            try:
-                Image.open(path, formats=IMAGE_FORMATS).close()
-                kind = "unread-image"
-            except Exception:  # Pillow raises nearly anything on files that are no images
-                kind = "not-image"
-            yield Problem(kind, _name(source, str(path)), why)
+    """The files of a split that training passes over, without companions."""
+    others = [(path, "in no class folder") for path in loose_files(source.root)]
+    for name in class_folders(source.root):
+        files = files_below(source.root / name, source.root)
+        others += ((path, "another suffix than an image has") for path in files if not is_image_name(path))
+    for path, why in others:
+        if no_file := _why_no_file(Path(path)):
+            yield Problem("unreadable", _name(source, path), no_file)
+            continue
+        try:
+            Image.open(path, formats=IMAGE_FORMATS).close()
+            kind = "unread-image"
+        except Exception:  # Pillow raises nearly anything on files that are no images
+            kind = "not-image"
+        yield Problem(kind, _name(source, path), why)
 
 
 def _why_no_file(path: Path) -> str:
@@ -213,6 +217,7 @@ def inspect(source: Source, index: int) -> Inspection:
         with Image.open(BytesIO(encoded), formats=IMAGE_FORMATS) as header:
             form = header.format or ""
         decode_image(encoded)
+        lost = lost_content(encoded)
     except Image.DecompressionBombError as error:
         return Inspection(problem=("bomb", one_line(error)))
     except UnidentifiedImageError:
@@ -222,6 +227,7 @@ def inspect(source: Source, index: int) -> Inspection:
     form = "JPEG" if form == "MPO" else form  # what cameras write: a JPEG, and more after it
     expected = Image.registered_extensions().get(path.suffix.lower(), form)
     problem = None if form == expected else ("misnamed", f"{form}, not {expected}")
+    problem = ("nearly-constant", lost) if lost else problem
     return Inspection(hashlib.sha256(encoded).digest()[:16], problem)
 
 
@@ -264,12 +270,15 @@ def format_report(report: Report, strict: bool) -> str:
         if len(problems) > LINES_PER_KIND:
             lines.append(f"    and {len(problems) - LINES_PER_KIND:,} more; --json FILE names all")
     for split, source in report.splits.items():
-        sizes = _class_sizes(source)
+        sizes = count_images(source)
+        if source.left_out:
+            lines.append(f"{split:8} left out: {source.left_out}")
         lines.append(
             f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
             f"fingerprint {fingerprint(source)[:16]}"
         )
-    verdict = "do not train on it as it is" if report.exit_code(strict) else "ready"
+    verdict = "usable, with what the warnings say" if report.problems else "ready"
+    verdict = "do not train on it as it is" if report.exit_code(strict) else verdict
     return "\n".join(
         [*lines, f"result   {report.count(ERROR):,} errors, {report.count(WARNING):,} warnings: {verdict}", ""]
     )
@@ -282,17 +291,12 @@ def format_json(report: Report, strict: bool) -> str:
         "exit_code": report.exit_code(strict),
         "counts": {level: report.count(level) for level in (ERROR, WARNING)},
         "splits": {
-            split: {"classes": dict(zip(source.classes, _class_sizes(source))), "fingerprint": fingerprint(source)}
+            split: {"classes": dict(zip(source.classes, count_images(source))), "fingerprint": fingerprint(source)}
             for split, source in report.splits.items()
         },
         "problems": [{"level": KINDS[problem.kind][0], **problem._asdict()} for problem in report.problems],
     }
     return json.dumps(content, indent=1) + "\n"
-
-
-def _class_sizes(source: Source) -> list[int]:
-    labels = Counter(label for _, label in source.samples)
-    return [labels[label] for label in range(len(source.classes))]
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 from data.datasets import ImageDataset, decode_image
-from data.sources import FolderSource, check_same_classes, open_source
+from data.sources import FolderSource
+from data.splits import open_source, with_classes, without_images
 from data.workers import available_cores
 
 
@@ -67,6 +68,8 @@ def pack_split(
             bar = tqdm(loader, desc=name, unit="image", disable=not sys.stderr.isatty())
             for (path, _), (content, label) in zip(source.samples, bar):
                 member = Path(path).relative_to(source.root).as_posix()
+                if "\n" in member or "\r" in member:
+                    raise UserError(f"{member!r}: has a line break in its name, which map files cannot hold; rename it")
                 archive.writestr(ZipInfo(member), content)
                 lines.write(f"{member}\t{label}\n")
                 before, after = before + Path(path).stat().st_size, after + len(content)
@@ -114,7 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if found := next((path for path in existing if path.exists()), None):
         raise UserError(f"{found}: exists already; remove it, or choose another --out")
     sources = {split: open_source(args.data_path, args.dataset, split, False, "no", 0, 1) for split in names}
-    check_same_classes(sources["train"].classes, sources["val"].classes, args.data_path)
+    sources["val"] = with_classes(sources["val"], sources["train"].classes, args.data_path)
+    for split, source in sources.items():
+        if source.left_out:
+            print(f"{names[split]}: left out: {source.left_out}")
+    if few := without_images(sources["val"]):
+        print(few)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -142,6 +142,7 @@ def page_content(evaluation: WrittenEvaluation) -> dict[str, Any]:
             for i in surest
         ],
         "num_mistakes": len(mistakes),
+        "num_classes_with_images": len(present),
     }
 
 
@@ -215,7 +216,11 @@ def _numbers(content: dict[str, Any]) -> str:
     cards = [
         ("Acc@1", f"{_number(m['acc1'], 3)} %", span("acc1_interval")),
         ("Acc@5", f"{_number(m['acc5'], 3)} %", span("acc5_interval")),
-        ("Class mean", f"{_number(m['mean_class_acc1'], 3)} %", f"Acc@1, averaged over {m['classes']} classes"),
+        (
+            "Class mean",
+            f"{_number(m['mean_class_acc1'], 3)} %",
+            f"Acc@1, averaged over {content['num_classes_with_images']} classes",
+        ),
         ("NLL", _number(m["nll"], 4), "nats; smaller is better"),
         ("Calibration error", _number(m["ece"], 4), "expected, 0 to 1"),
         ("Images", f"{m['counted']:,}", f"{content['num_mistakes']:,} predicted wrongly"),

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import IMAGE_FORMATS, decode_image
+from data.decoding import decode_image
+from data.files import IMAGE_FORMATS
 
 try:  # torchvision 0.29 announces that it drops its decoders; Pillow takes 0.2 ms more an image
     from torchvision.io import ImageReadMode, decode_jpeg

@@ -12,14 +12,14 @@ from configs import UserError, with_num_classes, with_values
 from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
-from utils.checkpoint import find_weights
+from utils.checkpoint import find_weights, load_file
 from utils.files import check_json_target, write_json
 from utils.precision import build_precision
 from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.session import Session
 
-from .images import check_val_classes, open_split
+from .images import open_for_evaluation
 from .inference import predict
 from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
@@ -51,7 +51,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     """
     config, processes, logger = session.config, session.processes, session.logger
     weights = find_weights(config)
-    images = _open_images(config)
+    images = _open_images(session, weights)
     check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
     num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
     config = with_num_classes(config, num_outputs)
@@ -110,14 +110,13 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     return results
 
 
-def _open_images(config: CfgNode) -> ValidationSet:
+def _open_images(session: Session, weights: str) -> ValidationSet:
     """The validation images of the data set, or those of ImageNet's other set that TEST.VAL_SET names."""
-    if config.TEST.VAL_SET:
-        return open_validation_set(config)
-    # A single pass gains nothing from a cache.
-    source = open_split(with_values(config, {"DATA.CACHE_MODE": "no"}), "val", rank=0, world_size=1)
-    check_val_classes(config, None, source)
-    return ValidationSet(source, None, None)
+    if session.config.TEST.VAL_SET:
+        return open_validation_set(session.config)
+    trained_on = load_file(weights).get("classes")
+    known = trained_on if isinstance(trained_on, list) else []
+    return ValidationSet(open_for_evaluation(session.config, known, session.logger.warning), None, None)
 
 
 def _conclude(

@@ -1,13 +1,14 @@
 """The images of a classification run: opened, checked against each other, and made into datasets."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from configs import SPLIT_NAMES
+from configs import SPLIT_NAMES, with_values
 from data import ImageDataset, Source, class_folders
 from data.fast.decoding import decode_to_tensor
-from data.sources import check_same_classes, open_source
+from data.splits import open_source, with_classes, without_images
 
 from .transforms import fast_train_transform, fast_views_transform, train_transform, views_transform
 
@@ -19,18 +20,43 @@ def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Sourc
     return open_source(data.DATA_PATH, data.DATASET, split, data.ZIP_MODE, data.CACHE_MODE, rank, world_size, block)
 
 
-def check_val_classes(config: CfgNode, train: Source | None, val: Source) -> None:
-    """Raise UserError where the classes of training and validation differ.
+def open_validation(
+    config: CfgNode, classes: Sequence[str], rank: int, world_size: int, notify: Callable[[str], None]
+) -> Source:
+    """The validation images, with the indices that `classes`, those of the training images, have.
 
-    Without an open training set (`test.py`), the names of its class folders are enough, where there are any.
+    `notify` is called with one line where classes have no validation images. UserError where an image is of a class
+    that is not among them.
     """
-    if train is None:
+    source = with_classes(open_split(config, "val", rank, world_size), classes, config.DATA.DATA_PATH)
+    if renamed := [pair for pair in zip(classes, source.classes) if pair[0] != pair[1]]:
+        notify(
+            f"{config.DATA.DATA_PATH}: {len(renamed)} classes have other names in val than in train, the first "
+            f"{renamed[0][1]!r} for {renamed[0][0]!r}: their indices are taken"
+        )
+    if few := without_images(source):
+        notify(f"{config.DATA.DATA_PATH}: {few}")
+    return source
+
+
+def open_for_evaluation(config: CfgNode, trained_on: Sequence[str], notify: Callable[[str], None]) -> Source:
+    """The validation images for weights whose outputs are `trained_on`, the names of a checkpoint's classes.
+
+    Indices are those of `trained_on` where the images are of these classes, else those of the training folders, where
+    there are any, else those of the validation folders themselves. `trained_on` may be empty, or numbers where names
+    are not known. `notify` and UserError are as in `open_validation`.
+    """
+    config = with_values(config, {"DATA.CACHE_MODE": "no"})  # a single pass gains nothing from a cache
+    source = open_split(config, "val", rank=0, world_size=1)
+    classes = list(trained_on)
+    if not set(source.classes) <= set(classes) and not (config.DATA.ZIP_MODE and classes):
         folder = Path(config.DATA.DATA_PATH) / SPLIT_NAMES[config.DATA.DATASET]["train"]
-        if config.DATA.ZIP_MODE or not folder.is_dir():
-            return
-        check_same_classes(class_folders(folder), val.classes, config.DATA.DATA_PATH)
-    else:
-        check_same_classes(train.classes, val.classes, config.DATA.DATA_PATH)
+        usable = folder.is_dir() and not config.DATA.ZIP_MODE
+        classes = class_folders(folder) if usable else source.classes
+    source = with_classes(source, classes, config.DATA.DATA_PATH)
+    if few := without_images(source):
+        notify(f"{config.DATA.DATA_PATH}: {few}")
+    return source
 
 
 def train_dataset(config: CfgNode, source: Source) -> ImageDataset:

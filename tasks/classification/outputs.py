@@ -30,6 +30,7 @@ def summarize(predictions: Predictions, label_sets: Sequence[Sequence[int]] | No
         "images": len(predictions),
         "counted": len(judged[0]),
         "classes": len(predictions.classes),
+        "classes_with_images": int(np.count_nonzero(by_class.images)),
         "acc1": metrics.accuracy(judged[0]),
         "acc5": metrics.accuracy(judged[1]),
         "acc1_interval": metrics.accuracy_interval(judged[0]),
@@ -60,7 +61,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
     spans = [f"{low:.2f} to {high:.2f}" for low, high in (summary["acc1_interval"], summary["acc5_interval"])]
     lines = [
         f"95 % bootstrap intervals over {summary['counted']} images: Acc@1 {spans[0]}, Acc@5 {spans[1]}; "
-        f"mean over classes {summary['mean_class_acc1']:.3f}"
+        f"mean over {summary['classes_with_images']} classes {summary['mean_class_acc1']:.3f}"
     ]
     calibrated = f"NLL {summary['nll']:.4f}, expected calibration error {summary['ece']:.4f}"
     if fitted := summary["temperature"]:

@@ -1,18 +1,18 @@
 """`test.py --images`: the most probable classes of pictures that nobody has labelled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from configs import UserError
 from data import ImageDataset, usable_workers
+from data.files import IMAGE_SUFFIXES, count_suffixes, describe_left_out, files_below, is_image_name
 from data.sources import UNLABELLED, PictureSource
 from data.workers import init_worker
 from tasks.networks import inference_network
@@ -54,7 +54,7 @@ def label_pictures(session: Session, weights: str) -> None:
     config, processes, logger = session.config, session.processes, session.logger
     if processes.distributed:
         raise UserError("--images works on one process: start test.py without torchrun")
-    paths = find_pictures(session.args.images)
+    paths = find_pictures(session.args.images, logger.info)
     network, names, loaded = load_classifier(config, weights)
     network = inference_network(config, network.to(processes.device))
     if config.DATA.FAST_LOADING == "all":
@@ -93,23 +93,26 @@ def label_pictures(session: Session, weights: str) -> None:
         raise SystemExit(1)
 
 
-def find_pictures(arguments: Sequence[str]) -> list[Path]:
+def find_pictures(arguments: Sequence[str], notify: Callable[[str], None] = lambda line: None) -> list[Path]:
     """The files that are named, whatever their names, and the images anywhere below the folders that are named.
 
-    Sorted within a folder; hidden files and folders are passed over. UserError where something is not there.
+    Sorted within a folder; what is an image there, `data.files` decides. `notify` is called with one line that counts
+    what a folder holds beside images. UserError where something is not there.
     """
     pictures: dict[Path, None] = {}  # each once, in order
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            below = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in IMG_EXTENSIONS
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
+            files = [file for file in files_below(path) if not file.endswith(SUFFIX)]
+            below = [Path(file) for file in files if is_image_name(file)]
+            left_out = describe_left_out(count_suffixes(file for file in files if not is_image_name(file)))
             if not below:
-                raise UserError(f"--images {argument}: holds no pictures ({', '.join(IMG_EXTENSIONS)})")
+                raise UserError(
+                    f"--images {argument}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})"
+                    f"{left_out and '; it holds '}{left_out}"
+                )
+            if left_out:
+                notify(f"--images {argument}: left out: {left_out}")
             pictures |= dict.fromkeys(below)
         elif path.is_file():
             pictures[path] = None

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from configs import with_num_classes, with_values
 from data import TrainingData, build_eval_loader, fingerprint, usable_workers
+from data.splits import one_level_too_many
 from models.cpu.depthwise import use_fast_gradients
 from tasks.networks import build_model, compile_for_training
 from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
-from .images import check_val_classes, eval_dataset, open_split, train_dataset
+from .images import eval_dataset, open_split, open_validation, train_dataset
 from .inference import run_network
 from .transforms import build_mixup
 from .weights import load_pretrained
@@ -26,9 +27,14 @@ def build(session: Session) -> Task:
     """The task for `train.py`; UserError where data or configuration do not allow it."""
     config, processes, logger = session.config, session.processes, session.logger
     share = (processes.rank, processes.world_size)
-    train_source, val_source = open_split(config, "train", *share), open_split(config, "val", *share)
-    check_val_classes(config, train_source, val_source)
+    train_source = open_split(config, "train", *share)
     classes = train_source.classes
+    val_source = open_validation(config, classes, *share, logger.warning)
+    for split, source in (("training", train_source), ("validation", val_source)):
+        if source.left_out:
+            logger.info(f"left out of the {split} images: {source.left_out}")
+        if odd := one_level_too_many(source):
+            logger.warning(odd)
     config = with_num_classes(config, len(classes))
     pin_memory = processes.device.type == "cuda"
     samples_log = session.folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None

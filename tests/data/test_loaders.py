@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from image_data import message_of, png, released
+from PIL import Image
 
 import data
 from data import randomness
@@ -173,7 +174,7 @@ def test_sample_depends_on_seed_epoch_and_index_alone(make_config, image_folder)
     expected = {key: dataset[key] for key in keys}
     for key in reversed(keys):
         data.seed_everything(int(torch.randint(1000, ())))
-        (image, label), index = dataset[key]
+        (image, label), index, _ = dataset[key]
         assert torch.equal(image, expected[key][0][0]) and (label, index) == (key.index // 6, key.index)
     assert not torch.equal(expected[keys[0]][0][0], expected[keys[3]][0][0]), "another epoch"
     assert not torch.equal(AugmentedDataset(images, seed=6)[keys[0]][0][0], expected[keys[0]][0][0]), "another seed"
@@ -209,7 +210,7 @@ def test_substitute_keeps_its_own_label(image_folder, make_config):
     dataset = AugmentedDataset(
         ImageDataset(FolderSource(image_folder / "train"), train_transform(released(make_config))), seed=0
     )
-    (image, label), index = dataset[SampleKey(0, 4)]
+    (image, label), index, _ = dataset[SampleKey(0, 4)]
     assert (label, index) == (1, 6), "the first bee"
     assert torch.equal(image, dataset[SampleKey(0, 6)][0][0])
 
@@ -222,6 +223,31 @@ def test_too_many_unreadable_images_end_the_run(make_config, image_folder):
     assert "DATA.MAX_UNREADABLE = 2" in message and "/bee/" in message
     training = train_data(make_config, image_folder, 0, "--opts", "DATA.MAX_UNREADABLE", "6", notify=lambda line: None)
     assert all(len(list(training.batches(epoch, 0))) == 4 for epoch in range(3))
+
+
+@pytest.mark.parametrize("fast", ["no", "train"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_come_out_nearly_constant_are_counted_in_the_first_epoch(
+    make_config, image_folder, two_cores, workers, fast
+):
+    """One is named. Pixels, order and labels are those of images that are as black and need no warning."""
+
+    def train(value: int) -> tuple[list, list[str]]:
+        for path in (image_folder / "train" / "bee").iterdir():
+            Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) % value).save(path)
+        notices: list[str] = []
+        opts = ("--opts", "DATA.FAST_LOADING", fast)
+        training = train_data(make_config, image_folder, workers, *opts, notify=notices.append)
+        return [batch for epoch in range(2) for batch in training.batches(epoch, 0)], notices
+
+    batches, notices = train(256)
+    assert len(notices) == 2
+    assert "/train/bee/" in notices[0] and "comes out nearly constant: its values 0 to 255" in notices[0]
+    counted = int(notices[1].split()[0])
+    assert 4 <= counted <= 6, "16 of 18 images are seen in an epoch, 6 are such"
+    black, notices = train(1)
+    assert not notices
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, black, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
