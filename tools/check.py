@@ -266,8 +266,7 @@ def format_report(report: Report, strict: bool) -> str:
     for split, source in report.splits.items():
         sizes = _class_sizes(source)
         lines.append(
-            f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
-            f"fingerprint {fingerprint(source)[:16]}"
+            f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class"
         )
     verdict = "do not train on it as it is" if report.exit_code(strict) else "ready"
     return "\n".join(
