@@ -33,19 +33,26 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """The values of --cfg and --opts alone: they decide the task, and the task decides which other flags there are."""
+def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str], str]:
+    """The values of --cfg and --opts, and the weights that are named to evaluate, '' for none.
+
+    They decide the task, and the task decides which other flags there are.
+    """
     parser = OneLineParser(allow_abbrev=False, add_help=False)
     _add_sources(parser)
+    for flag in ("--resume", "--pretrained"):
+        parser.add_argument(flag, default="")
     known, _ = parser.parse_known_args(argv)
-    return known.cfg, known.opts
+    pairs = dict(zip(known.opts[::2], known.opts[1::2]))
+    resume, pretrained = pairs.get("MODEL.RESUME", ""), pairs.get("MODEL.PRETRAINED", "")
+    return known.cfg, known.opts, known.resume or resume or known.pretrained or pretrained
 
 
 def make_parser(keys: Mapping[str, Key], description: str = "") -> OneLineParser:
     """The parser of the whole command line, which exits with status 2 and one line where the command line is wrong."""
     raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the example commands
     parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=raw)
-    _add_sources(parser, required=True)
+    _add_sources(parser)
     for name, key in keys.items():
         if key.flag:
             parser.add_argument(key.flag, dest=name, default=None, help=key.meaning, **_options(key))
@@ -53,6 +60,7 @@ def make_parser(keys: Mapping[str, Key], description: str = "") -> OneLineParser
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="label these pictures, and those in these folders (test.py)"
     )
+    parser.add_argument("--out", metavar="FOLDER", help="where --images writes, and not beside the pictures (test.py)")
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output (test.py)")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help="accepted from old launchers; the environment decides"
@@ -60,8 +68,10 @@ def make_parser(keys: Mapping[str, Key], description: str = "") -> OneLineParser
     return parser
 
 
-def _add_sources(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    parser.add_argument("--cfg", required=required, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cfg", metavar="FILE", help="YAML file of the variant, configs/*.yaml; default: what --resume holds (test.py)"
+    )
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"
     )
