@@ -26,12 +26,12 @@ import math
 import os
 import re
 import shutil
-import tarfile
 import threading
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -172,8 +172,13 @@ def load_file(path: str | Path, tensors: bool = True) -> dict[str, Any]:
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
         # Leaving the context forbids its types again, so it must not hold those that others have allowed for good.
-        with safe_globals([kind for kind in PLAIN_TYPES if kind not in get_safe_globals()]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and not tensors)
+        with (
+            safe_globals([kind for kind in PLAIN_TYPES if kind not in get_safe_globals()]),
+            # From a name of this suffix torch reads safetensors, whatever is in it.
+            open(path, "rb") if path.suffix == ".safetensors" else nullcontext(path) as source,
+        ):
+            mmap = is_zip and not tensors and source is path
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -245,7 +250,7 @@ def _what_it_is(path: Path) -> str:
         return "a TorchScript program; save the state_dict() of its network"
     if members and not any(name.endswith("data.pkl") for name in members):
         return f"a zip file of other things ({some(members)})"
-    if tarfile.is_tarfile(path):
+    if head[257:262] == b"ustar":
         return "a tar archive; unpack it"
     begin = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     shown = ascii(begin[:40].split(b"\n")[0].decode(errors="replace").strip())
