@@ -29,9 +29,10 @@ def check_named_files(config: CfgNode, keys: Mapping[str, Key]) -> None:
 
 
 def run_folder_of(weights: str | Path) -> Path | None:
-    """The run folder that a file of weights lies in; None where it is in none."""
-    path = Path(weights)
-    return path.parent if path.name.startswith("ckpt_") and (path.parent / CONFIG_NAME).is_file() else None
+    """The run folder that a file of weights lies in; None where it is in none, or in one that may not be written to."""
+    folder, name = Path(weights).parent, Path(weights).name
+    of_a_run = name.startswith("ckpt_") and (folder / CONFIG_NAME).is_file()
+    return folder if of_a_run and os.access(folder, os.W_OK) else None
 
 
 def results_folder(config: CfgNode) -> Path:

@@ -1,6 +1,7 @@
 """An evaluation takes its configuration from the checkpoint, says where another differs, and writes beside the run."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from models.weights import num_classes_of
 from tasks import evaluate, keys_of
 from tools import export, visualize
 from utils.checkpoint import load_file
-from utils.origin import config_of
+from utils.origin import config_of, run_folder_of
 from utils.session import start_session
 
 DIGITS = str(runs.ROOT / "configs" / "groupmixformer_digits.yaml")
@@ -89,6 +90,12 @@ def test_pictures_exports_drawings_and_measurements_take_it_too(
     assert export.main(["--resume", str(trained / "ckpt_best.pth"), "--format", "pt2"]) == 0
     assert sizes == [48] and Path("tiny.pt2").is_file()
     assert "here, and was" not in capsys.readouterr().out
+
+
+def test_a_run_of_somebody_else_is_not_written_to(trained, monkeypatch):
+    assert run_folder_of(trained / "ckpt_best.pth") == trained
+    monkeypatch.setattr(os, "access", lambda path, mode: path != trained)
+    assert run_folder_of(trained / "ckpt_best.pth") is None
 
 
 def test_weights_outside_of_a_run_say_nothing_of_a_folder(trained, data, evaluate_here, tmp_path):
