@@ -51,17 +51,24 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """The values of --cfg and --opts alone: they decide the task, and the task decides which other flags there are."""
+def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str], str]:
+    """The values of --cfg and --opts, and the weights that are named to evaluate, '' for none.
+
+    They decide the task, and the task decides which other flags there are.
+    """
     parser = OneLineParser(add_help=False)
     _add_sources(parser)
+    for flag in ("--resume", "--pretrained"):
+        parser.add_argument(flag, default="")
     known, _ = parser.parse_known_args(argv)
-    return known.cfg, known.opts
+    pairs = dict(zip(known.opts[::2], known.opts[1::2]))
+    resume, pretrained = pairs.get("MODEL.RESUME", ""), pairs.get("MODEL.PRETRAINED", "")
+    return known.cfg, known.opts, known.resume or resume or known.pretrained or pretrained
 
 
 def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser:
     """Add the whole command line to a parser, which may have flags of its own."""
-    _add_sources(parser, required=True)
+    _add_sources(parser)
     parser.epilog = "In brackets: the key that a flag sets, and its default, which a YAML file may replace."
     groups = {name: parser.add_argument_group(name) for name in ("data", "network and weights", "training")}
     groups |= {name: parser.add_argument_group(name) for name in ("evaluation", "run")}
@@ -76,6 +83,8 @@ def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser
     evaluation.add_argument(
         "--images", nargs="+", metavar="PATH", help="label these pictures, and those in these folders"
     )
+    if "--out" not in parser._option_string_actions:  # tools.visualize has one of its own
+        evaluation.add_argument("--out", metavar="FOLDER", help="where --images writes, and not beside the pictures")
     evaluation.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     parser.add_argument(
         "--local_rank",
@@ -87,8 +96,10 @@ def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser
     return parser
 
 
-def _add_sources(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    parser.add_argument("--cfg", required=required, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cfg", metavar="FILE", help="YAML file of the variant, configs/*.yaml; default: what --resume holds (test.py)"
+    )
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"
     )

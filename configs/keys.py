@@ -3,7 +3,9 @@
 The defaults are the released recipe (GroupMixFormer-S, 300 epochs of ImageNet-1k). A card is made by the name of what
 its value belongs to:
 
-    recipe    what is computed: may not change when a run resumes; all processes must have the same value
+    network   what a trained network is and what it is shown: as recipe, and kept with the weights. An evaluation takes
+              it from the checkpoint where no --cfg is given, and says where --cfg differs
+    recipe    what else is computed: may not change when a run resumes; all processes must have the same value
     launch    one launch of the run: may change when it resumes; all processes must have the same value
     process   one process: may change when the run resumes; each process may have its own value
 """
@@ -19,6 +21,9 @@ SPLIT_NAMES = {
     "imagenet": {"train": "train", "val": "val"},
     "imagenet_21k": {"train": "imagenet21k_train", "val": "imagenet21k_val"},
 }
+
+# Of the keys made by `network`, those that change no result: one is a name, and data and weights decide the other.
+CHANGE_NO_RESULT = ("MODEL.NAME", "MODEL.GMA.NUM_CLASSES")
 
 # Keys of released YAML files that decide nothing here: accepted with a notice.
 RETIRED_KEYS = {
@@ -53,9 +58,10 @@ class Key:
         default: its type is the type of the key.
         meaning: what the key decides, with its unit; also the help of its flag.
         rules: what a value of that type must be.
-        scope: 'recipe', 'launch' or 'process', what the value belongs to.
+        scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number or None', 'pair or None' or 'numbers', where the default does not show the type.
+        kind: 'number or None', 'pair or None', 'numbers' or 'file' (one that must exist), where the default does not
+            show the type.
     """
 
     default: Any
@@ -67,7 +73,11 @@ class Key:
 
     @property
     def may_change_on_resume(self) -> bool:
-        return self.scope != "recipe"
+        return self.scope not in ("network", "recipe")
+
+    @property
+    def kept_with_weights(self) -> bool:
+        return self.scope == "network"
 
     @property
     def same_on_all_ranks(self) -> bool:
@@ -81,7 +91,7 @@ def _card_maker(scope: str) -> Callable[..., Key]:
     return card
 
 
-recipe, launch, process = (_card_maker(scope) for scope in ("recipe", "launch", "process"))
+network, recipe, launch, process = (_card_maker(scope) for scope in ("network", "recipe", "launch", "process"))
 
 
 # --------------------------------------------------------------------------------------------------------------- rules
@@ -118,13 +128,13 @@ _BEFORE_THE_END = Rule(
 # fmt: off
 KEYS: dict[str, Key] = {
     "BASE": process([""], "YAML files that this one builds on; paths relative to it"),
-    "TASK": recipe("classification", "what is trained: a folder of tasks/"),
+    "TASK": network("classification", "what is trained: a folder of tasks/"),
     # ------------------------------------------------------------------------------------------------------------ data
     "DATA.BATCH_SIZE": process(128, "images per process (GPU) and step", at_least(1), flag="--batch-size"),
     "DATA.DATA_PATH": process(
         "", "folder with train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)", flag="--data-path"),
-    "DATA.DATASET": recipe("imagenet", "names of the splits' folders", one_of(*SPLIT_NAMES)),
-    "DATA.IMG_SIZE": recipe(224, "input height and width, pixels", at_least(32)),
+    "DATA.DATASET": network("imagenet", "names of the splits' folders", one_of(*SPLIT_NAMES)),
+    "DATA.IMG_SIZE": network(224, "input height and width, pixels", at_least(32)),
     "DATA.ZIP_MODE": process(False, "read images from zip files instead of folders", flag="--zip"),
     "DATA.CACHE_MODE": process(
         "part", "zip files in memory: none, all in each process, or each process's share",
@@ -133,23 +143,24 @@ KEYS: dict[str, Key] = {
     "DATA.MAX_UNREADABLE": process(10, "unreadable training images a process may skip in a run", at_least(0)),
     "DATA.NUM_WORKERS": process(32, "loader processes per process, at most its share of the CPU cores", at_least(0)),
     # ----------------------------------------------------------------------------------------------------------- model
-    "MODEL.TYPE": recipe(
+    "MODEL.TYPE": network(
         "groupmixformer", "the network family; there is one", one_of("groupmixformer"), flag="--model-type"),
-    "MODEL.NAME": recipe(
+    "MODEL.NAME": network(
         "groupmixformer", "names the run folder, <OUTPUT>/<MODEL.NAME>/<TAG>, and pretrained/<NAME>.pth", FILE_NAME),
-    "MODEL.RESUME": process("", "checkpoint to continue from (train.py) or to evaluate", flag="--resume"),
-    "MODEL.PRETRAINED": process("", "weights to start from (train.py) or to evaluate", flag="--pretrained"),
-    "MODEL.GMA.IN_DIM": recipe(3, "channels of the input", at_least(1)),
-    "MODEL.GMA.NUM_STAGES": recipe(4, "stages; the lists of one value per stage have this length", at_least(1)),
-    "MODEL.GMA.NUM_CLASSES": recipe(1000, "outputs; a run takes the number of classes of its data", at_least(1)),
-    "MODEL.GMA.EMBEDDING_DIMS": recipe([80, 160, 320, 320], "channels of each stage", ALL_POSITIVE, _PER_STAGE),
-    "MODEL.GMA.SERIAL_DEPTHS": recipe([2, 4, 12, 4], "blocks of each stage", ALL_POSITIVE, _PER_STAGE),
-    "MODEL.GMA.NUM_HEADS": recipe(8, "attention heads in every block", at_least(1)),
-    "MODEL.GMA.GROUP_SIZES": recipe([3, 5, 7], "edges of the token groups, tokens", _ODD),
-    "MODEL.GMA.MLP_RATIOS": recipe(
+    "MODEL.RESUME": process("", "checkpoint to continue from (train.py) or to evaluate", flag="--resume", kind="file"),
+    "MODEL.PRETRAINED": process(
+        "", "weights to start from (train.py) or to evaluate", flag="--pretrained", kind="file"),
+    "MODEL.GMA.IN_DIM": network(3, "channels of the input", at_least(1)),
+    "MODEL.GMA.NUM_STAGES": network(4, "stages; the lists of one value per stage have this length", at_least(1)),
+    "MODEL.GMA.NUM_CLASSES": network(1000, "outputs; a run takes the number of classes of its data", at_least(1)),
+    "MODEL.GMA.EMBEDDING_DIMS": network([80, 160, 320, 320], "channels of each stage", ALL_POSITIVE, _PER_STAGE),
+    "MODEL.GMA.SERIAL_DEPTHS": network([2, 4, 12, 4], "blocks of each stage", ALL_POSITIVE, _PER_STAGE),
+    "MODEL.GMA.NUM_HEADS": network(8, "attention heads in every block", at_least(1)),
+    "MODEL.GMA.GROUP_SIZES": network([3, 5, 7], "edges of the token groups, tokens", _ODD),
+    "MODEL.GMA.MLP_RATIOS": network(
         [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", ALL_POSITIVE, _PER_STAGE, kind="numbers"),
-    "MODEL.GMA.QKV_BIAS": recipe(True, "bias of the projection to q, k and v"),
-    "MODEL.GMA.QKV_SCALE": recipe(
+    "MODEL.GMA.QKV_BIAS": network(True, "bias of the projection to q, k and v"),
+    "MODEL.GMA.QKV_SCALE": network(
         None, "factor on the attended values; None: (channels / heads) ** -0.5", kind="number or None"),
     "MODEL.GMA.DROP_RATE": recipe(0.0, "dropout after the attention's projection and in the MLP", BELOW_ONE),
     "MODEL.GMA.ATTN_DROP_RATE": recipe(0.0, "dropout on the softmax of k", BELOW_ONE),

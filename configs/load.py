@@ -1,6 +1,7 @@
 """How a run's configuration is put together, checked and frozen.
 
 A value comes from, later wins: the default on its card, the YAML files named in BASE, the YAML file, --opts, flags.
+Where no YAML file is named, what the weights to evaluate are kept with takes its place.
 """
 
 import ast
@@ -8,7 +9,7 @@ import copy
 import difflib
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from .errors import UserError, existing_file, one_line
 from .keys import KEYS, RETIRED_KEYS, Key
 
 KeysOf = Callable[[str], Mapping[str, Key]]
+ConfigOf = Callable[[str], Mapping[str, Any] | None]
 
 
 class Setting(NamedTuple):
@@ -44,6 +46,7 @@ def read_command(
     notify: Callable[[str], None] = print,
     description: str = "",
     parser: OneLineParser | None = None,
+    config_of: ConfigOf = lambda path: None,
 ) -> Command:
     """Read a command line with the files that it names, and check everything.
 
@@ -53,19 +56,29 @@ def read_command(
         notify: is called with one line for each key or flag that is accepted and ignored.
         description: for --help.
         parser: takes the flags that the program has beside these, and has a description of its own.
+        config_of: gives what a file of weights holds of its configuration, {key: value}, or None. Used without --cfg;
+            of the keys, those that are kept with weights are taken.
 
     Raises UserError, one line that names file or option, key and value, for a wrong value. A wrong command line ends
     the program with status 2 and one line.
     """
-    cfg, opts = parse_sources(argv)
+    cfg, opts, weights = parse_sources(argv)
+    stored = config_of(weights) if weights and not cfg else None
+    kept = [Setting(weights, name, value) for name, value in (stored or {}).items()]
     settings = list(_read_file(Path(cfg))) if cfg else []
     settings += [Setting("--opts", name, value) for name, value in zip(opts[::2], opts[1::2])]
     task = KEYS["TASK"].default
-    for setting in settings:
+    for setting in kept + settings:
         if setting.name == "TASK":
             task = _convert(setting, KEYS["TASK"])
     keys = {**KEYS, **keys_of(task)}
     args = make_parser(keys, parser or OneLineParser(description=description)).parse_args(argv)
+    if not cfg and stored is None:
+        what = f"{weights}: holds no configuration of its network; name" if weights else "--cfg is missing: name"
+        raise UserError(f"{what} the YAML file of the variant, --cfg configs/<variant>.yaml")
+    kept = [setting for setting in kept if setting.name in keys and keys[setting.name].kept_with_weights]
+    if kept:
+        notify(f"no --cfg: network, data set, image size and preprocessing are those that {weights} was trained with")
     if len(opts) % 2:
         raise UserError(f"--opts takes pairs of KEY and VALUE, but {opts[-1]!r} has no value")
     flags = flag_values(args, keys)
@@ -74,7 +87,7 @@ def read_command(
     config = CfgNode()
     for name, key in keys.items():
         _put(config, name, copy.deepcopy(key.default))
-    for setting in settings:
+    for setting in kept + settings:
         if setting.name in RETIRED_KEYS:
             notify(f"{setting.origin}: {setting.name} is ignored: {RETIRED_KEYS[setting.name]}")
         else:
@@ -92,6 +105,16 @@ def read_command(
 def read_config(argv: Sequence[str], keys_of: KeysOf, notify: Callable[[str], None] = print) -> CfgNode:
     """The configuration of a command line, as `read_command`."""
     return read_command(argv, keys_of, notify).config
+
+
+def changed_values(
+    before: Mapping[str, Any], config: CfgNode, names: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value before, value now) for each of the named keys that differs; keys not in `before` do not."""
+    for name, now in flatten(config):
+        now = list(now) if isinstance(now, tuple) else now
+        if name in names and name in before and before[name] != now:
+            yield name, before[name], now
 
 
 def with_num_classes(config: CfgNode, num_classes: int) -> CfgNode:

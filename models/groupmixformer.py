@@ -17,6 +17,7 @@ convolutional position encodings of tokens and of attention.
 """
 
 import math
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -626,7 +627,24 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+    return unwrap(state_dict)
+
+
+def unwrap(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The entries of this network under its own names, whatever it was part of; others are left out.
+
+    torch.compile, DDP, Lightning and detectors put `_orig_mod.`, `module.`, `model.` and `backbone.` before its names.
+    Raises ValueError where several such networks are in it, as of a student and a teacher.
+    """
+    names = {re.sub(r"(?<![^.])_(orig_mod|\w+_wrapped_module)\.", "", name): name for name in state_dict}
+    found = (re.match(r"(.*?)(?<![^.])groupmixformer_backbone\.", name) for name in names)
+    prefixes = sorted({match[1] for match in found if match})
+    if len(prefixes) > 1 and "" not in prefixes:
+        raise ValueError(
+            f"holds {len(prefixes)} networks, under {', '.join(map(repr, prefixes))}; save one of them alone"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    return {own.removeprefix(prefix): state_dict[name] for own, name in names.items() if own.startswith(prefix)}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

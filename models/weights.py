@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .groupmixformer import GROUP_SIZES, VARIANTS, GroupMixFormer
+from .groupmixformer import GROUP_SIZES, VARIANTS, GroupMixFormer, unwrap
 
 HEAD_KEYS = ("head.weight", "head.bias")
-IMAGENET_21K_CLASSES = 21841
 _FIRST_MLP_LAYER = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
 _GROUP_CONVOLUTION = re.compile(r"groupmixformer_backbone\.0\.gma_stage\.0\.att\.aggregator\.agg(\d)\.conv1\.weight")
 
@@ -58,6 +57,21 @@ class Architecture:
         return self.variant or "GroupMixFormer " + ", ".join(f"{size} {getattr(self, size)}" for size in sizes)
 
 
+def normalize(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict of a GroupMixFormer under its own names, whatever has wrapped it, and the names of all else.
+
+    Counters of batch norms that a file lacks are 0, as torch's strict load takes them. Raises ValueError where it holds
+    no such network, or several.
+    """
+    names = unwrap({name: name for name in state})
+    own = {name: state[before] for name, before in names.items()}
+    architecture_of(own)
+    for name in [name for name in own if name.endswith("running_var")]:
+        own.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    taken = set(names.values())
+    return own, [name for name in state if name not in taken]
+
+
 def num_classes_of(state: dict[str, Tensor]) -> int:
     """Rows of the classifier; 0 where there is none."""
     head = state.get("head.weight")
@@ -70,7 +84,7 @@ def architecture_of(state: dict[str, Tensor]) -> Architecture:
     blocks = {(int(m[1]), int(m[2])): weight.shape for m, weight in mlps.items() if weight.ndim == 2 and weight.numel()}
     num_stages = len({stage for stage, _ in blocks})
     if not blocks or any((stage, 0) not in blocks for stage in range(num_stages)):
-        raise ValueError("no weights of a GroupMixFormer")
+        raise ValueError("holds no weights of a GroupMixFormer")
     groups = {int(m[1]): state[name] for name in state if (m := _GROUP_CONVOLUTION.fullmatch(name))}
     return Architecture(
         embed_dims=tuple(blocks[stage, 0][1] for stage in range(num_stages)),
@@ -87,7 +101,7 @@ def network_of(state: dict[str, Tensor]) -> GroupMixFormer:
     """
     sizes, stem = architecture_of(state), state.get("conv_stem.proj1.weight")
     if stem is None or stem.ndim != 4:
-        raise ValueError("no weights of a GroupMixFormer")
+        raise ValueError("holds no weights of a GroupMixFormer")
     with torch.device("meta"):
         return GroupMixFormer(
             num_classes_of(state),
@@ -119,3 +133,12 @@ def map_head(state: dict[str, Tensor], rows: Sequence[int], num_classes: int) ->
 def take_head(state: dict[str, Tensor], network: GroupMixFormer) -> None:
     """Replace the head in a state dict by that of a network, in place."""
     state.update({key: value for key, value in network.state_dict().items() if key in HEAD_KEYS})
+
+
+def take_last_norm(state: dict[str, Tensor], network: GroupMixFormer) -> bool:
+    """Where a state dict has no last norm, as backbones of detectors, take the network's, in place; whether it did."""
+    norm = {key: value for key, value in network.state_dict().items() if key.startswith("norm4.")}
+    if norm.keys() & state.keys():
+        return False
+    state.update(norm)
+    return True

@@ -274,8 +274,7 @@ def format_report(report: Report, strict: bool) -> str:
         if source.left_out:
             lines.append(f"{split:8} left out: {source.left_out}")
         lines.append(
-            f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class; "
-            f"fingerprint {fingerprint(source)[:16]}"
+            f"{split:8} {sum(sizes):,} images of {len(sizes):,} classes, {min(sizes):,} to {max(sizes):,} a class"
         )
     verdict = "usable, with what the warnings say" if report.problems else "ready"
     verdict = "do not train on it as it is" if report.exit_code(strict) else verdict

@@ -25,8 +25,10 @@ from configs import UserError
 from configs.commands import CommandParser, command
 from models.groupmixformer import GroupMixFormer
 from models.weights import Architecture, architecture_of, network_of
-from utils.checkpoint import load_file, select_weights, some
-from utils.files import STDOUT, check_json_target, write_file, write_json
+from tasks.classification.weights import Weights
+from tasks.classification.weights import read_weights as read_parts
+from utils.checkpoint import some, stored_config
+from utils.files import STDOUT, check_folder, check_json_target, write_file, write_json
 
 SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors"}
 
@@ -36,7 +38,7 @@ class Conversion:
     """A finished conversion, for the log and for scripts."""
 
     source: str
-    weights: str  # 'raw weights', 'ema weights'
+    weights: str  # raw or EMA weights of which file, and what of it was left out
     network: str  # name of the variant, or its sizes
     num_classes: int
     format: str
@@ -54,18 +56,19 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         source: the file to read.
         to: 'pth' or 'safetensors'.
         folder: for the new file; is made if it does not exist.
-        name: of the new file, before its hash; default: the variant's name, else the source's.
+        name: of the new file, before its hash; default: MODEL.NAME of the run, else the variant's, else the source's.
         which: weights of a training checkpoint, see `select_weights`.
 
     A file of the same name and content is left as it is. Raises UserError where the source does not hold the weights of
     one whole GroupMixFormer, or the new name is taken by other content.
     """
-    state, kind = read_weights(source, which)
+    check_folder(Path(folder))
+    checkpoint, state, about = read_weights(source, which)
     sizes, network = describe_network(state, str(source))
     content = _encode(state, to)
     digest = hashlib.sha256(content).hexdigest()
     without_hash = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)
-    name = name or sizes.variant or without_hash
+    name = name or (stored_config(checkpoint) or {}).get("MODEL.NAME") or sizes.variant or without_hash
     path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
     if not path.exists():
         write_file(content, path)
@@ -73,7 +76,7 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         raise UserError(f"{path}: already exists with other content, and is not overwritten; give another --name")
     return Conversion(
         source=str(source),
-        weights=kind,
+        weights=about,
         network=str(sizes),
         num_classes=network.num_classes,
         format=to,
@@ -85,18 +88,18 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
     )
 
 
-def read_weights(path: str | Path, which: str = "best") -> tuple[dict[str, Tensor], str]:
-    """The state dict in a file, in the network's own order, and which weights it is.
+def read_weights(path: str | Path, which: str = "best") -> Weights:
+    """The weights in a file, in the network's own order.
 
     Raises UserError where the file cannot be read or does not hold the weights of one whole GroupMixFormer.
     """
-    state, kind = select_weights(load_file(path), which, str(path))
+    checkpoint, state, about = read_parts(path, which)
     own = describe_network(state, str(path))[1].state_dict()
     wrong = [name for name in (*own, *state) if name not in own or name not in state]
     wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
         raise UserError(f"{path}: not the weights of one whole GroupMixFormer; look at {some(wrong)}")
-    return {name: state[name] for name in own}, kind  # safetensors files sort by name
+    return Weights(checkpoint, {name: state[name] for name in own}, about)  # safetensors files sort by name
 
 
 def describe_network(state: dict[str, Tensor], origin: str = "weights") -> tuple[Architecture, GroupMixFormer]:
@@ -131,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         write_json(args.json, asdict(done))
     if args.json != STDOUT:
-        print(
-            f"{done.source}: {done.weights}, {done.network}, {done.num_classes} classes, {done.parameters:,} parameters"
-        )
+        print(f"{done.weights}: {done.network}, {done.num_classes} classes, {done.parameters:,} parameters")
         print(f"written: {done.path} ({done.bytes / 2**20:.1f} MiB)")
 
 

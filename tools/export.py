@@ -1,7 +1,7 @@
 """Export the network as a file that runs without this code: ONNX or torch.export, for any batch, height and width.
 
 python -m tools.export --cfg configs/groupmixformer_small.yaml --pretrained FILE --format onnx
-python -m tools.export --cfg configs/groupmixformer_small.yaml --resume FILE --weights ema --format pt2 --features
+python -m tools.export --resume <checkpoint of a run> --weights ema --format pt2 --features
 
 The file takes images (B, channels, H, W), float32, normalised as in evaluation. It gives logits (B, classes), or with
 --features the maps of all stages. It is read back, run at two sizes with two batch sizes each, and compared with the
@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs import UserError, read_config
+from configs import UserError, read_command
 from configs.commands import CommandParser, command
 from configs.errors import existing_file, first_line
 from tasks import keys_of
-from tasks.classification.weights import network_with
-from utils.checkpoint import load_file, select_weights
+from tasks.classification.weights import network_with, read_weights
 from utils.files import STDOUT, check_json_target, write_json
+from utils.origin import check_named_files, config_of, remarks
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4  # largest difference from the network, over the largest value where that is above 1
@@ -186,29 +186,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_json_target(args.json)
     report: Report = (lambda line: None) if args.json == STDOUT else lambda line: print(line, flush=True)
     flags = [f"--{name}={getattr(args, name)}" for name in ("pretrained", "resume", "weights") if getattr(args, name)]
-    config = read_config(["--cfg", args.cfg, *flags, *(["--opts", *args.opts] if args.opts else [])], keys_of, report)
+    words = [*(["--cfg", args.cfg] if args.cfg else []), *flags, *(["--opts", *args.opts] if args.opts else [])]
+    _, config, keys = read_command(words, keys_of, report, config_of=config_of)
+    check_named_files(config, keys)
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not weights:
         raise UserError("no weights to export: give a file with --resume or --pretrained")
     if config.DATA.IMG_SIZE < MIN_SIZE:
         raise UserError(f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: must be at least {MIN_SIZE}; pass --img-size 64")
-    state, kind = select_weights(load_file(weights), config.TEST.WEIGHTS, weights)
-    report(f"{config.MODEL.NAME}: {kind} of {weights}")
-    network = network_with(config, state, weights)
+    for remark in remarks(config, keys, measures=False, cfg=args.cfg):
+        report(remark)
+    loaded = read_weights(weights, config.TEST.WEIGHTS)
+    report(f"{config.MODEL.NAME}: {loaded.about}")
+    network = network_with(config, loaded, weights)
     if args.features:
         network = StageMaps(network)
     path = Path(args.output or f"{config.MODEL.NAME}{'_features' if args.features else ''}.{args.format}")
     differences = export(network, path, args.format, config.DATA.IMG_SIZE, report)
     report(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     if args.json:
-        done = {"path": str(path), "format": args.format, "weights": f"{kind} of {weights}", "inputs": ["images"]}
+        done = {"path": str(path), "format": args.format, "weights": loaded.about, "inputs": ["images"]}
         done |= {"outputs": output_names(network), "largest_differences": differences, "bytes": path.stat().st_size}
         write_json(args.json, done)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.export", __doc__)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the variant, configs/*.yaml")
+    parser.add_argument("--cfg", metavar="FILE", help="YAML file of the variant; default: what the weights came with")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any key")
     parser.add_argument("--pretrained", metavar="FILE", help="weights to export")
     parser.add_argument("--resume", metavar="FILE", help="training checkpoint to export")

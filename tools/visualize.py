@@ -1,6 +1,6 @@
 """What a trained network sees in one picture, as one PNG.
 
-    python -m tools.visualize --cfg FILE --resume FILE --image FILE [--stage 4] [--block -1] [--out FILE] [--json FILE]
+    python -m tools.visualize --resume FILE --image FILE [--stage 4] [--block -1] [--out FILE] [--json FILE]
 
 The PNG shows the input, Grad-CAM for the predicted class, the top-5, the response maps of all branches of one
 Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and the share of each branch in every block.
@@ -8,7 +8,7 @@ The flags that choose weights and preprocessing are those of test.py. --json FIL
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from tasks import keys_of
 from tasks.classification.transforms import views_transform
 from tasks.classification.weights import load_classifier
 from utils.checkpoint import find_weights
-from utils.files import STDOUT, check_json_target, write_json
+from utils.files import STDOUT, check_folder, check_json_target, check_target, write_json
+from utils.origin import check_named_files, config_of, remarks, run_folder_of
 from utils.run_log import in_picture
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito's
 TOP = 5
-DEFAULT_FOLDER = Path("output", "visualized")
+DEFAULT_FOLDER = Path("output", "visualized")  # of weights that lie in no run folder
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,6 @@ def draw(
     _draw_maps(bands[1], chosen)
     _draw_depth(bands[2], result.branches)
     try:
-        if path.parent == DEFAULT_FOLDER:  # another missing folder is a mistake in --out
-            path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {error}; give another --out") from None
@@ -230,12 +229,11 @@ def choose_block(branches: Sequence[Branches], stage: int, block: int) -> Branch
     return blocks[block - 1 if block > 0 else block]
 
 
-def visualize(config: CfgNode, image: Path, stage: int, block: int, out: Path) -> dict[str, Any]:
-    """Draw the explanation of a picture and return its numbers. UserError for missing weights, picture or block."""
-    weights = find_weights(config)
-    if not image.is_file():
-        raise UserError(f"--image {image}: no such file")
-    network, names, loaded = load_classifier(config, weights)
+def visualize(
+    config: CfgNode, image: Path, stage: int, block: int, out: Path, notify: Callable[[str], None]
+) -> dict[str, Any]:
+    """Draw the explanation of a picture and return its numbers. UserError for missing weights or block."""
+    network, names, loaded = load_classifier(config, find_weights(config), notify)
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
     result = explain(network, views[0])
     chosen = choose_block(result.branches, stage, block)
@@ -262,12 +260,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image", required=True, type=Path, metavar="FILE", help="the picture, of any size")
     parser.add_argument("--stage", type=int, default=4, metavar="N", help="stage of the response maps, 1 to 4")
     parser.add_argument("--block", type=int, default=-1, metavar="N", help="its block, from 1; -1 is the last")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {DEFAULT_FOLDER}/<picture>.png")
-    args, config, _ = read_command(argv, keys_of, lambda line: print(line, file=sys.stderr), parser=parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: visualized/<picture>.png in the run folder, else in output/"
+    )
+
+    def notify(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    args, config, keys = read_command(argv, keys_of, notify, parser=parser, config_of=config_of)
     check_json_target(args.json)
+    check_named_files(config, keys)
+    if not args.image.is_file():
+        raise UserError(f"--image {args.image}: no such file")
     # Not in the picture's folder: in a data set, the drawing would be one more image.
-    out = args.out or DEFAULT_FOLDER / f"{args.image.stem}.png"
-    result = visualize(config, args.image, args.stage, args.block, out)
+    run_folder = run_folder_of(find_weights(config))
+    folder = run_folder / DEFAULT_FOLDER.name if run_folder else DEFAULT_FOLDER
+    out = args.out or folder / f"{args.image.stem}.png"
+    if not args.out:  # another missing folder is a mistake in --out
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    check_target(out, "--out")
+    for remark in remarks(config, keys, measures=False, cfg=args.cfg):
+        notify(remark)
+    result = visualize(config, args.image, args.stage, args.block, out, notify)
     stream = sys.stderr if args.json == STDOUT else sys.stdout
     for entry in result["top"]:
         print(f"{100 * entry['probability']:6.2f} %  {entry['name']}", file=stream)

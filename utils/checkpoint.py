@@ -17,7 +17,8 @@ A training checkpoint is a dict with
 
 Files are loaded with torch's `weights_only=True`, which runs no code from the file. Released files hold {'model': ...},
 or a training checkpoint whose `config` is a pickled yacs CfgNode: it is read as a plain mapping. Weights alone may also
-come as a safetensors file, and as what timm's train.py writes (`state_dict`, `state_dict_ema`, and its `args`).
+come as a safetensors file, and as what timm's train.py writes (`state_dict`, `state_dict_ema`, and its `args`). What a
+file is shows in its content, whatever its name.
 """
 
 import contextlib
@@ -30,18 +31,22 @@ import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.serialization import get_safe_globals, safe_globals
 from yacs.config import CfgNode
 
 from configs import UserError
 from configs.errors import first_line
+from configs.keys import KEYS
+from configs.load import flatten
 
 from .failures import unwritable
 
@@ -51,6 +56,7 @@ PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where 
 _RAW_KEYS = ("model", "state_dict")  # ours and the release's; timm's
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
+_WRAPPERS = re.compile(r"^module\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ZIP_FOLDER = 0x10  # attribute of a zip record that is a folder
 # Files may hold these beside tensors and plain values. Released checkpoints have a yacs CfgNode: read as the mapping
 # that it is, it runs no code. The Namespace in timm's checkpoints is a bag of values.
@@ -144,19 +150,21 @@ def quarantine(path: Path) -> str:
     return name
 
 
-def load_file(path: str | Path) -> dict[str, Any]:
+def load_file(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     """Load a checkpoint onto the CPU, after checking the CRC-32 that torch stored with every tensor.
 
-    torch itself does not check it: a flipped bit in a weight would load silently. A file that ends in .safetensors,
-    which has no such check, is read as a bare state dict.
+    torch itself does not check it: a flipped bit in a weight would load silently. A safetensors file, which has no such
+    check, is read as a bare state dict. Without `tensors` only the plain values are of use: tensors are neither checked
+    nor read from the disk.
     Raises UserError where the file is missing, damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors" and path.is_file():
-            return safetensors.torch.load_file(path)
         with open(path, "rb") as file:
-            if zipfile.is_zipfile(file):
+            if _is_safetensors(file.read(9), path):
+                return safetensors.torch.load_file(path)
+            is_zip = zipfile.is_zipfile(file)
+            if is_zip and tensors:
                 with zipfile.ZipFile(file) as archive:
                     # A record that says of itself that it is a folder would be given to torch as uninitialised memory.
                     folders = (r.filename for r in archive.infolist() if r.external_attr & _ZIP_FOLDER and r.file_size)
@@ -164,30 +172,94 @@ def load_file(path: str | Path) -> dict[str, Any]:
                 if damaged is not None:
                     raise UserError(f"{path}: damaged: {damaged} is not what was written")
         # Leaving the context forbids its types again, so it must not hold those that others have allowed for good.
-        with safe_globals([kind for kind in PLAIN_TYPES if kind not in get_safe_globals()]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            safe_globals([kind for kind in PLAIN_TYPES if kind not in get_safe_globals()]),
+            # From a name of this suffix torch reads safetensors, whatever is in it.
+            open(path, "rb") if path.suffix == ".safetensors" else nullcontext(path) as source,
+        ):
+            mmap = is_zip and not tensors and source is path
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a file in it, such as {path / BEST_NAME}") from None
     except UserError:
         raise
-    except UnpicklingError as error:
-        # torch's own message advises to load the file unsafely; of it, only what the file asked for is of use.
-        wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        what = f": it asks for {wanted[1]}" if wanted else ""
-        raise UserError(
-            f"{path}: not a checkpoint of tensors and plain values, and nothing else is loaded{what}"
-        ) from None
     except Exception as error:  # damaged pickles and zip files raise almost anything
-        what = first_line(error).split(". ")[0]
+        if known := _what_it_is(path):
+            raise UserError(f"{path}: no file of weights: {known}") from None
+        # torch's own message advises to load the file unsafely; of it, only what the file asked for is of use.
+        wanted = isinstance(error, UnpicklingError) and re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        if wanted:
+            raise UserError(
+                f"{path}: asks for {wanted[1]}: only tensors and plain values are loaded; save a state_dict() instead"
+            ) from None
+        what = "" if isinstance(error, UnpicklingError) else f": {first_line(error).split('. ')[0]}"
         size = Path(path).stat().st_size
-        raise UserError(
-            f"{path}: damaged or not a checkpoint, {size:,} bytes ({type(error).__name__}: {what})"
-        ) from None
+        raise UserError(f"{path}: damaged or not a checkpoint, {size:,} bytes ({type(error).__name__}{what})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def stored_config(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration that a checkpoint of this repository holds, {key: value}; None where there is none.
+
+    Released checkpoints hold a mapping of other keys: theirs is another program.
+    """
+    text = content.get("config")
+    try:
+        values = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        return None
+    config = dict(flatten(values)) if isinstance(values, dict) else {}
+    return config if config.keys() & KEYS.keys() else None
+
+
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether a file begins as safetensors files do: the length of its header, 8 bytes, and the header's brace."""
+    whole = len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return whole or (path.suffix == ".safetensors" and not head.startswith(b"PK"))
+
+
+_BEGINNINGS = {
+    b"version https://git-lfs": "a pointer in the place of a file; run git lfs pull",
+    b"<": "a web page or a server's message; download the file itself",
+    b"\x1f\x8b": "a gzip file; unpack it",
+    b"BZh": "a bzip2 file; unpack it",
+    b"\xfd7zXZ": "an xz file; unpack it",
+    b"(\xb5/\xfd": "a zstd file; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"Rar!": "a rar archive; unpack it",
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"\x93NUMPY": "an array of NumPy",
+    b"GGUF": "a GGUF file",
+}
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that does not load, and what to do; '' where it may well be a damaged checkpoint."""
+    members: list[str] = []
+    with open(path, "rb") as file:
+        head = file.read(1000)
+        with contextlib.suppress(Exception):  # damaged ones raise almost anything
+            members = zipfile.ZipFile(file).namelist()
+    if not head:
+        return "it is empty; copy or download it again"
+    if any(name.endswith("constants.pkl") for name in members):
+        return "a TorchScript program; save the state_dict() of its network"
+    if members and not any(name.endswith("data.pkl") for name in members):
+        return f"a zip file of other things ({some(members)})"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it"
+    begin = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    shown = ascii(begin[:40].split(b"\n")[0].decode(errors="replace").strip())
+    for beginning, meaning in _BEGINNINGS.items():
+        if begin.startswith(beginning):
+            return f"it begins with {shown}: {meaning}"
+    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
+        return f"it begins with {shown}: text"
+    return ""
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -229,14 +301,14 @@ def select_weights(checkpoint: dict[str, Any], which: str, origin: str) -> tuple
         state = next((checkpoint[k] for k in _RAW_KEYS if isinstance(checkpoint.get(k), dict)), checkpoint)
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise UserError(f"{origin}: holds no state dict of a network (keys: {some(checkpoint)})")
-    return {name.removeprefix("module."): value for name, value in state.items()}, f"{which} weights"
+    return {_WRAPPERS.sub("", name): value for name, value in state.items()}, f"{which} weights"
 
 
 def load_exactly(
     network: nn.Module,
     state: dict[str, Tensor],
     origin: str,
-    fitting_config: Callable[[dict[str, Tensor]], str] = lambda state: "",
+    whose: Callable[[dict[str, Tensor]], str] = lambda state: "weights of another network than --cfg describes",
 ) -> None:
     """Load a state dict strictly; UserError names missing, unexpected and differently shaped entries.
 
@@ -244,7 +316,7 @@ def load_exactly(
         network: takes the weights, all or none.
         state: names and weights.
         origin: the file's name, for messages.
-        fitting_config: finds the file in configs/ whose network has these weights, for messages.
+        whose: says of which network the weights are, for messages.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in state]
@@ -260,9 +332,7 @@ def load_exactly(
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
-        known = fitting_config(state)
-        of = f"{known}, use --cfg configs/{known}.yaml" if known else "another network than --cfg describes"
-        raise UserError(f"{origin}: weights of {of}: {'; '.join(parts)}")
+        raise UserError(f"{origin}: {whose(state)}: {'; '.join(parts)}")
     network.load_state_dict(state)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
+from configs.errors import one_line
 
 STDOUT = "-"  # what --json takes for standard output
 
@@ -74,12 +75,42 @@ def write_json(target: str, content: Any) -> None:
 
 def check_json_target(target: str | None) -> None:
     """Raise UserError where --json could not be written: found out now rather than after an hour."""
-    if target in (None, STDOUT):
-        return
-    path = Path(target)
-    special = path.exists() and not path.is_file()  # a pipe or a device
-    if path.is_dir() or not os.access(path if special else path.absolute().parent, os.W_OK):
-        raise UserError(f"--json {target}: cannot be written: a folder, or in none that exists and may be written to")
+    if target not in (None, STDOUT):
+        check_target(Path(target), "--json")
+
+
+def check_target(path: Path, flag: str) -> None:
+    """Raise UserError where a file that a flag names could not be written; leaves nothing behind."""
+    try:
+        special = path.exists() and not path.is_file()  # a pipe or a device, which may wait for a reader when opened
+        if path.is_dir() or (special and not os.access(path, os.W_OK)):
+            raise OSError("a folder, or not to be written to")
+        if not special:
+            _try(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: cannot be written: {one_line(error)}") from None
+
+
+def _try(path: Path) -> None:
+    """Make and remove an empty file, whose name is as long as that of `atomic_write`'s at least."""
+    probe = path.with_name(f".{path.name}.checking")
+    probe.touch()
+    probe.unlink()
+
+
+def check_folder(folder: Path, name: str = "x") -> None:
+    """Raise UserError where a file could not be written to a folder that need not exist yet; leaves nothing behind."""
+    missing: list[Path] = []
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        _try(folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {one_line(error)}; name another folder") from None
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def finite_numbers(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The state of a whole run: into a checkpoint at any update, and back from it."""
 
+import os
 import socket
 import time
 from collections.abc import Collection, Iterator
@@ -14,7 +15,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from configs.errors import StopRequested
-from configs.load import flatten, to_dict
+from configs.load import changed_values, to_dict
 
 from .checkpoint import (
     BEST_NAME,
@@ -27,6 +28,7 @@ from .checkpoint import (
     quarantine,
     save_checkpoint,
     select_weights,
+    stored_config,
 )
 from .engine import LoopState, TrainState
 from .processes import run_on_main_and_broadcast
@@ -229,7 +231,7 @@ def restore(
     if "optimizer" not in saved or "epoch" not in saved:
         raise UserError(f"{path}: holds weights only, nothing to continue from; start from them with --pretrained")
     fixed = {name for name, key in session.keys.items() if not key.may_change_on_resume}
-    changes = recipe_changes(saved, config, identity, fixed)
+    changes = recipe_changes(saved, config, identity, fixed) + _other_start(saved, config)
     if changes and not config.TRAIN.ALLOW_CHANGES:
         raise UserError(
             f"{path}: belongs to a run of another recipe: {'; '.join(changes)}; restore these values, begin a "
@@ -237,6 +239,8 @@ def restore(
         )
     for change in changes:
         logger.warning(f"continuing with a change: {change}")
+    if config.MODEL.PRETRAINED:
+        logger.warning(f"--pretrained {config.MODEL.PRETRAINED} is not used: the run continues from {path}")
     if saved.get("world_size", world_size) != world_size:
         logger.info(
             f"continuing on {world_size} processes instead of {saved['world_size']}: same images, augmentation and "
@@ -266,6 +270,11 @@ def restore(
     loop.next_update = min(samples_seen // identity["global_batch"], updates_per_epoch)
     state.num_updates = loop.next_epoch * updates_per_epoch + loop.next_update
     logger.info(f"resumed from {path}: epoch {loop.next_epoch}, update {loop.next_update}")
+    if loop.next_epoch >= config.TRAIN.EPOCHS:
+        logger.warning(
+            f"nothing to do: {path} is the end of a run of {config.TRAIN.EPOCHS} epochs; train longer with a larger "
+            "TRAIN.EPOCHS and --allow-changes, or begin a new run with another --tag"
+        )
     return loop
 
 
@@ -287,14 +296,19 @@ def recipe_changes(
         for key, what in (("data_fingerprint", "training"), ("val_fingerprint", "validation"))
         if key in identity and saved.get(key, identity[key]) != identity[key]
     ]
-    stored = saved.get("config")
-    if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
-        before = dict(flatten(yaml.safe_load(stored)))
-        for key, now in flatten(config):
-            now = list(now) if isinstance(now, tuple) else now
-            if key in before and key in fixed_keys and before[key] != now:
-                changes.append(f"{key} {before[key]!r} -> {now!r}")
+    stored = stored_config(saved) or {}
+    changes += [f"{key} {before!r} -> {now!r}" for key, before, now in changed_values(stored, config, fixed_keys)]
     return changes
+
+
+def _other_start(saved: dict[str, Any], config: CfgNode) -> list[str]:
+    """Whether MODEL.PRETRAINED names other weights than the run started from: it would be continued instead of them."""
+    values = changed_values(stored_config(saved) or {}, config, {"MODEL.PRETRAINED"})
+    return [
+        f"{key} {before!r} -> {now!r}"
+        for key, before, now in values
+        if now and (not before or os.path.realpath(before) != os.path.realpath(now))
+    ]
 
 
 def _restore_ema(session: Session, ema: ModelEmaV3, saved: dict[str, Any], path: str) -> None:

@@ -21,6 +21,7 @@ from data import end_loader_workers
 
 from .failures import end_after, unwritable
 from .files import atomic_write
+from .origin import CONFIG_NAME, check_named_files, config_of, configured_folder, remarks, results_folder
 from .processes import (
     Processes,
     close_processes,
@@ -111,15 +112,28 @@ def start_session(
 ) -> Session:
     """Read and check the command line and configuration, join the other processes, open run folder and log.
 
-    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>. `keys_of` gives the keys of a task (`tasks.keys_of`).
+    The run folder is <OUTPUT>/<MODEL.NAME>/<TAG>; an evaluation of a run's weights writes to the folder of that run.
+    `keys_of` gives the keys of a task (`tasks.keys_of`).
     """
     notices: list[str] = []
-    args, config, keys = read_command(None, keys_of, notices.append, description)
+    args, config, keys = read_command(None, keys_of, notices.append, description, config_of)
+    measures = config.THROUGHPUT_MODE or args.flops
+    trains = may_train and not (config.EVAL_MODE or measures or args.images)
+    if trains and not args.cfg:
+        raise UserError("--cfg is missing: training needs the YAML file of the variant, --cfg configs/<variant>.yaml")
+    for flag, target, serves in (("--json", args.json, not trains), ("--out", args.out, args.images)):
+        if target and not serves:
+            raise UserError(f"{flag} {target}: nothing is written there; leave it out")
     die_with_launcher()
     with rendezvous_errors(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
-    trains = may_train and not (config.EVAL_MODE or config.THROUGHPUT_MODE or args.flops or args.images)
-    folder = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
+
+    def find_folder() -> Path:
+        check_named_files(config, keys)
+        return configured_folder(config) if trains else results_folder(config)
+
+    # By the main process: nodes need not share a disk, and only one of them needs the checkpoint to continue from.
+    folder = run_on_main_and_broadcast(find_folder, processes)
     # Before anything is logged: it may be another run's.
     (run_folder or RunFolder()).open(folder, processes, trains, notices.append)
     logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
@@ -127,6 +141,8 @@ def start_session(
     for notice in notices:
         logger.info(notice)
     _find_model_file(config)
+    for remark in [] if trains else remarks(config, keys, measures, args.cfg):
+        logger.warning(remark)
     _choose_kernels(config)
     supervisor = RunSupervisor(processes, config.DIST_TIMEOUT_SECONDS, logger.warning)
     return Session(args, config, keys, processes, folder, logger, supervisor, trains)
@@ -164,7 +180,7 @@ def describe_run(config: CfgNode, folder: Path) -> None:
     """Write the resolved configuration to the run folder, which --cfg takes as well, and the network's source."""
     source = _find_model_file(config)
     for name, text in (
-        ("config.json", json.dumps(to_dict(config), indent=2) + "\n"),
+        (CONFIG_NAME, json.dumps(to_dict(config), indent=2) + "\n"),
         (source.name, source.read_text()),
     ):
         try:

@@ -1,6 +1,7 @@
 """What test.py does, and train.py with --eval, --throughput, --flops or --images."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
 from utils.checkpoint import find_weights, load_file
-from utils.files import check_json_target, write_json
+from utils.files import check_folder, check_json_target, write_json
 from utils.precision import build_precision
 from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
@@ -32,6 +33,10 @@ def evaluate(session: Session) -> None:
     """Do what the command line asks for."""
     config, device = session.config, session.processes.device
     check_json_target(session.args.json)
+    if config.MODEL.CLASS_MAP:
+        session.logger.warning(f"MODEL.CLASS_MAP {config.MODEL.CLASS_MAP} is not used: training maps the head")
+    if config.DATA.CLASS_NAMES and not session.args.images:
+        session.logger.warning(f"--class-names {config.DATA.CLASS_NAMES} is not used: it is for --images")
     shape = (config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
     if session.args.flops:
         report_flops(session, build_model(config), shape, config.MODEL.GMA.NUM_CLASSES)
@@ -73,11 +78,11 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             f"in {config.DATA.DATA_PATH}: numbers are over these, and mean nothing where it is another data set"
         )
     sizes = config.TEST.SIZES or [config.DATA.IMG_SIZE]
+    sized_configs = [with_values(config, {"DATA.IMG_SIZE": size}) for size in sizes]
+    folders = [session.folder / "evaluation" / _name(sized, weights, processes.device) for sized in sized_configs]
+    run_on_main_and_broadcast(lambda: _check_folders(folders, weights), processes)
     results: list[dict[str, Any]] = []
-    for size in sizes:
-        sized = with_values(config, {"DATA.IMG_SIZE": size})
-        folder = session.folder / "evaluation" / _name(sized, weights, processes.device)
-        run_on_main_and_broadcast(lambda f=folder: _check_weights(f, weights), processes)
+    for size, sized, folder in zip(sizes, sized_configs, folders):
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
         predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
         about = {
@@ -153,11 +158,13 @@ def _name(config: CfgNode, weights: str, device: torch.device) -> str:
     return "-".join(parts)
 
 
-def _check_weights(folder: Path, weights: str) -> None:
-    """Raise UserError where the folder holds an evaluation of another file, which would be lost."""
-    try:
-        other = json.loads((folder / "metrics.json").read_text())["file"]
-    except (OSError, ValueError, KeyError):
-        return
-    if other != str(Path(weights).resolve()):
-        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
+def _check_folders(folders: Sequence[Path], weights: str) -> None:
+    """Raise UserError where a folder cannot be written to, or an evaluation of another file in it would be lost."""
+    for folder in folders:
+        check_folder(folder)
+        try:
+            other = json.loads((folder / "metrics.json").read_text())["file"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if other != str(Path(weights).resolve()):
+            raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")

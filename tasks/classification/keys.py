@@ -1,6 +1,6 @@
 """The configuration keys that classification has beside those of `configs.keys`; defaults are the released recipe."""
 
-from configs.keys import BELOW_ONE, SHARE, Key, Rule, at_least, launch, one_of, process, recipe
+from configs.keys import BELOW_ONE, SHARE, Key, Rule, at_least, launch, network, one_of, process, recipe
 
 _SIZES = Rule(lambda values, _: all(x >= 32 for x in values), "must be sizes of at least 32")
 _MINMAX = Rule(
@@ -14,13 +14,17 @@ _CROPS_ONLY_IF_CROPPED = Rule(
 
 # fmt: off
 KEYS: dict[str, Key] = {
-    "DATA.INTERPOLATION": recipe(
+    "DATA.INTERPOLATION": network(
         "bicubic", "resizing; 'random' in training only",
         one_of("bicubic", "bilinear", "lanczos", "nearest", "random")),
     "DATA.FAST_LOADING": recipe(
         "no", "decode, crop and resize uint8 tensors, erase batches, to train or always; other bits",
         one_of("no", "train", "all")),
-    "MODEL.CLASS_MAP": process("", "text file, line i: the row of an ImageNet-21k head (21841) that is class i here"),
+    "MODEL.CLASS_MAP": process(
+        "", "text file, line i: the row of an ImageNet-21k head (21841) that is class i here", kind="file"),
+    "DATA.CLASS_NAMES": process(
+        "", "names of the classes for --images: a text file, line i: that of class i; or imagenet, its 1000",
+        flag="--class-names"),
     "MODEL.LABEL_SMOOTHING": recipe(0.1, "probability mass moved from the label to all classes", BELOW_ONE),
     # ---------------------------------------------------------------------------------------------------- augmentation
     "AUG.COLOR_JITTER": recipe(0.4, "strength of colour jitter; only without AUTO_AUGMENT", at_least(0)),
@@ -39,7 +43,7 @@ KEYS: dict[str, Key] = {
     "AUG.MIXUP_SWITCH_PROB": recipe(0.5, "probability of cutmix where both are on", SHARE),
     "AUG.MIXUP_MODE": recipe("batch", "one draw for each batch, pair or image", one_of("batch", "pair", "elem")),
     # ------------------------------------------------------------------------------------------------------ evaluation
-    "TEST.CROP": recipe(
+    "TEST.CROP": network(
         True, "resize the short side to IMG_SIZE * 256 / 224, then centre crop; False: resize to the square"),
     "TEST.SIZES": launch([], "evaluate at each of these input sizes, pixels; default: DATA.IMG_SIZE", _SIZES,
                          flag="--sizes"),

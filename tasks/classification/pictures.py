@@ -1,5 +1,6 @@
 """`test.py --images`: the most probable classes of pictures that nobody has labelled."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from data.files import IMAGE_SUFFIXES, count_suffixes, describe_left_out, files_
 from data.sources import UNLABELLED, PictureSource
 from data.workers import init_worker
 from tasks.networks import inference_network
-from utils.files import write_json
+from utils.checkpoint import some
+from utils.files import check_folder, write_json, write_rows
 from utils.precision import build_precision
 from utils.run_log import printable
 from utils.session import Session
 
-from .inference import predict_batch, summarize_batch
+from .inference import TOP, predict_batch, summarize_batch
 from .transforms import views_transform
 from .weights import load_classifier
 
 SUFFIX = ".top5.json"  # after the whole name of the picture: a.jpg and a.png do not share a file
+TABLE = "pictures.csv"  # a line for every picture: picture, top1, top1_name, p1, ..., top5, top5_name, p5, error
 
 
 class _Pictures(Dataset):
@@ -45,17 +48,24 @@ class _Pictures(Dataset):
 
 
 def label_pictures(session: Session, weights: str) -> None:
-    """Print the top-5 of every picture and write them to <picture>.top5.json in its folder.
+    """Print the top-5 of every picture and write them to one table, and to <picture>.top5.json in its folder.
 
-    The number of classes is that of the weights. Pictures that cannot be read, and folders that cannot be written to,
-    are named; the others go on, and the process ends with status 1 (SystemExit).
-    Raises UserError where a path does not exist, or a folder holds no picture.
+    The table is <--out>/pictures.csv, and then nothing is written beside the pictures; without --out it is in the run
+    folder, and what cannot be written beside a picture is in the table alone. The number of classes is that of the
+    weights. Pictures that cannot be read are named; the others go on, and the process ends with status 1 (SystemExit).
+    Raises UserError where a path does not exist, a folder holds no picture, or the table cannot be written.
     """
     config, processes, logger = session.config, session.processes, session.logger
     if processes.distributed:
         raise UserError("--images works on one process: start test.py without torchrun")
     paths = find_pictures(session.args.images, logger.info)
-    network, names, loaded = load_classifier(config, weights)
+    out = session.args.out
+    table = Path(out) / TABLE if out else session.folder / "evaluation" / f"{Path(weights).stem}-{TABLE}"
+    check_folder(table.parent, table.name)
+    closed = {path.parent for path in paths if out or not os.access(path.parent, os.W_OK)}
+    if closed and not out:
+        logger.warning(f"{printable(some(sorted(closed)))}: may not be written to; results are in {table} alone")
+    network, names, loaded = load_classifier(config, weights, logger.warning)
     network = inference_network(config, network.to(processes.device))
     if config.DATA.FAST_LOADING == "all":
         logger.info("DATA.FAST_LOADING does not apply to --images: pictures are resized exactly")
@@ -81,16 +91,31 @@ def label_pictures(session: Session, weights: str) -> None:
         for entry in result["top"]:
             logger.info(f"    {100 * entry['probability']:6.2f} %  {entry['name']}")
         results.append(result)
-        try:
-            write_json(f"{path}{SUFFIX}", about | result)
-        except UserError as error:
-            logger.error(printable(error.one_line()))
-            faults += 1
+        if path.parent not in closed:
+            try:
+                write_json(f"{path}{SUFFIX}", about | result)
+            except UserError as error:
+                logger.warning(printable(f"{error.one_line()}; the result is in {table} alone"))
+    _write_table(table, results, min(TOP, len(names)))
+    logger.info(f"results of all pictures: {table}")
     if session.args.json:
         write_json(session.args.json, {**about, "pictures": results})
     if faults:
         logger.error(f"{faults} of {len(paths)} pictures: see above")
         raise SystemExit(1)
+
+
+def _write_table(path: Path, results: Sequence[dict[str, Any]], top: int) -> None:
+    columns = [name for i in range(1, top + 1) for name in (f"top{i}", f"top{i}_name", f"p{i}")]
+    rows = []
+    for result in results:
+        entries = [entry[key] for entry in result.get("top", ()) for key in ("class", "name", "probability")]
+        rows.append([result["picture"], *(entries or [""] * len(columns)), result.get("error", "")])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, ["picture", *columns, "error"], rows)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def find_pictures(arguments: Sequence[str], notify: Callable[[str], None] = lambda line: None) -> list[Path]:

@@ -26,6 +26,8 @@ from .weights import load_pretrained
 def build(session: Session) -> Task:
     """The task for `train.py`; UserError where data or configuration do not allow it."""
     config, processes, logger = session.config, session.processes, session.logger
+    if config.MODEL.CLASS_MAP and not config.MODEL.PRETRAINED:
+        logger.warning(f"MODEL.CLASS_MAP {config.MODEL.CLASS_MAP} is not used: no --pretrained is named")
     share = (processes.rank, processes.world_size)
     train_source = open_split(config, "train", *share)
     classes = train_source.classes

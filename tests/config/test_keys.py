@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import tasks
-from configs import read_config
+from configs import UserError, read_config
 from configs.arguments import OneLineParser, make_parser
-from configs.keys import KEYS, RETIRED_KEYS, launch, process, recipe
+from configs.keys import KEYS, RETIRED_KEYS, launch, network, process, recipe
 from configs.load import flatten, to_dict
 from utils.resume import recipe_changes
 
@@ -79,8 +79,9 @@ FLAGS = {
     "--tta": "TEST.TTA",
     "--sizes": "TEST.SIZES",
     "--val-set": "TEST.VAL_SET",
+    "--class-names": "DATA.CLASS_NAMES",
 }
-FLAGS_WITHOUT_A_KEY = {"--cfg", "--opts", "--local_rank", "--local-rank", "--flops", "--images", "--json"}
+FLAGS_WITHOUT_A_KEY = {"--cfg", "--opts", "--local_rank", "--local-rank", "--flops", "--images", "--out", "--json"}
 
 
 @pytest.fixture
@@ -116,9 +117,10 @@ def test_every_card_is_filled_in(empty, make_config):
 
 
 def test_what_a_value_belongs_to():
-    cards = [make(0, "") for make in (recipe, launch, process)]
-    assert [card.may_change_on_resume for card in cards] == [False, True, True]
-    assert [card.same_on_all_ranks for card in cards] == [True, True, False]
+    cards = [make(0, "") for make in (network, recipe, launch, process)]
+    assert [card.may_change_on_resume for card in cards] == [False, False, True, True]
+    assert [card.same_on_all_ranks for card in cards] == [True, True, True, False]
+    assert [card.kept_with_weights for card in cards] == [True, False, False, False]
 
 
 def test_changes_of_a_run_are_told_by_its_cards(make_config):
@@ -208,7 +210,7 @@ def exit_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ("words", "expected"),
     [
         (["--batch_size=4"], "unknown argument --batch_size; did you mean --batch-size?"),
-        (["--out", "x"], "unknown argument --out; did you mean"),  # no guessing by abbreviation
+        (["--outp", "x"], "unknown argument --outp; did you mean"),  # no guessing by abbreviation
         (["stray"], "unknown argument stray"),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["--cache-mode", "all"], "--cache-mode: invalid choice: 'all'"),
@@ -219,8 +221,9 @@ def test_wrong_flag(capsys, words, expected):
     assert expected in exit_line(capsys, "--cfg", DIGITS, *words)
 
 
-def test_missing_cfg(capsys):
-    assert "--cfg" in exit_line(capsys, "--batch-size", "4")
+def test_missing_cfg():
+    with pytest.raises(UserError, match=r"^--cfg is missing: name the YAML file of the variant, --cfg configs/"):
+        read_config(["--batch-size", "4"], tasks.keys_of)
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):

@@ -11,12 +11,15 @@ import pytest
 import runs
 import timm
 import torch
+import yaml
 from ranks import in_fork
 
 import models  # noqa: F401 - registers the variants with timm
-from configs import read_config
+from configs import read_config, with_num_classes
+from configs.load import to_dict
 from tasks import keys_of
 from tasks.classification import evaluation as run
+from tasks.networks import build_model
 
 README = (runs.ROOT / "README.md").read_text()
 PAGES = [README, *(page.read_text() for page in sorted((runs.ROOT / "docs").glob("*.md")))]
@@ -45,7 +48,9 @@ def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypa
     released = tmp_path / "weights.pth"
     tiny = [*runs.TINY, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     smaller = ["--batch-size", "4", "--output", str(tmp_path), "--opts", *tiny]
-    torch.save({"model": tiny_network(tmp_path, image_folder).state_dict()}, released)
+    config = with_num_classes(read_config(runs.arguments(image_folder, tmp_path), keys_of), 3)
+    checkpoint = {"model": build_model(config).state_dict(), "config": yaml.safe_dump(to_dict(config))}
+    torch.save(checkpoint, released)
     quickstart = "output/groupmixformer_digits/quickstart/ckpt_best.pth"
     places = {"datasets/digits": str(image_folder), quickstart: str(released)}
     places |= {
@@ -77,14 +82,6 @@ def evaluation_session():
     from utils.session import start_session
 
     return start_session("", keys_of)
-
-
-def tiny_network(tmp_path, data):
-    from configs import with_num_classes
-    from tasks.networks import build_model
-
-    args = runs.arguments(data, tmp_path)
-    return build_model(with_num_classes(read_config(args, keys_of), 3))
 
 
 QUICK_MODULES = (

@@ -1,22 +1,27 @@
 """`test.py --images`: pictures without labels."""
 
+import csv
 import json
+import os
 
 import pytest
 import runs
 import torch
+from image_data import zip_image_folder
 from PIL import Image
 from ranks import run_ranks
 from timm.data import ImageNetInfo
 from torch import nn
 
 from configs import UserError, read_config, with_num_classes
+from data.sources import open_source
 from tasks import keys_of, networks
 from tasks.classification import evaluation as run
 from tasks.classification.class_names import class_names, in_words
 from tasks.classification.pictures import find_pictures
 from tasks.classification.transforms import eval_transform
 from tasks.networks import build_model
+from utils import session
 from utils.session import start_session
 
 
@@ -105,13 +110,41 @@ def test_pictures_are_labelled_by_the_network_that_is_asked_for(pictures, tmp_pa
     assert len(used) == 1 and "DATA.FAST_LOADING does not apply to --images" in capsys.readouterr().out
 
 
-def test_a_result_that_cannot_be_written_is_named_and_the_others_go_on(pictures, tmp_path, monkeypatch, capsys):
+def read_table(path):
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {row["picture"]: row for row in csv.DictReader(file)}
+
+
+def test_what_cannot_be_written_beside_a_picture_is_in_the_table(pictures, tmp_path, monkeypatch, capsys):
+    """A file of that name that is a folder, and a folder that is not to be written to."""
     save_network(tmp_path / "w.pth", tmp_path, 3)
     (pictures / "a.png.top5.json").mkdir()
-    status = label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures / "a.png", pictures / "deeper"])
-    assert status == 1 and "a.png.top5.json: cannot be written: Is a directory" in capsys.readouterr().out
-    assert (pictures / "deeper" / "a.png.top5.json").is_file()
-    assert not list(pictures.glob(".*.partial"))
+    closed, access = pictures / "deeper", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    paths = [pictures / "a.png", pictures / "named.picture", closed]
+    assert label(monkeypatch, tmp_path, tmp_path / "w.pth", paths) == 0
+    out, table = capsys.readouterr().out, runs.run_folder(tmp_path) / "evaluation" / "w-pictures.csv"
+    assert f"a.png.top5.json: cannot be written: Is a directory; the result is in {table} alone" in out
+    assert f"{closed}: may not be written to; results are in {table} alone" in out
+    assert not (closed / "a.png.top5.json").exists() and not list(pictures.rglob(".*.partial"))
+    rows = read_table(table)
+    content = json.loads((pictures / "named.picture.top5.json").read_text())["top"]
+    assert list(rows) == [str(pictures / "a.png"), str(pictures / "named.picture"), str(closed / "a.png")]
+    row = rows[str(pictures / "named.picture")]
+    assert [row[f"top{i}"] for i in (1, 2, 3)] == [str(entry["class"]) for entry in content]
+    assert [float(row[f"p{i}"]) for i in (1, 2, 3)] == [entry["probability"] for entry in content]
+    assert row["top1_name"] == content[0]["name"] and "top4" not in row and row["error"] == ""
+
+
+def test_with_out_nothing_is_written_beside_the_pictures(pictures, tmp_path, monkeypatch, capsys):
+    save_network(tmp_path / "w.pth", tmp_path, 3)
+    before, out = sorted(pictures.rglob("*")), tmp_path / "new" / "folder"
+    assert label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures], "--out", str(out)) == 1
+    assert sorted(pictures.rglob("*")) == before and [path.name for path in out.iterdir()] == ["pictures.csv"]
+    broken = read_table(out / "pictures.csv")[str(pictures / "broken.jpg")]
+    assert "cannot be read as an image" in broken["error"] and broken["top1"] == broken["p3"] == ""
+    with pytest.raises(UserError, match=r"w\.pth/out: cannot be written: Not a directory"):
+        label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures], "--out", str(tmp_path / "w.pth" / "out"))
 
 
 def test_names_that_are_no_text_are_printed_all_the_same(pictures, tmp_path, monkeypatch, capsys):
@@ -135,12 +168,15 @@ def test_pictures_are_found_once_each_and_hidden_ones_are_not(pictures):
 @pytest.mark.parametrize(("name", "message"), [("none.jpg", "no such file or folder"), ("empty", "holds no pictures")])
 def test_what_is_not_there_is_told_before_anything_is_loaded(tmp_path, monkeypatch, name, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "no_weights.pth").touch()
+    monkeypatch.setattr(session, "remarks", lambda *args: [])
     with pytest.raises(UserError, match=rf"^--images .*{name}: {message}"):
         label(monkeypatch, tmp_path, tmp_path / "no_weights.pth", [tmp_path / name])
 
 
 def test_weights_without_a_head_are_told(pictures, tmp_path, monkeypatch):
-    torch.save({"model": {"backbone": torch.zeros(1)}}, tmp_path / "w.pth")
+    state = save_network(tmp_path / "w.pth", tmp_path, 3).state_dict()
+    torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w.pth: has no head.weight"):
         label(monkeypatch, tmp_path, tmp_path / "w.pth", [pictures])
 
@@ -160,21 +196,39 @@ def test_wordnet_ids_become_words_beside_numbers_of_classes_that_no_image_has():
         assert in_words(names) == names
 
 
-def test_class_names_come_from_the_checkpoint_else_the_data_else_imagenet(make_config, data, tmp_path):
+def test_class_names_come_from_an_option_the_checkpoint_or_the_data_and_are_not_guessed(make_config, data, tmp_path):
+    said = []
+
     def names(checkpoint, num_classes, *arguments):
-        return class_names(checkpoint, with_num_classes(make_config(*arguments), num_classes))
+        return class_names(checkpoint, with_num_classes(make_config(*arguments), num_classes), said.append)
 
     here = ("--data-path", data)
     assert names({"classes": ["x", "y", "z"]}, 3, *here) == ["x", "y", "z"]
     assert names({"classes": ["0", "1", "2"]}, 3, *here) == ["ant", "bee", "cat"], "a zip file's names are no names"
     assert names({"classes": "xyz"}, 3, *here) == ["ant", "bee", "cat"]
+    zip_image_folder(data, tmp_path)
+    zipped = names({}, 3, "--zip", "--data-path", tmp_path)
+    assert zipped == open_source(str(tmp_path), "imagenet", "val", True, "no", 0, 1).classes
+    said.clear()
     assert names({}, 3) == ["0", "1", "2"]
-    thousand = names({}, 1000)
+    assert names({}, 1000) == [str(i) for i in range(1000)], "as many as ImageNet has, and of any data set"
+    assert said == [
+        "names of the 3 classes are not known, numbers are shown; give a file with --class-names",
+        "names of the 1000 classes are not known, numbers are shown; give a file with --class-names; imagenet gives "
+        "ImageNet's",
+    ]
+    (tmp_path / "names.txt").write_text("größe\nb\nc\n", encoding="utf-8")
+    assert names({"classes": ["x", "y", "z"]}, 3, "--class-names", tmp_path / "names.txt") == ["größe", "b", "c"]
+    thousand = names({}, 1000, "--class-names", "imagenet")
     assert thousand[0] == "tench, Tinca tinca (n01440764)" and len(set(thousand)) == 1000
     assert names({"classes": ["n01440764", "n00000000"]}, 2) == ["tench, Tinca tinca (n01440764)", "n00000000"]
     assert thousand == names({"classes": ImageNetInfo().label_names()}, 1000)
-    with pytest.raises(UserError, match="val: has 3 classes, the weights have 4: leave --data-path out"):
-        names({}, 4, *here)
+    for words, message in ((here, "--data-path .*: has 3 classes, the weights have 4: leave it out"),
+                           (("--data-path", "none"), "--data-path none: no such folder"),
+                           (("--class-names", tmp_path / "names.txt"), "has 3 names, the weights have 4 classes"),
+                           (("--class-names", "none.txt"), "none.txt: cannot be read: No such file")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            names({}, 4, *words)
 
 
 def test_training_stores_the_names_of_its_classes(data, tmp_path, monkeypatch):

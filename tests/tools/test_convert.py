@@ -96,8 +96,8 @@ def test_timm_loads_released_files_converted_files_and_the_moving_average_of_che
 @pytest.mark.parametrize(("which", "seed"), [("raw", 1), ("ema", 2), ("best", 2)])
 def test_weights_of_a_training_checkpoint_are_chosen(checkpoint: Path, which: str, seed: int, tmp_path: Path) -> None:
     done = convert(checkpoint, "safetensors", tmp_path, which=which)
-    assert done.weights == ("raw weights" if which == "raw" else "ema weights")
-    written, expected = read_weights(done.path)[0], network_of(seed).state_dict()
+    assert done.weights == f"{'raw' if which == 'raw' else 'ema'} weights of {checkpoint}"
+    written, expected = read_weights(done.path).state, network_of(seed).state_dict()
     assert list(written) == list(expected) and all(torch.equal(written[key], expected[key]) for key in expected)
 
 
@@ -134,8 +134,18 @@ def test_a_variant_is_recognised_by_its_shapes() -> None:
 def test_networks_without_head_or_bias_convert(tmp_path: Path) -> None:
     network = network_of(1, num_classes=0, qkv_bias=False)
     torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
-    state, _ = read_weights(convert(tmp_path / "a.pth", "safetensors", tmp_path).path)
-    assert state.keys() == network.state_dict().keys()
+    written = read_weights(convert(tmp_path / "a.pth", "safetensors", tmp_path).path)
+    assert written.state.keys() == network.state_dict().keys()
+
+
+def test_a_network_within_another_converts_alone_under_the_name_of_its_run(tmp_path: Path) -> None:
+    state = {f"backbone.{name}": value for name, value in network_of(1).state_dict().items()}
+    content = {"state_dict": state | {"decoder.weight": torch.zeros(3)}, "config": "MODEL: {NAME: mine}"}
+    torch.save(content, tmp_path / "a.pth")
+    done = convert(tmp_path / "a.pth", "pth", tmp_path)
+    assert Path(done.path).name == f"mine-{done.sha256[:8]}.pth"
+    assert done.weights.endswith("; 1 entries of other parts are left out (decoder.weight)")
+    assert torch.equal(logits(load_file(done.path)["model"]), logits(network_of(1).state_dict()))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
