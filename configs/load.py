@@ -209,7 +209,7 @@ def _coerce(value: Any, key: Key) -> Any:
         value = _parse_literal(value)
     if value is None and key.kind.endswith("or None"):
         return None
-    if key.kind == "number or None":
+    if key.kind in ("number", "number or None"):
         return _number(value)
     if isinstance(default, bool):
         if not isinstance(value, bool):
