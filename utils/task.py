@@ -32,6 +32,7 @@ class Task:
 
     config: CfgNode  # the session's, with what the data decides, such as the number of classes
     # Bare, on its device, with fresh weights. On GPUs batch norms are synchronised; other buffers are per process.
+    # TRAIN.LAYER_DECAY needs its `group_matcher(coarse)`, TRAIN.HEAD_LR_SCALE its `get_classifier()`, both as in timm.
     network: nn.Module
     data: TrainingData
     # (network in training mode, batch on the device) -> the batch's mean loss, and named parts of it for the log, with

@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from configs import UserError, with_num_classes
+from models.groupmixformer import prefixed_matcher
 from tasks.classification.task import build_criterion
 from tasks.classification.transforms import build_mixup
 from tasks.networks import build_model
@@ -227,6 +229,38 @@ def test_layer_decay_falls_by_its_factor_from_block_to_block(recipe, decay):
     assert first < lrs["head.weight"] * decay**4
     decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all((decays[name] > 0) == (p.ndim > 1) for name, p in network.named_parameters() if "bias" not in name)
+
+
+class Wrapper(nn.Module):
+    """A network that contains the backbone, as detectors do."""
+
+    def __init__(self, names_layers: bool) -> None:
+        super().__init__()
+        self.backbone = timm.create_model("groupmixformer_miny", features_only=True)
+        self.neck = nn.Conv2d(160, 8, 1)
+        if names_layers:
+            self.group_matcher = lambda coarse: prefixed_matcher(self.backbone.group_matcher(coarse), "backbone.")
+
+
+def test_layer_decay_works_through_a_wrapper(recipe):
+    config = recipe("TRAIN.LAYER_DECAY", 0.9, cfg="groupmixformer_miny")
+
+    def scales(network: nn.Module) -> dict[str, float]:
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        groups = build_optimizer(config, network, 1e-3).param_groups
+        return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+    wrapped, bare = scales(Wrapper(names_layers=True)), scales(build_model(config))
+    assert wrapped.pop("neck.weight") == wrapped.pop("neck.bias") == bare["head.weight"] == 1
+    assert len(set(wrapped.values())) == 1 + 3 + 3 + 12 + 4, "the stem and every block"
+    for name, scale in wrapped.items():  # the whole network's layers, but for norm4
+        assert scale == pytest.approx(bare[name.removeprefix("backbone.model.")], rel=1e-12), name
+
+
+@pytest.mark.parametrize("network", [Wrapper(names_layers=False), nn.Linear(3, 3)])
+def test_layer_decay_that_would_do_nothing_is_refused(recipe, network):
+    with pytest.raises(UserError, match=r"TRAIN.LAYER_DECAY = 0.9: .* set it to 1"):
+        build_optimizer(recipe("TRAIN.LAYER_DECAY", 0.9), network, lr=1e-3)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.8])
