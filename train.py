@@ -16,9 +16,17 @@ from utils.failures import exit_stopped
 from utils.optimizer import build_optimizer
 from utils.precision import build_precision, build_scaler
 from utils.processes import broadcast_batchnorm_stats, wrap_distributed
-from utils.resume import Saver, check_same_everywhere, identify_data, load_resume, quarantine_checkpoints, restore
+from utils.resume import (
+    Saver,
+    check_same_everywhere,
+    identify_data,
+    keep_what_followed,
+    load_resume,
+    quarantine_checkpoints,
+    restore,
+)
 from utils.run_log import EpochLog, TensorBoard
-from utils.schedule import build_scheduler, global_batch_size, run_length, scaled_learning_rates
+from utils.schedule import build_scheduler, global_batch_size, run_length, scaled_learning_rates, unusual_settings
 from utils.session import RunFolder, describe_run, run_script, start_session
 
 
@@ -33,11 +41,12 @@ def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------------- the task: data, network, loss, ...
     task = tasks.build(session)
     session = dataclasses.replace(session, config=task.config)
-    config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     identity = identify_data(session, task)
     check_same_everywhere(session, identity)
-    logger.info(task.about)
     resume_path, checkpoint = load_resume(session)
+    session = keep_what_followed(session, checkpoint)
+    config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
+    logger.info(task.about)
     if config.MODEL.PRETRAINED and checkpoint is None:
         logger.info(f"starting from {task.load_pretrained(config.MODEL.PRETRAINED)}")
 
@@ -79,6 +88,8 @@ def main(run_folder: RunFolder | None = None) -> None:
         f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {length.updates_per_epoch} updates per epoch, "
         f"{length.updates} in all, {length.warmup_updates} of warm-up"
     )
+    for line in unusual_settings(config, processes.world_size, length):
+        logger.warning(line)
 
     # ------------------------------------------------------------------------------------------------------------- loop
     networks = {"raw": network} | ({"ema": state.ema.module} if state.ema is not None else {})
@@ -117,6 +128,11 @@ def main(run_folder: RunFolder | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ close
     logger.info(f"{length} done: best {task.decides} {loop.best_so_far}, run folder {folder}")
+    if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
+        logger.warning(
+            f"best {task.decides} {loop.best:.3f}: guessing reaches {task.by_chance:.3f}, so the network has learnt "
+            "nothing; look at the learning rate and its warm-up, and check the data with python -m tools.check"
+        )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Key:
         scope: 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
         kind: 'number', 'number or None', 'pair or None' or 'numbers', where the default does not show the type.
+        follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
     default: Any
@@ -64,6 +65,7 @@ class Key:
     scope: str
     flag: str
     kind: str
+    follows: str = ""
 
     @property
     def may_change_on_resume(self) -> bool:
@@ -123,6 +125,16 @@ _WARMUP_ENDS = Rule(
 _UPDATE_BEFORE_THE_END = Rule(
     lambda update, config: not config.TRAIN.UPDATES or update < config.TRAIN.UPDATES,
     "must be less than TRAIN.UPDATES = {TRAIN.UPDATES}",
+)
+_ABOVE_MIN_LR = Rule(
+    lambda rate, config: config.TRAIN.LR_SCHEDULER.NAME in ("step", "multistep") or rate >= config.TRAIN.MIN_LR,
+    "the rate would rise to TRAIN.MIN_LR = {TRAIN.MIN_LR}; lower that as well",
+)
+_ABOVE_WARMUP_LR = Rule(
+    lambda rate, config: (
+        rate >= config.TRAIN.WARMUP_LR or not (config.TRAIN.WARMUP_EPOCHS or config.TRAIN.WARMUP_UPDATES)
+    ),
+    "the warm-up would begin above it, at TRAIN.WARMUP_LR = {TRAIN.WARMUP_LR}; lower that as well",
 )
 _HAS_MILESTONES = Rule(
     lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
@@ -187,9 +199,12 @@ KEYS: dict[str, Key] = {
     "TRAIN.WARMUP_UPDATES": recipe(
         0, "updates of linear warm-up; 0: WARMUP_EPOCHS decides", at_least(0), _UPDATE_BEFORE_THE_END),
     "TRAIN.WEIGHT_DECAY": recipe(0.05, "not applied to biases and one-dimensional parameters", at_least(0)),
+    "TRAIN.RECIPE_BATCH": launch(
+        1024, "images of an update in the recipe; a run with others gets a warning; 0: none", at_least(0)),
     "TRAIN.REFERENCE_BATCH": recipe(512, "images of an update that the next three are meant for", at_least(1)),
     "TRAIN.BASE_LR": recipe(
-        5e-4, "learning rate; used, as the next two: x images of an update / REFERENCE_BATCH", POSITIVE),
+        5e-4, "learning rate; used, as the next two: x images of an update / REFERENCE_BATCH", POSITIVE,
+        _ABOVE_MIN_LR, _ABOVE_WARMUP_LR),
     "TRAIN.WARMUP_LR": recipe(5e-7, "learning rate at update 0", at_least(0)),
     "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine', 'linear' and 'poly' fall", at_least(0)),
     "TRAIN.LAYER_DECAY": recipe(1.0, "factor on the learning rate from each block to the one before it", _FACTOR),

@@ -1,5 +1,6 @@
 """The state of a whole run: into a checkpoint at any update, and back from it."""
 
+import dataclasses
 import math
 import socket
 import time
@@ -13,7 +14,7 @@ import yaml
 from timm.utils import ModelEmaV3
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import UserError, with_values
 from configs.errors import StopRequested
 from configs.load import flatten, to_dict
 
@@ -196,6 +197,25 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     return "", None
 
 
+def keep_what_followed(session: Session, saved: dict[str, Any] | None) -> Session:
+    """A run that continues keeps what followed from its length when it began, such as its warm-up. Logs all of that."""
+    values, before = {}, _stored_config(saved or {})
+    for name, key in session.keys.items():
+        if key.follows and name in before:
+            values[name] = before[name]
+            session.logger.info(f"{name} = {before[name]}: of the run that continues")
+        elif key.follows:
+            session.logger.info(f"{name} = {dict(flatten(session.config))[name]}: {key.follows}")
+    return dataclasses.replace(session, config=with_values(session.config, values))
+
+
+def _stored_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint by full names: text in ours, a mapping in a released one; {} where none is."""
+    stored = saved.get("config")
+    content = yaml.safe_load(stored) if isinstance(stored, str) else stored
+    return dict(flatten(content)) if isinstance(content, dict) else {}
+
+
 def quarantine_checkpoints(session: Session, resume_path: str, loop: LoopState) -> None:
     """Rename the checkpoints of the run folder that are newer than the one being resumed, and those of an earlier run.
 
@@ -295,9 +315,8 @@ def recipe_changes(
         for key, what in (("data_fingerprint", "training"), ("val_fingerprint", "validation"))
         if key in identity and saved.get(key, identity[key]) != identity[key]
     ]
-    stored = saved.get("config")
-    if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
-        before = dict(flatten(yaml.safe_load(stored)))
+    if isinstance(saved.get("config"), str):  # a released checkpoint's is a mapping; theirs is another program
+        before = _stored_config(saved)
         for key, now in flatten(config):
             now = list(now) if isinstance(now, tuple) else now
             if key in before and key in fixed_keys and before[key] != now:

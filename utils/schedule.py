@@ -73,6 +73,24 @@ def scaled_learning_rates(config: CfgNode, world_size: int) -> LearningRates:
     return LearningRates(train.BASE_LR * scale, train.WARMUP_LR * scale, train.MIN_LR * scale)
 
 
+def unusual_settings(config: CfgNode, world_size: int, length: RunLength) -> list[str]:
+    """Settings that are possible but seldom meant, a line each."""
+    train, ema, batch = config.TRAIN, config.EMA, global_batch_size(config, world_size)
+    lines = []
+    if train.RECIPE_BATCH not in (0, batch):
+        lines.append(
+            f"global batch {batch} instead of the recipe's {train.RECIPE_BATCH}: all learning rates are "
+            f"{batch / train.RECIPE_BATCH:g} times the recipe's; change --batch-size or --accumulation-steps, or say "
+            f"that it is meant with TRAIN.RECIPE_BATCH {batch}"
+        )
+    if ema.ENABLED and not ema.WARMUP and length.updates * (1 - ema.DECAY) < 1:
+        lines.append(
+            f"EMA.DECAY = {ema.DECAY} averages over {1 / (1 - ema.DECAY):.0f} updates, and the run has "
+            f"{length.updates}: the average stays near the first weights; set EMA.WARMUP True"
+        )
+    return lines
+
+
 def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates, length: RunLength) -> Scheduler:
     """timm's scheduler for the run: `step_update(t)` sets the learning rate that update t, counted from 0, uses.
 

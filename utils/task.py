@@ -48,6 +48,9 @@ class Task:
     identity: dict[str, Any]
     about: str  # the data in a few words, for the log
     higher_is_better: bool = True  # of the number that decides
+    by_chance: float | None = (
+        None  # what that number may be of a network that has learnt nothing; higher is better then
+    )
     # path -> what was loaded into the network, for the log; UserError where it does not fit
     load_pretrained: Callable[[str], str] = _no_pretrained
     compile: Callable[[Precision], None] = _nothing_to_compile  # the network in place, for COMPILE

@@ -203,7 +203,15 @@ def test_wrong_type_is_told_with_file_key_and_value(tmp_path, key, value):
 # -------------------------------------------------------------------------------------------------- unknown, impossible
 @pytest.mark.parametrize(
     ("key", "suggestion"),
-    [("DATA.BACH_SIZE", "DATA.BATCH_SIZE"), ("train.epochs", "TRAIN.EPOCHS"), ("SAVEFREQ", "SAVE_FREQ")],
+    [
+        ("DATA.BACH_SIZE", "DATA.BATCH_SIZE"),
+        ("train.epochs", "TRAIN.EPOCHS"),
+        ("SAVEFREQ", "SAVE_FREQ"),
+        ("TRAIN.LR", "TRAIN.BASE_LR"),
+        ("LEARNING_RATE", "TRAIN.BASE_LR"),
+        ("TRAIN.BATCH_SIZE", "DATA.BATCH_SIZE"),
+        ("MODEL.NUM_CLASSES", "MODEL.GMA.NUM_CLASSES"),
+    ],
 )
 def test_unknown_key_is_told_with_its_place_and_the_nearest_one(tmp_path, empty, key, suggestion):
     path = write_yaml(tmp_path, f"{key}: 3")
@@ -233,6 +241,7 @@ IMPOSSIBLE = [
     ("TRAIN.LAYER_DECAY", "1.1"),
     ("TRAIN.BASE_LR", "0.0"),
     ("TRAIN.BASE_LR", "-0.0005"),
+    ("TRAIN.BASE_LR", "1e-07"),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9, 1.0)"),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9,)"),
     ("AUG.HFLIP", "1.5"),

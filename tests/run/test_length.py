@@ -2,12 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import runs
 import torch
 
+from tasks.classification.task import accuracy_by_chance
 from utils.checkpoint import load_file
+from utils.schedule import run_length, unusual_settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # 18 images, 4 an update: epochs of 4 updates, the last one of 2. The rate falls at the same updates, however long.
 STEPS = ("TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MILESTONES", "[3, 5]")
@@ -76,3 +81,64 @@ def test_validation_every_few_epochs(data, tmp_path, monkeypatch):
     assert ["acc1_ema" in line for line in lines] == [False, True, True], "the last one always"
     assert (folder / "log_rank0.txt").read_text().count("Best acc1") == 2
     assert [load_file(folder / f"ckpt_epoch_{epoch}.pth")["is_best"] for epoch in range(2)] == [False, True]
+
+
+def test_a_run_that_continues_keeps_the_warm_up_that_it_began_with(data, tmp_path, monkeypatch):
+    """As one that was begun before warm-ups followed does: with EPOCHS alone it had the file's 2 epochs of warm-up."""
+    pairs = zip(runs.TINY[::2], runs.TINY[1::2])
+    tiny = [word for pair in pairs if pair[0] not in ("TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS") for word in pair]
+    monkeypatch.setattr(runs, "TINY", tiny)
+    outputs = tmp_path / "straight", tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr("configs.load.follow_length", lambda settings, keys: {})
+        for output, stop_at in zip(outputs, (None, 3)):
+            args = runs.arguments(data, output, "TRAIN.EPOCHS", "3")
+            assert runs.train_here(patch, args, stop_at) == (75 if stop_at else 0)
+    args = runs.arguments(data, outputs[1], "TRAIN.EPOCHS", "3")
+    assert runs.train_here(monkeypatch, args) == 0
+    log = (runs.run_folder(outputs[1]) / "log_rank0.txt").read_text()
+    assert "TRAIN.WARMUP_EPOCHS = 2: of the run that continues" in log
+    digests = [runs.digest(runs.run_folder(output) / "ckpt_epoch_2.pth") for output in outputs]
+    assert digests[0] == digests[1]
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "1")) == 0
+    log = (runs.run_folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "TRAIN.WARMUP_EPOCHS = 0.1: follows TRAIN.EPOCHS = 1, from 2 for TRAIN.EPOCHS = 20; set it" in log
+    assert "4 in all, 0 of warm-up" in log
+
+
+@pytest.mark.parametrize(
+    ("cfg", "processes", "opts", "lines"),
+    [
+        ("small", 8, (), []),
+        ("small", 16, (), ["global batch 2048 instead of the recipe's 1024: all learning rates are 2 times the"]),
+        ("small", 16, ("TRAIN.RECIPE_BATCH", "2048"), []),
+        ("small", 1, ("TRAIN.ACCUMULATION_STEPS", "8"), []),
+        ("large_384", 8, ("DATA.BATCH_SIZE", "16", "TRAIN.ACCUMULATION_STEPS", "4"), []),
+        ("digits", 1, (), []),
+        ("digits", 2, (), ["global batch 128 instead of the recipe's 64"]),
+        ("digits", 1, ("EMA.DECAY", "0.9999"), []),
+        (
+            "digits",
+            1,
+            ("EMA.DECAY", "0.9999", "EMA.WARMUP", "False"),
+            ["EMA.DECAY = 0.9999 averages over 10000 updates"],
+        ),
+    ],
+)
+def test_what_is_seldom_meant_is_one_line(make_config, cfg, processes, opts, lines):
+    config = make_config("--cfg", str(CONFIGS / f"groupmixformer_{cfg}.yaml"), *(["--opts", *opts] if opts else []))
+    found = unusual_settings(config, processes, run_length(config, 22 if cfg == "digits" else 1251))
+    assert len(found) == len(lines) and all(line.startswith(start) for line, start in zip(found, lines))
+
+
+def test_a_run_that_ends_at_chance_says_so(data, tmp_path, monkeypatch):
+    """All images get one class: what guessing reaches too. A run whose network has learnt says nothing."""
+    assert accuracy_by_chance([0, 1] * 5000) == pytest.approx(51)
+    assert accuracy_by_chance([0] * 30 + [1] * 10) == pytest.approx(75 + 200 * (0.75 * 0.25 / 40) ** 0.5)
+    assert accuracy_by_chance([0, 1]) is None, "two images tell nothing"
+    for best, told in ((49.9, True), (51.1, False)):
+        runs.change_task(monkeypatch, lambda task, b=best: {"validate": lambda network: {"acc1": b}, "by_chance": 51.0})
+        args = runs.arguments(data, tmp_path / str(best), "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+        assert runs.train_here(monkeypatch, args) == 0
+        log = (runs.run_folder(tmp_path / str(best)) / "log_rank0.txt").read_text()
+        assert ("best acc1 49.900: guessing reaches 51.000, so the network has learnt nothing" in log) == told
