@@ -91,8 +91,9 @@ class Stem(nn.Module):
         self.act2 = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last from here on: maps and tokens are then two views of the same memory, everywhere.
-        x = x.contiguous(memory_format=torch.channels_last)
+        # Channels last from here on: maps and tokens are then two views of the same memory, everywhere. By permuting,
+        # because `contiguous(memory_format=...)` is not there under torch.func.vmap.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.act1(self.norm1(self.proj1(x)))
         return self.act2(self.norm2(self.proj2(x)))
 
