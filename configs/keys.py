@@ -103,6 +103,7 @@ FILE_NAME = Rule(
     lambda value, _: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
     "names a folder or file: it must not be empty or hold a slash",
 )
+_COLOUR = Rule(lambda value, _: value == 3, "must be 3: images are read in colour")
 _FACTOR = Rule(lambda value, _: 0 < value <= 1, "must be greater than 0 and at most 1")
 _SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")
 _ODD = Rule(lambda values, _: values and all(x >= 3 and x % 2 for x in values), "must be odd numbers of at least 3")
@@ -174,7 +175,7 @@ KEYS: dict[str, Key] = {
         "groupmixformer", "names the run folder, <OUTPUT>/<MODEL.NAME>/<TAG>, and pretrained/<NAME>.pth", FILE_NAME),
     "MODEL.RESUME": process("", "checkpoint to continue from (train.py) or to evaluate", flag="--resume"),
     "MODEL.PRETRAINED": process("", "weights to start from (train.py) or to evaluate", flag="--pretrained"),
-    "MODEL.GMA.IN_DIM": recipe(3, "channels of the input", at_least(1)),
+    "MODEL.GMA.IN_DIM": recipe(3, "channels of the input", _COLOUR),
     "MODEL.GMA.NUM_STAGES": recipe(4, "stages; the lists of one value per stage have this length", at_least(1)),
     "MODEL.GMA.NUM_CLASSES": recipe(1000, "outputs; a run takes the number of classes of its data", at_least(1)),
     "MODEL.GMA.EMBEDDING_DIMS": recipe([80, 160, 320, 320], "channels of each stage", ALL_POSITIVE, _PER_STAGE),

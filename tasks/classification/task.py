@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs import with_num_classes, with_values
 from data import TrainingData, build_eval_loader, fingerprint, usable_workers
 from models.cpu.depthwise import use_fast_gradients
-from tasks.networks import build_model, compile_for_training
+from tasks.networks import build_model, check_batch_norms, compile_for_training
 from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
@@ -41,6 +41,7 @@ def build(session: Session) -> Task:
     val_images = eval_dataset(single, val_source)
     val_loader, _ = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
 
+    check_batch_norms(config, synchronised=1 if processes.device.type == "cpu" else processes.world_size)
     network = build_model(config).to(processes.device)
     if processes.device.type == "cpu":
         use_fast_gradients(network)

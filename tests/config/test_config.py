@@ -226,6 +226,7 @@ IMPOSSIBLE = [
     ("MODEL.NAME", "a/b"),
     ("TAG", ""),
     ("MODEL.LABEL_SMOOTHING", "1.0"),
+    ("MODEL.GMA.IN_DIM", "1"),
     ("MODEL.GMA.EMBEDDING_DIMS", "[]"),
     ("MODEL.GMA.EMBEDDING_DIMS", "[80, 160, 0, 320]"),
     ("MODEL.GMA.SERIAL_DEPTHS", "[2, 4, 12, 4, 4]"),
