@@ -91,6 +91,15 @@ def at_least(low: float) -> Rule:
     return Rule(lambda value, _: value >= low, f"must be at least {low}")
 
 
+def between(low: float, high: float) -> Rule:
+    """For a number or a list of numbers: beyond these the program would fail in its own way, or never begin."""
+
+    def accepts(value: Any, _: CfgNode) -> bool:
+        return all(low <= number <= high for number in (value if isinstance(value, list) else [value]))
+
+    return Rule(accepts, f"must lie between {low} and {high}")
+
+
 def one_of(*names: str) -> Rule:
     return Rule(lambda value, _: value in names, "must be one of " + ", ".join(map(repr, names)), names)
 
@@ -98,7 +107,6 @@ def one_of(*names: str) -> Rule:
 SHARE = Rule(lambda value, _: 0 <= value <= 1, "must lie between 0 and 1")
 BELOW_ONE = Rule(lambda value, _: 0 <= value < 1, "must lie between 0 and below 1")
 POSITIVE = Rule(lambda value, _: value > 0, "must be greater than 0")
-ALL_POSITIVE = Rule(lambda values, _: values and all(x > 0 for x in values), "must be numbers greater than 0")
 FILE_NAME = Rule(
     lambda value, _: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
     "names a folder or file: it must not be empty or hold a slash",
@@ -106,7 +114,9 @@ FILE_NAME = Rule(
 _COLOUR = Rule(lambda value, _: value == 3, "must be 3: images are read in colour")
 _FACTOR = Rule(lambda value, _: 0 < value <= 1, "must be greater than 0 and at most 1")
 _SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")
-_ODD = Rule(lambda values, _: values and all(x >= 3 and x % 2 for x in values), "must be odd numbers of at least 3")
+_ODD = Rule(
+    lambda values, _: values and all(3 <= x < 100 and x % 2 for x in values), "must be odd numbers from 3 to below 100"
+)
 _BETAS = Rule(
     lambda values, _: len(values) == 2 and all(0 <= x < 1 for x in values), "must be two numbers from 0 to below 1"
 )
@@ -160,7 +170,7 @@ KEYS: dict[str, Key] = {
     "DATA.DATA_PATH": process(
         "", "folder with train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)", flag="--data-path"),
     "DATA.DATASET": recipe("imagenet", "names of the splits' folders", one_of(*SPLIT_NAMES)),
-    "DATA.IMG_SIZE": recipe(224, "input height and width, pixels", at_least(32)),
+    "DATA.IMG_SIZE": recipe(224, "input height and width, pixels", between(32, 2**15)),
     "DATA.ZIP_MODE": process(False, "read images from zip files instead of folders", flag="--zip"),
     "DATA.CACHE_MODE": process(
         "part", "zip files in memory: none, all in each process, or each process's share",
@@ -177,13 +187,14 @@ KEYS: dict[str, Key] = {
     "MODEL.PRETRAINED": process("", "weights to start from (train.py) or to evaluate", flag="--pretrained"),
     "MODEL.GMA.IN_DIM": recipe(3, "channels of the input", _COLOUR),
     "MODEL.GMA.NUM_STAGES": recipe(4, "stages; the lists of one value per stage have this length", at_least(1)),
-    "MODEL.GMA.NUM_CLASSES": recipe(1000, "outputs; a run takes the number of classes of its data", at_least(1)),
-    "MODEL.GMA.EMBEDDING_DIMS": recipe([80, 160, 320, 320], "channels of each stage", ALL_POSITIVE, _PER_STAGE),
-    "MODEL.GMA.SERIAL_DEPTHS": recipe([2, 4, 12, 4], "blocks of each stage", ALL_POSITIVE, _PER_STAGE),
-    "MODEL.GMA.NUM_HEADS": recipe(8, "attention heads in every block", at_least(1)),
+    "MODEL.GMA.NUM_CLASSES": recipe(1000, "outputs; a run takes the number of classes of its data", between(1, 10**7)),
+    "MODEL.GMA.EMBEDDING_DIMS": recipe([80, 160, 320, 320], "channels of each stage", between(1, 2**14), _PER_STAGE),
+    "MODEL.GMA.SERIAL_DEPTHS": recipe([2, 4, 12, 4], "blocks of each stage", between(1, 1000), _PER_STAGE),
+    "MODEL.GMA.NUM_HEADS": recipe(8, "attention heads in every block", between(1, 2**14)),
     "MODEL.GMA.GROUP_SIZES": recipe([3, 5, 7], "edges of the token groups, tokens", _ODD),
     "MODEL.GMA.MLP_RATIOS": recipe(
-        [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", ALL_POSITIVE, _PER_STAGE, kind="numbers"),
+        [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", between(0.1, 100), _PER_STAGE,
+        kind="numbers"),
     "MODEL.GMA.QKV_BIAS": recipe(True, "bias of the projection to q, k and v"),
     "MODEL.GMA.QKV_SCALE": recipe(
         None, "factor on the attended values; None: (channels / heads) ** -0.5", kind="number or None"),
@@ -261,7 +272,8 @@ KEYS: dict[str, Key] = {
     "PRINT_FREQ": process(10, "updates between log lines", at_least(1)),
     "SEED": recipe(0, "of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth", _SEED),
     "DETERMINISTIC": process(False, "on GPUs, only kernels that give the same bits every time; slower"),
-    "DIST_TIMEOUT_SECONDS": process(600, "seconds a process waits for the others before it gives up", at_least(1)),
+    "DIST_TIMEOUT_SECONDS": process(
+        600, "seconds a process waits for the others before it gives up", between(1, 10**6)),
     "EVAL_MODE": process(False, "evaluate only", flag="--eval"),
     "THROUGHPUT_MODE": process(False, "measure images/s only", flag="--throughput"),
     "MODEL_FILE": process(

@@ -111,13 +111,13 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates,
         warmup_prefix=name == "linear",  # whether t counts from the end of the warm-up; timm's defaults differ
         t_in_epochs=False,
     )
-    if name == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=length.updates, lr_min=rates.minimum, **common)
-    if name in ("linear", "poly"):
-        power, falls_for = schedule.POWER, length.updates
-        if name == "linear":
-            power, falls_for = 1.0, length.updates - length.warmup_updates
-        return PolyLRScheduler(optimizer, t_initial=falls_for, lr_min=rates.minimum, power=power, **common)
+    if name in ("cosine", "linear", "poly"):
+        updates = length.updates - (length.warmup_updates if name == "linear" else 0)
+        # Of one update, whose rate is the base rate in any case, timm would print a warning.
+        common |= dict(t_initial=max(2, updates), lr_min=rates.minimum)
+        if name == "cosine":
+            return CosineLRScheduler(optimizer, **common)
+        return PolyLRScheduler(optimizer, power=1.0 if name == "linear" else schedule.POWER, **common)
     if name == "step":
         decay_updates = schedule.DECAY_EPOCHS * length.updates_per_epoch
         return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=schedule.DECAY_RATE, **common)

@@ -9,6 +9,7 @@ import runs
 import torch
 
 from tasks.classification.task import accuracy_by_chance
+from tools.curves import draw_figure, read_run
 from utils.checkpoint import load_file
 from utils.schedule import run_length, unusual_settings
 
@@ -81,6 +82,9 @@ def test_validation_every_few_epochs(data, tmp_path, monkeypatch):
     assert ["acc1_ema" in line for line in lines] == [False, True, True], "the last one always"
     assert (folder / "log_rank0.txt").read_text().count("Best acc1") == 2
     assert [load_file(folder / f"ckpt_epoch_{epoch}.pth")["is_best"] for epoch in range(2)] == [False, True]
+    loss, best, *_ = draw_figure([read_run(folder)]).axes
+    assert [list(line.get_xdata()) for line in best.lines] == [[2, 3], [2, 3]], "one line, without gaps"
+    assert list(loss.lines[0].get_xdata()) == [1, 2, 3]
 
 
 def test_a_run_that_continues_keeps_the_warm_up_that_it_began_with(data, tmp_path, monkeypatch):

@@ -164,6 +164,12 @@ def test_no_warmup(recipe, name):
     assert all(lr(t + 1) <= lr(t) for t in range(9))
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "poly"])
+def test_one_update_falls_to_nothing_and_warns_of_nothing(recipe, name, caplog):
+    lr = learning_rate(recipe("TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.UPDATES", 1), 4, 5)
+    assert lr(0) == pytest.approx(5e-4) and not caplog.records
+
+
 # --------------------------------------------------------------------------------------------------------- weight decay
 def test_which_parameters_decay(recipe):
     config = recipe(cfg="groupmixformer_miny")
