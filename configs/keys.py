@@ -112,7 +112,6 @@ FILE_NAME = Rule(
     "names a folder or file: it must not be empty or hold a slash",
 )
 _COLOUR = Rule(lambda value, _: value == 3, "must be 3: images are read in colour")
-_FACTOR = Rule(lambda value, _: 0 < value <= 1, "must be greater than 0 and at most 1")
 _SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")
 _ODD = Rule(
     lambda values, _: values and all(3 <= x < 100 and x % 2 for x in values), "must be odd numbers from 3 to below 100"
@@ -219,7 +218,8 @@ KEYS: dict[str, Key] = {
         _ABOVE_MIN_LR, _ABOVE_WARMUP_LR),
     "TRAIN.WARMUP_LR": recipe(5e-7, "learning rate at update 0", at_least(0)),
     "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine', 'linear' and 'poly' fall", at_least(0)),
-    "TRAIN.LAYER_DECAY": recipe(1.0, "factor on the learning rate from each block to the one before it", _FACTOR),
+    "TRAIN.LAYER_DECAY": recipe(
+        1.0, "factor on the learning rate from each block to the one before it", between(0.01, 1)),
     "TRAIN.HEAD_LR_SCALE": recipe(1.0, "factor on the learning rate of the head", POSITIVE),
     "TRAIN.CLIP_GRAD": recipe(5.0, "largest L2 norm of all gradients together; 0: no clipping", at_least(0)),
     "TRAIN.AUTO_RESUME": process(True, "continue from the newest checkpoint of the run folder"),

@@ -161,6 +161,7 @@ def test_switched_on_in_a_file_stays_on_without_the_flag(tmp_path, make_config):
         ("MODEL.GMA.QKV_SCALE", "null", None),
         ("MODEL.GMA.QKV_SCALE", "0.125", 0.125),
         ("TRAIN.OPTIMIZER.BETAS", "[0.9, 0.95]", (0.9, 0.95)),
+        ("TRAIN.OPTIMIZER.BETAS", "[0, 0.5]", (0.0, 0.5)),
         ("MODEL.GMA.EMBEDDING_DIMS", "[40, 80, 160, 160]", [40, 80, 160, 160]),
         ("MODEL.GMA.MLP_RATIOS", "[4, 3.5, 4, 2]", [4, 3.5, 4, 2]),
         ("TAG", "2024", "2024"),
