@@ -243,11 +243,11 @@ def _coerce(value: Any, key: Key) -> Any:
     if not isinstance(value, list | tuple):
         raise ValueError("must be a list such as [1, 2]")
     values = [_number(x) for x in value]
-    if any(isinstance(x, float) for x in default):  # torch refuses betas such as (0, 0.999)
-        values = [float(x) for x in values]
+    if isinstance(default, tuple):
+        return tuple(map(float, values))  # torch refuses betas such as (0, 0.999)
     if not key.kind and all(isinstance(x, int) for x in default) and not all(isinstance(x, int) for x in values):
         raise ValueError("must be a list of whole numbers")
-    return tuple(values) if isinstance(default, tuple) else values
+    return values
 
 
 def _parse_literal(text: str) -> Any:
