@@ -60,8 +60,9 @@ class Key:
         rules: what a value of that type must be.
         scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number or None', 'pair or None', 'numbers' or 'file' (one that must exist), where the default does not
-            show the type.
+        kind: 'number', 'number or None', 'pair or None', 'numbers' or 'file' (one that must exist), where the default
+            does not show the type.
+        follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
     default: Any
@@ -70,6 +71,7 @@ class Key:
     scope: str
     flag: str
     kind: str
+    follows: str = ""
 
     @property
     def may_change_on_resume(self) -> bool:
@@ -99,6 +101,15 @@ def at_least(low: float) -> Rule:
     return Rule(lambda value, _: value >= low, f"must be at least {low}")
 
 
+def between(low: float, high: float) -> Rule:
+    """For a number or a list of numbers: beyond these the program would fail in its own way, or never begin."""
+
+    def accepts(value: Any, _: CfgNode) -> bool:
+        return all(low <= number <= high for number in (value if isinstance(value, list) else [value]))
+
+    return Rule(accepts, f"must lie between {low} and {high}")
+
+
 def one_of(*names: str) -> Rule:
     return Rule(lambda value, _: value in names, "must be one of " + ", ".join(map(repr, names)), names)
 
@@ -106,14 +117,15 @@ def one_of(*names: str) -> Rule:
 SHARE = Rule(lambda value, _: 0 <= value <= 1, "must lie between 0 and 1")
 BELOW_ONE = Rule(lambda value, _: 0 <= value < 1, "must lie between 0 and below 1")
 POSITIVE = Rule(lambda value, _: value > 0, "must be greater than 0")
-ALL_POSITIVE = Rule(lambda values, _: values and all(x > 0 for x in values), "must be numbers greater than 0")
 FILE_NAME = Rule(
     lambda value, _: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
     "names a folder or file: it must not be empty or hold a slash",
 )
-_FACTOR = Rule(lambda value, _: 0 < value <= 1, "must be greater than 0 and at most 1")
+_COLOUR = Rule(lambda value, _: value == 3, "must be 3: images are read in colour")
 _SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")
-_ODD = Rule(lambda values, _: values and all(x >= 3 and x % 2 for x in values), "must be odd numbers of at least 3")
+_ODD = Rule(
+    lambda values, _: values and all(3 <= x < 100 and x % 2 for x in values), "must be odd numbers from 3 to below 100"
+)
 _BETAS = Rule(
     lambda values, _: len(values) == 2 and all(0 <= x < 1 for x in values), "must be two numbers from 0 to below 1"
 )
@@ -121,8 +133,41 @@ _PER_STAGE = Rule(
     lambda values, config: len(values) == config.MODEL.GMA.NUM_STAGES,
     "needs one value per stage, MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
 )
+# Where TRAIN.UPDATES decides, the data say how many epochs that is: `utils.schedule.run_length` checks.
 _BEFORE_THE_END = Rule(
-    lambda epoch, config: epoch < config.TRAIN.EPOCHS, "must be less than TRAIN.EPOCHS = {TRAIN.EPOCHS}"
+    lambda epoch, config: config.TRAIN.UPDATES or epoch < config.TRAIN.EPOCHS,
+    "must be less than TRAIN.EPOCHS = {TRAIN.EPOCHS}",
+)
+_WARMUP_ENDS = Rule(
+    lambda epochs, config: config.TRAIN.WARMUP_UPDATES or _BEFORE_THE_END.accepts(epochs, config),
+    _BEFORE_THE_END.demand,
+)
+_UPDATE_BEFORE_THE_END = Rule(
+    lambda update, config: not config.TRAIN.UPDATES or update < config.TRAIN.UPDATES,
+    "must be less than TRAIN.UPDATES = {TRAIN.UPDATES}",
+)
+_ABOVE_MIN_LR = Rule(
+    lambda rate, config: config.TRAIN.LR_SCHEDULER.NAME in ("step", "multistep") or rate >= config.TRAIN.MIN_LR,
+    "the rate would rise to TRAIN.MIN_LR = {TRAIN.MIN_LR}; lower that as well",
+)
+_ABOVE_WARMUP_LR = Rule(
+    lambda rate, config: (
+        rate >= config.TRAIN.WARMUP_LR or not (config.TRAIN.WARMUP_EPOCHS or config.TRAIN.WARMUP_UPDATES)
+    ),
+    "the warm-up would begin above it, at TRAIN.WARMUP_LR = {TRAIN.WARMUP_LR}; lower that as well",
+)
+_HAS_MILESTONES = Rule(
+    lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
+    "needs TRAIN.LR_SCHEDULER.MILESTONES",
+)
+_RISING = Rule(
+    lambda values, _: all(low < high for low, high in zip([0, *values], values)),
+    "must be numbers greater than 0, each greater than the one before",
+)
+_MILESTONES_BEFORE_THE_END = Rule(
+    lambda values, config: not values or values[-1] < (config.TRAIN.UPDATES or config.TRAIN.EPOCHS),
+    "must be less than the run's length, TRAIN.UPDATES = {TRAIN.UPDATES}, or where that is 0 "
+    "TRAIN.EPOCHS = {TRAIN.EPOCHS}",
 )
 
 # fmt: off
@@ -134,7 +179,7 @@ KEYS: dict[str, Key] = {
     "DATA.DATA_PATH": process(
         "", "folder with train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)", flag="--data-path"),
     "DATA.DATASET": network("imagenet", "names of the splits' folders", one_of(*SPLIT_NAMES)),
-    "DATA.IMG_SIZE": network(224, "input height and width, pixels", at_least(32)),
+    "DATA.IMG_SIZE": network(224, "input height and width, pixels", between(32, 2**15)),
     "DATA.ZIP_MODE": process(False, "read images from zip files instead of folders", flag="--zip"),
     "DATA.CACHE_MODE": process(
         "part", "zip files in memory: none, all in each process, or each process's share",
@@ -150,15 +195,16 @@ KEYS: dict[str, Key] = {
     "MODEL.RESUME": process("", "checkpoint to continue from (train.py) or to evaluate", flag="--resume", kind="file"),
     "MODEL.PRETRAINED": process(
         "", "weights to start from (train.py) or to evaluate", flag="--pretrained", kind="file"),
-    "MODEL.GMA.IN_DIM": network(3, "channels of the input", at_least(1)),
+    "MODEL.GMA.IN_DIM": network(3, "channels of the input", _COLOUR),
     "MODEL.GMA.NUM_STAGES": network(4, "stages; the lists of one value per stage have this length", at_least(1)),
-    "MODEL.GMA.NUM_CLASSES": network(1000, "outputs; a run takes the number of classes of its data", at_least(1)),
-    "MODEL.GMA.EMBEDDING_DIMS": network([80, 160, 320, 320], "channels of each stage", ALL_POSITIVE, _PER_STAGE),
-    "MODEL.GMA.SERIAL_DEPTHS": network([2, 4, 12, 4], "blocks of each stage", ALL_POSITIVE, _PER_STAGE),
-    "MODEL.GMA.NUM_HEADS": network(8, "attention heads in every block", at_least(1)),
+    "MODEL.GMA.NUM_CLASSES": network(1000, "outputs; a run takes the number of classes of its data", between(1, 10**7)),
+    "MODEL.GMA.EMBEDDING_DIMS": network([80, 160, 320, 320], "channels of each stage", between(1, 2**14), _PER_STAGE),
+    "MODEL.GMA.SERIAL_DEPTHS": network([2, 4, 12, 4], "blocks of each stage", between(1, 1000), _PER_STAGE),
+    "MODEL.GMA.NUM_HEADS": network(8, "attention heads in every block", between(1, 2**14)),
     "MODEL.GMA.GROUP_SIZES": network([3, 5, 7], "edges of the token groups, tokens", _ODD),
     "MODEL.GMA.MLP_RATIOS": network(
-        [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", ALL_POSITIVE, _PER_STAGE, kind="numbers"),
+        [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", between(0.1, 100), _PER_STAGE,
+        kind="numbers"),
     "MODEL.GMA.QKV_BIAS": network(True, "bias of the projection to q, k and v"),
     "MODEL.GMA.QKV_SCALE": network(
         None, "factor on the attended values; None: (channels / heads) ** -0.5", kind="number or None"),
@@ -168,14 +214,23 @@ KEYS: dict[str, Key] = {
         0.2, "stochastic depth of the last block, rising linearly from 0 in the first", BELOW_ONE),
     # -------------------------------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": recipe(300, "epochs in all", at_least(1)),
+    "TRAIN.UPDATES": recipe(0, "updates in all, the last epoch cut short; 0: EPOCHS decides", at_least(0)),
     "TRAIN.START_EPOCH": launch(0, "first epoch of a new run, counted from 0", at_least(0), _BEFORE_THE_END),
-    "TRAIN.WARMUP_EPOCHS": recipe(20, "epochs of linear warm-up, part of EPOCHS", at_least(0), _BEFORE_THE_END),
+    "TRAIN.WARMUP_EPOCHS": recipe(20, "epochs of linear warm-up, part of EPOCHS", at_least(0), _WARMUP_ENDS,
+                                  kind="number"),
+    "TRAIN.WARMUP_UPDATES": recipe(
+        0, "updates of linear warm-up; 0: WARMUP_EPOCHS decides", at_least(0), _UPDATE_BEFORE_THE_END),
     "TRAIN.WEIGHT_DECAY": recipe(0.05, "not applied to biases and one-dimensional parameters", at_least(0)),
+    "TRAIN.RECIPE_BATCH": launch(
+        1024, "images of an update in the recipe; a run with others gets a warning; 0: none", at_least(0)),
+    "TRAIN.REFERENCE_BATCH": recipe(512, "images of an update that the next three are meant for", at_least(1)),
     "TRAIN.BASE_LR": recipe(
-        5e-4, "learning rate at global batch 512, as the next two; used: x global batch / 512", POSITIVE),
+        5e-4, "learning rate; used, as the next two: x images of an update / REFERENCE_BATCH", POSITIVE,
+        _ABOVE_MIN_LR, _ABOVE_WARMUP_LR),
     "TRAIN.WARMUP_LR": recipe(5e-7, "learning rate at update 0", at_least(0)),
-    "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine' and 'linear' fall", at_least(0)),
-    "TRAIN.LAYER_DECAY": recipe(1.0, "factor on the learning rate from each block to the one before it", _FACTOR),
+    "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine', 'linear' and 'poly' fall", at_least(0)),
+    "TRAIN.LAYER_DECAY": recipe(
+        1.0, "factor on the learning rate from each block to the one before it", between(0.01, 1)),
     "TRAIN.HEAD_LR_SCALE": recipe(1.0, "factor on the learning rate of the head", POSITIVE),
     "TRAIN.CLIP_GRAD": recipe(5.0, "largest L2 norm of all gradients together; 0: no clipping", at_least(0)),
     "TRAIN.AUTO_RESUME": process(True, "continue from the newest checkpoint of the run folder"),
@@ -188,14 +243,20 @@ KEYS: dict[str, Key] = {
     "TRAIN.USE_CHECKPOINT": process(
         False, "gradient checkpointing: recompute blocks in the backward pass; less memory, more time",
         flag="--use-checkpoint"),
-    "TRAIN.LR_SCHEDULER.NAME": recipe("cosine", "schedule of the learning rate, by update",
-                                      one_of("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.NAME": recipe(
+        "cosine", "schedule of the learning rate, by update",
+        one_of("cosine", "linear", "poly", "step", "multistep"), _HAS_MILESTONES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": recipe(30, "epochs between the steps of 'step'", at_least(1)),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step'", POSITIVE),
+    "TRAIN.LR_SCHEDULER.MILESTONES": recipe(
+        [], "where 'multistep' falls: epochs done, or updates done where TRAIN.UPDATES decides", _RISING,
+        _MILESTONES_BEFORE_THE_END, kind="numbers"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step' and 'multistep'", POSITIVE),
+    "TRAIN.LR_SCHEDULER.POWER": recipe(1.0, "exponent of 'poly'", POSITIVE),
     "TRAIN.OPTIMIZER.NAME": recipe("adamw", "optimizer; 'sgd' has Nesterov momentum", one_of("adamw", "sgd")),
     "TRAIN.OPTIMIZER.EPS": recipe(1e-8, "epsilon of AdamW", POSITIVE),
     "TRAIN.OPTIMIZER.BETAS": recipe((0.9, 0.999), "betas of AdamW", _BETAS),
     "TRAIN.OPTIMIZER.MOMENTUM": recipe(0.9, "momentum of SGD", BELOW_ONE),
+    "TRAIN.VAL_FREQ": launch(1, "epochs between validations; the last epoch is always validated", at_least(1)),
     # ---------------------------------------------------------------------------- moving average of the weights (EMA)
     "EMA.ENABLED": recipe(True, "average weights and running statistics; validate the average beside the raw weights"),
     "EMA.DECAY": recipe(0.9999, "share of the old average at every update", BELOW_ONE),
@@ -222,7 +283,8 @@ KEYS: dict[str, Key] = {
     "PRINT_FREQ": process(10, "updates between log lines", at_least(1)),
     "SEED": recipe(0, "of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth", _SEED),
     "DETERMINISTIC": process(False, "on GPUs, only kernels that give the same bits every time; slower"),
-    "DIST_TIMEOUT_SECONDS": process(600, "seconds a process waits for the others before it gives up", at_least(1)),
+    "DIST_TIMEOUT_SECONDS": process(
+        600, "seconds a process waits for the others before it gives up", between(1, 10**6)),
     "EVAL_MODE": process(False, "evaluate only", flag="--eval"),
     "THROUGHPUT_MODE": process(False, "measure images/s only", flag="--throughput"),
     "MODEL_FILE": process(

@@ -91,8 +91,9 @@ class Stem(nn.Module):
         self.act2 = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last from here on: maps and tokens are then two views of the same memory, everywhere.
-        x = x.contiguous(memory_format=torch.channels_last)
+        # Channels last from here on: maps and tokens are then two views of the same memory, everywhere. By permuting,
+        # because `contiguous(memory_format=...)` is not there under torch.func.vmap.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.act1(self.norm1(self.proj1(x)))
         return self.act2(self.norm2(self.proj2(x)))
 
@@ -585,7 +586,8 @@ class GroupMixFormer(nn.Module):
 class StageMaps(FeatureGetterNet):
     """timm's wrapper for `features_only`, which detectors and segmentation networks take.
 
-    Beyond timm's, it loads state dicts of whole networks, as files hold them, and checkpoints gradients.
+    Beyond timm's, it loads state dicts of whole networks, as files hold them, checkpoints gradients, and orders its
+    parameters by depth.
     """
 
     def __init__(self, model: GroupMixFormer, *args: Any, **kwargs: Any) -> None:
@@ -593,8 +595,29 @@ class StageMaps(FeatureGetterNet):
         self.register_load_state_dict_pre_hook(_take_what_the_maps_need)
 
     @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return prefixed_matcher(self.model.group_matcher(coarse), "model.")
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model.set_grad_checkpointing(enable)
+
+
+def prefixed_matcher(matcher: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A `group_matcher` of a network for one that contains it: its patterns, with `prefix` before every name.
+
+    With it a detector or a segmentation network has timm's layer decay, which silently does nothing without one:
+    `return prefixed_matcher(self.backbone.group_matcher(coarse), "backbone.")`. What no pattern matches, such as its
+    heads, is the last layer, and learns at the full rate.
+    """
+
+    def prefixed(pattern: str) -> str:
+        return f"^{re.escape(prefix)}{pattern.removeprefix('^')}"
+
+    return {
+        name: prefixed(patterns) if isinstance(patterns, str) else [(prefixed(p), place) for p, place in patterns]
+        for name, patterns in matcher.items()
+    }
 
 
 def _take_what_the_maps_need(wrapper: StageMaps, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

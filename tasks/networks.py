@@ -7,6 +7,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from models import GroupMixFormer
 from models.cpu.fused import FusedGroupMixFormer, fuse
+from models.groupmixformer import STEM_STRIDE
 from utils.precision import Precision
 from utils.sync_batchnorm import use_traceable_batch_norms
 
@@ -33,6 +34,21 @@ def build_model(config: CfgNode) -> GroupMixFormer:
         raise UserError(f"MODEL.GMA: {error}") from None
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model
+
+
+def check_batch_norms(config: CfgNode, synchronised: int) -> None:
+    """Raise UserError where a batch norm of the last stage would see one value a channel in training: it needs two.
+
+    Args:
+        config: batch, image size and stages.
+        synchronised: the processes whose batches a batch norm sees together.
+    """
+    stride = STEM_STRIDE * 2 ** (config.MODEL.GMA.NUM_STAGES - 1)
+    if config.DATA.BATCH_SIZE * synchronised == 1 and stride >= config.DATA.IMG_SIZE:
+        raise UserError(
+            f"DATA.BATCH_SIZE = 1 at DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: batch norms of the last stage see one "
+            f"value a channel, and need two to train; take batches of 2, or images of at least {stride + 1} pixels"
+        )
 
 
 def inference_network(config: CfgNode, network: GroupMixFormer) -> nn.Module:

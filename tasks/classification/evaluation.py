@@ -13,7 +13,7 @@ from configs import UserError, with_num_classes, with_values
 from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
-from utils.checkpoint import find_weights, load_file
+from utils.checkpoint import find_weights
 from utils.files import check_folder, check_json_target, write_json
 from utils.precision import build_precision
 from utils.processes import run_on_main_and_broadcast
@@ -26,7 +26,7 @@ from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
 from .predictions import Predictions
 from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
-from .weights import load_weights
+from .weights import load_weights, read_weights
 
 
 def evaluate(session: Session) -> None:
@@ -56,14 +56,18 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     """
     config, processes, logger = session.config, session.processes, session.logger
     weights = find_weights(config)
-    images = _open_images(session, weights)
+    read = read_weights(weights, config.TEST.WEIGHTS)
+    trained_on = read.checkpoint.get("classes")
+    images = _open_images(session, trained_on if isinstance(trained_on, list) else [])
     check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
     num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
     config = with_num_classes(config, num_outputs)
 
     network = build_model(config).to(processes.device)
     classes = [] if config.TEST.VAL_SET else images.source.classes
-    loaded = load_weights(network, weights, config.TEST.WEIGHTS, classes, logger.warning)
+    load_weights(network, read, weights, classes, logger.warning)
+    loaded = read.about
+    del read  # as large as the network, and with optimizer and average four times
     logger.info(f"evaluating {loaded}")
     network = inference_network(config, network)
     precision = build_precision(config, processes.device)
@@ -115,13 +119,11 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     return results
 
 
-def _open_images(session: Session, weights: str) -> ValidationSet:
+def _open_images(session: Session, trained_on: list[str]) -> ValidationSet:
     """The validation images of the data set, or those of ImageNet's other set that TEST.VAL_SET names."""
     if session.config.TEST.VAL_SET:
         return open_validation_set(session.config)
-    trained_on = load_file(weights).get("classes")
-    known = trained_on if isinstance(trained_on, list) else []
-    return ValidationSet(open_for_evaluation(session.config, known, session.logger.warning), None, None)
+    return ValidationSet(open_for_evaluation(session.config, trained_on, session.logger.warning), None, None)
 
 
 def _conclude(

@@ -1,8 +1,7 @@
 """The configuration keys that classification has beside those of `configs.keys`; defaults are the released recipe."""
 
-from configs.keys import BELOW_ONE, SHARE, Key, Rule, at_least, launch, network, one_of, process, recipe
+from configs.keys import BELOW_ONE, SHARE, Key, Rule, at_least, between, launch, network, one_of, process, recipe
 
-_SIZES = Rule(lambda values, _: all(x >= 32 for x in values), "must be sizes of at least 32")
 _MINMAX = Rule(
     lambda values, _: values is None or (len(values) == 2 and 0 <= values[0] <= values[1] <= 1),
     "must be None or two shares, the smaller first",
@@ -45,8 +44,9 @@ KEYS: dict[str, Key] = {
     # ------------------------------------------------------------------------------------------------------ evaluation
     "TEST.CROP": network(
         True, "resize the short side to IMG_SIZE * 256 / 224, then centre crop; False: resize to the square"),
-    "TEST.SIZES": launch([], "evaluate at each of these input sizes, pixels; default: DATA.IMG_SIZE", _SIZES,
-                         flag="--sizes"),
+    "TEST.SIZES": launch(
+        [], "evaluate at each of these input sizes, pixels; default: DATA.IMG_SIZE", between(32, 2**15),
+        flag="--sizes"),
     "TEST.TTA": launch(
         "none", "average the softmax of several views of an image; ten-crop: five, and mirrored",
         one_of("none", "flip", "five-crop", "ten-crop"), _CROPS_ONLY_IF_CROPPED, flag="--tta"),

@@ -1,6 +1,8 @@
 """Classification as a run sees it: images, network, loss, validation."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,7 +14,7 @@ from configs import with_num_classes, with_values
 from data import TrainingData, build_eval_loader, fingerprint, usable_workers
 from data.splits import one_level_too_many
 from models.cpu.depthwise import use_fast_gradients
-from tasks.networks import build_model, compile_for_training
+from tasks.networks import build_model, check_batch_norms, compile_for_training
 from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
@@ -47,6 +49,7 @@ def build(session: Session) -> Task:
     val_images = eval_dataset(single, val_source)
     val_loader, _ = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
 
+    check_batch_norms(config, synchronised=1 if processes.device.type == "cpu" else processes.world_size)
     network = build_model(config).to(processes.device)
     if processes.device.type == "cpu":
         use_fast_gradients(network)
@@ -90,12 +93,23 @@ def build(session: Session) -> Task:
             "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
             "classes": classes,  # names, for pictures that are labelled later
         },
+        by_chance=accuracy_by_chance([label for _, label in val_source.samples]),
         load_pretrained=start_from,
         about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
         f"{len(classes)} classes, {usable_workers(config)} loader workers per process",
         compile=lambda precision: compile_for_training(network, precision),
         preview=lambda batch: inputs_and_targets([value.clone() for value in batch])[0],
     )
+
+
+def accuracy_by_chance(labels: Sequence[int]) -> float | None:
+    """Acc@1 (percent) that guessing seldom exceeds: two standard errors above the share of the most common class.
+
+    None where so few images cannot tell.
+    """
+    share = max(Counter(labels).values()) / len(labels)
+    bound = 100 * (share + 2 * math.sqrt(share * (1 - share) / len(labels)))
+    return bound if bound < 100 else None
 
 
 def build_criterion(mixup: Mixup | None, label_smoothing: float) -> nn.Module:

@@ -12,6 +12,7 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from configs import UserError
+from configs.errors import one_line
 from data.fast.shearing import policy_ops
 from data.fast.transforms import FastEvalTransform, FastTrainTransform
 
@@ -36,7 +37,7 @@ def train_transform(config: CfgNode) -> transforms.Compose:
             interpolation=config.DATA.INTERPOLATION,
         )
     except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({error})") from None
+        raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({one_line(error)})") from None
     for step in transform.transforms:
         _allow_zero_bits(policy_ops(step))
     if size <= SMALL_IMAGE:

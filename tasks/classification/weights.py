@@ -60,23 +60,23 @@ def read_weights(path: str | Path, which: str = "best") -> Weights:
 
 def load_weights(
     network: GroupMixFormer,
+    weights: Weights,
     path: str | Path,
-    which: str = "best",
     classes: Sequence[str] = (),
     notify: Notify = lambda line: None,
-) -> str:
-    """Load weights into a network of the same shape and number of classes; returns what was loaded, for the log.
+) -> None:
+    """Load weights into a network of the same shape and number of classes.
 
     Args:
         network: takes the weights.
-        path, which: as for `read_weights`.
+        weights: from `read_weights`.
+        path: their file, for messages.
         classes: the names of the data's classes.
         notify: is called with one line where the checkpoint has other names for its classes. Folders may have been
             renamed, so that is no error; or it is another data set with as many classes.
 
     Raises UserError that names missing, unexpected and differently shaped entries.
     """
-    weights = read_weights(path, which)
     own, loaded = network.num_classes, num_classes_of(weights.state)
     if own != loaded and own and loaded:
         raise UserError(
@@ -86,7 +86,6 @@ def load_weights(
     _fill(network, weights, path)
     if renamed := _renamed_classes(weights.checkpoint, classes):
         notify(f"{path}: {renamed}: the accuracy means nothing unless they are the same classes in the same order")
-    return weights.about
 
 
 def _renamed_classes(checkpoint: dict[str, Any], classes: Sequence[str]) -> str:

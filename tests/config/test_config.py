@@ -161,6 +161,7 @@ def test_switched_on_in_a_file_stays_on_without_the_flag(tmp_path, make_config):
         ("MODEL.GMA.QKV_SCALE", "null", None),
         ("MODEL.GMA.QKV_SCALE", "0.125", 0.125),
         ("TRAIN.OPTIMIZER.BETAS", "[0.9, 0.95]", (0.9, 0.95)),
+        ("TRAIN.OPTIMIZER.BETAS", "[0, 0.5]", (0.0, 0.5)),
         ("MODEL.GMA.EMBEDDING_DIMS", "[40, 80, 160, 160]", [40, 80, 160, 160]),
         ("MODEL.GMA.MLP_RATIOS", "[4, 3.5, 4, 2]", [4, 3.5, 4, 2]),
         ("TAG", "2024", "2024"),
@@ -203,7 +204,15 @@ def test_wrong_type_is_told_with_file_key_and_value(tmp_path, key, value):
 # -------------------------------------------------------------------------------------------------- unknown, impossible
 @pytest.mark.parametrize(
     ("key", "suggestion"),
-    [("DATA.BACH_SIZE", "DATA.BATCH_SIZE"), ("train.epochs", "TRAIN.EPOCHS"), ("SAVEFREQ", "SAVE_FREQ")],
+    [
+        ("DATA.BACH_SIZE", "DATA.BATCH_SIZE"),
+        ("train.epochs", "TRAIN.EPOCHS"),
+        ("SAVEFREQ", "SAVE_FREQ"),
+        ("TRAIN.LR", "TRAIN.BASE_LR"),
+        ("LEARNING_RATE", "TRAIN.BASE_LR"),
+        ("TRAIN.BATCH_SIZE", "DATA.BATCH_SIZE"),
+        ("MODEL.NUM_CLASSES", "MODEL.GMA.NUM_CLASSES"),
+    ],
 )
 def test_unknown_key_is_told_with_its_place_and_the_nearest_one(tmp_path, empty, key, suggestion):
     path = write_yaml(tmp_path, f"{key}: 3")
@@ -218,21 +227,30 @@ IMPOSSIBLE = [
     ("MODEL.NAME", "a/b"),
     ("TAG", ""),
     ("MODEL.LABEL_SMOOTHING", "1.0"),
+    ("MODEL.GMA.IN_DIM", "1"),
     ("MODEL.GMA.EMBEDDING_DIMS", "[]"),
     ("MODEL.GMA.EMBEDDING_DIMS", "[80, 160, 0, 320]"),
     ("MODEL.GMA.SERIAL_DEPTHS", "[2, 4, 12, 4, 4]"),
     ("MODEL.GMA.GROUP_SIZES", "[3, 4]"),
     ("MODEL.GMA.GROUP_SIZES", "[1]"),
+    ("TRAIN.START_EPOCH", "300"),
     ("TRAIN.WARMUP_EPOCHS", "300"),
+    ("TRAIN.WARMUP_UPDATES", "-1"),
+    ("TRAIN.LR_SCHEDULER.NAME", "multistep"),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", "[8, 8]"),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", "[200, 300]"),
     ("TRAIN.LAYER_DECAY", "0.0"),
     ("TRAIN.LAYER_DECAY", "1.1"),
     ("TRAIN.BASE_LR", "0.0"),
     ("TRAIN.BASE_LR", "-0.0005"),
+    ("TRAIN.BASE_LR", "1e-07"),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9, 1.0)"),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9,)"),
     ("AUG.HFLIP", "1.5"),
     ("AUG.CUTMIX_MINMAX", "[0.8, 0.2]"),
     ("TEST.SIZES", "[224, 16]"),
+    ("DATA.IMG_SIZE", "31"),
+    ("DATA.IMG_SIZE", "32769"),
     ("SEED", str(2**63)),  # torch could not take it
 ]
 
@@ -247,13 +265,25 @@ def test_every_rule_has_a_case():
     """A rule that nobody tries may refuse everything, or nothing."""
     tried = {id(rule) for key, _ in IMPOSSIBLE for rule in CARDS[key].rules}
     untried = {rule.demand for key in CARDS.values() for rule in key.rules if id(rule) not in tried}
-    generic = r"must be (at least \d+|one of )|needs TEST.CROP True"
+    generic = r"must (be (at least \d+|one of )|lie between \d)|needs TEST.CROP True"
     assert all(re.match(generic, demand) for demand in untried)
 
 
 def test_five_crops_need_cropping(empty):
     message = error_of("--cfg", empty, "--tta", "five-crop", "--opts", "TEST.CROP", "False")
     assert message.startswith("TEST.TTA = 'five-crop': needs TEST.CROP True")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "length"),
+    [("TRAIN.WARMUP_UPDATES", "50", "UPDATES = 50"), ("TRAIN.LR_SCHEDULER.MILESTONES", "[20, 50]", "UPDATES = 50")],
+)
+def test_a_length_in_updates_is_what_the_rest_must_fit(empty, make_config, key, value, length):
+    """TRAIN.EPOCHS decides nothing then, and neither does a warm-up in epochs beside one in updates."""
+    opts = ["TRAIN.EPOCHS", "10", "TRAIN.WARMUP_UPDATES", "5", "TRAIN.UPDATES"]
+    message = error_of("--cfg", empty, "--opts", *opts, "50", key, value)
+    assert message.startswith(f"{key} = {value}: must be less than ") and length in message
+    assert make_config("--cfg", empty, "--opts", *opts, "51", key, value).TRAIN.WARMUP_EPOCHS == 20
 
 
 def test_a_negative_number_is_no_flag(empty):

@@ -52,7 +52,6 @@ MODEL_FILE: groupmixformer.py
 READ_BY_THE_CONFIGURATION_ITSELF = {
     "BASE": "names the files that are merged",
     "MODEL.TYPE": "there is one network family; another name is refused",
-    "MODEL.GMA.NUM_STAGES": "the lists of MODEL.GMA must have this length",
 }
 
 FLAGS = {

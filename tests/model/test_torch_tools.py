@@ -198,3 +198,18 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype) -> None:
 
 def test_an_empty_batch_gives_no_logits() -> None:
     assert small_network()(torch.empty(0, 3, 64, 64)).shape == (0, 7)
+
+
+def test_gradients_of_each_image_by_vmap() -> None:
+    """As for influence functions or private training; the layout of the maps must not stand in the way."""
+    network, images = small_network().double(), golden_numbers.images(2, 32, 64).double()
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+
+    def loss(values: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(network, values, (image[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    for number, image in enumerate(images):
+        alone = torch.func.grad(loss)(parameters, image)
+        got = torch.cat([together[name][number].flatten() for name in alone])
+        assert relative_error(got, torch.cat([value.flatten() for value in alone.values()])) < 1e-12

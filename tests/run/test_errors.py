@@ -173,6 +173,14 @@ def test_odd_batch_is_for_evaluation_only(run, make_config, image_folder, tmp_pa
     assert (status, err) == (0, "") and out.splitlines()[-1].startswith(" * Acc@1 ")
 
 
+def test_a_batch_with_one_value_for_a_batch_norm(run, image_folder):
+    words = ["--data-path", image_folder, "--batch-size", "1"]
+    line = error_line(run("train", *words), "train")
+    assert line.startswith("DATA.BATCH_SIZE = 1 at DATA.IMG_SIZE = 32: ")
+    assert line.endswith("take batches of 2, or images of at least 33 pixels")
+    assert run("train", *words, opts=("DATA.IMG_SIZE", "33", "TRAIN.UPDATES", "1"))[0] == 0
+
+
 def test_truncated_image_in_training(run, image_folder):
     path = image_folder / "train" / "cat" / "2.png"
     path.write_bytes(path.read_bytes()[:50])

@@ -22,6 +22,14 @@ from tasks.classification.weights import (
 )
 from tasks.networks import build_model
 
+
+def load_whole(network, path, **options) -> str:
+    """Read a file and load its weights, as an evaluation does; returns what was loaded."""
+    weights = read_weights(path)
+    load_weights(network, weights, path, **options)
+    return weights.about
+
+
 TINY_NETWORK = ("MODEL.GMA.EMBEDDING_DIMS", "[10,10,10,10]", "MODEL.GMA.SERIAL_DEPTHS", "[1,1,1,1]")
 
 
@@ -61,7 +69,7 @@ def test_forms_of_weight_files(tmp_path, make_network, key, prefix):
     content = {f"{prefix}{name}": value for name, value in weights.items()}
     torch.save(content if key == "bare" else {key: content}, tmp_path / "w.pth")
     assert not has_weights_of(target, weights)
-    said = load_weights(target, tmp_path / "w.pth")
+    said = load_whole(target, tmp_path / "w.pth")
     assert has_weights_of(target, weights)
     assert f"{'ema' if key == 'model_ema' else 'raw'} weights" in said and str(tmp_path / "w.pth") in said
 
@@ -74,7 +82,7 @@ def test_what_wrappers_add_to_names_is_taken_off(tmp_path, make_network, prefix)
     """torch.compile, DDP, Lightning, detectors, FSDP; timm's create_model and torch.hub too."""
     source, target = make_network(seed=1), make_network(seed=2)
     torch.save({"model": {f"{prefix}{name}": value for name, value in source.state_dict().items()}}, tmp_path / "w.pth")
-    for load in (load_weights, load_pretrained):
+    for load in (load_whole, load_pretrained):
         target = make_network(seed=2)
         assert load(target, tmp_path / "w.pth") == f"raw weights of {tmp_path / 'w.pth'}"
         assert has_weights_of(target, source.state_dict())
@@ -109,7 +117,7 @@ def test_counters_that_old_files_lack_are_filled_as_by_torch(tmp_path, make_netw
     old = {name: v for name, v in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     make_network(seed=3).load_state_dict(old)  # torch's own strict load takes it
     torch.save(old, tmp_path / "w.pth")
-    load_weights(target, tmp_path / "w.pth")
+    load_whole(target, tmp_path / "w.pth")
     assert torch.equal(target.norm4.running_var, source.norm4.running_var) and not target.norm4.num_batches_tracked
 
 
@@ -121,7 +129,7 @@ def test_advice_is_given_only_where_it_differs_from_what_was_done(tmp_path, make
     for missing, said in (("norm4.bias", "not all weights of this network, or more: 1 missing (norm4.bias)"),
                           ("head.", "has no head.weight, so it tells no classes; fine-tune it with")):  # fmt: skip
         torch.save({n: v for n, v in state.items() if not n.startswith(missing)}, tmp_path / "w.pth")
-        message = message_of(load_weights, network, tmp_path / "w.pth")
+        message = message_of(load_whole, network, tmp_path / "w.pth")
         assert said in message and "--cfg" not in message
     torch.save({"model": make_network().state_dict(), "config": "MODEL: {NAME: mine}"}, tmp_path / "w.pth")
     message = message_of(load_pretrained, network, tmp_path / "w.pth")
@@ -133,7 +141,7 @@ def test_a_released_training_checkpoint(tmp_path, make_network):
     optimizer = torch.optim.AdamW(source.parameters()).state_dict()
     released = {"model": source.state_dict(), "optimizer": optimizer, "epoch": 299, "config": CfgNode({"A": {"B": 1}})}
     torch.save(released, tmp_path / "w.pth")
-    load_weights(target, tmp_path / "w.pth")
+    load_whole(target, tmp_path / "w.pth")
     assert has_weights_of(target, source.state_dict())
 
 
@@ -145,7 +153,7 @@ def test_weights_of_another_network_are_named(tmp_path, make_network):
     weights["norm4.bias"] = torch.zeros(11)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     torch.save({"model": weights}, tmp_path / "w.pth")
-    for load in (load_weights, load_pretrained):
+    for load in (load_whole, load_pretrained):
         message = message_of(load, network, tmp_path / "w.pth")
         assert message.startswith(f"{tmp_path / 'w.pth'}: not all weights of this network, or more: ")
         assert "1 missing (norm4.weight)" in message
@@ -171,7 +179,7 @@ def test_the_configuration_that_fits_is_named(tmp_path, make_network, name):
     assert fitting_config(weights) == name
     if name == "groupmixformer_miny":
         torch.save({key: torch.zeros_like(value, device="cpu") for key, value in weights.items()}, tmp_path / "w.pth")
-        message = message_of(load_weights, make_network(7), tmp_path / "w.pth")
+        message = message_of(load_whole, make_network(7), tmp_path / "w.pth")
         assert f": weights of {name}, use --cfg configs/{name}.yaml: " in message
 
 
@@ -184,14 +192,14 @@ def test_half_precision_weights_load(tmp_path, make_network):
     source, target = make_network(seed=1), make_network(seed=2)
     torch.save({"model": {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}},
                tmp_path / "w.pth")  # fmt: skip
-    load_weights(target, tmp_path / "w.pth")
+    load_whole(target, tmp_path / "w.pth")
     assert target.head.weight.dtype == torch.float32
     torch.testing.assert_close(target.head.weight, source.head.weight, atol=1e-3, rtol=1e-3)
 
 
 def test_evaluating_weights_of_other_classes_is_explained(tmp_path, make_network):
     torch.save({"model": make_network(10).state_dict()}, tmp_path / "w.pth")
-    message = message_of(load_weights, make_network(7), tmp_path / "w.pth")
+    message = message_of(load_whole, make_network(7), tmp_path / "w.pth")
     assert "10 classes" in message and "7" in message and "--pretrained" in message
 
 
@@ -208,7 +216,7 @@ def test_evaluating_on_classes_of_other_names_is_reported(tmp_path, make_network
     checkpoint = {"model": make_network(2).state_dict()} | ({"classes": trained_on} if trained_on else {})
     torch.save(checkpoint, tmp_path / "w.pth")
     lines = []
-    load_weights(make_network(2), tmp_path / "w.pth", classes=["ant", "bee"], notify=lines.append)
+    load_whole(make_network(2), tmp_path / "w.pth", classes=["ant", "bee"], notify=lines.append)
     assert len(lines) == bool(said) and all(part in lines[0] for part in said)
 
 
@@ -243,7 +251,7 @@ def test_fine_tuning_from_a_backbone_without_a_head(tmp_path, make_network):
     torch.save(backbone, tmp_path / "w.pth")
     load_pretrained(target, str(tmp_path / "w.pth"))
     assert torch.equal(target.norm4.weight, source.norm4.weight)
-    assert "has no head.weight" in message_of(load_weights, target, tmp_path / "w.pth"), "but it cannot be evaluated"
+    assert "has no head.weight" in message_of(load_whole, target, tmp_path / "w.pth"), "but it cannot be evaluated"
 
 
 def test_fine_tuning_from_a_detectors_backbone_without_a_last_norm(tmp_path, make_network):
