@@ -2,6 +2,8 @@
 
 import re
 
+from .text import printable
+
 # What a stopped and saved run exits with (EX_TEMPFAIL of sysexits.h): start the same command again to continue.
 EXIT_STOPPED = 75
 EXIT_MISTAKE = 2  # a mistake of the user, found before training: starting the same command again does not help
@@ -17,7 +19,7 @@ class UserError(ValueError):
     def one_line(self) -> str:
         """The message alone, also where a loader's worker has wrapped it into its traceback."""
         lines = [line for line in str(self).strip().splitlines() if line.strip()]
-        return re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip()) if lines else "unknown error"
+        return printable(re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip())) if lines else "unknown error"
 
 
 class Fault(UserError):

@@ -10,8 +10,8 @@ from yacs.config import CfgNode
 
 from configs.errors import first_line
 
-# The signals that ask a run to stop. Loader workers ignore them.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The signals that ask a run to stop. Loader workers ignore them. SIGHUP: its terminal or connection has gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def available_cores() -> int:

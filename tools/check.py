@@ -26,6 +26,7 @@ from tqdm import tqdm
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 from configs.errors import first_line, one_line
+from configs.text import printable
 from data.datasets import IMAGE_FORMATS, decode_image
 from data.sources import (
     MAX_MEMBER_BYTES,
@@ -38,7 +39,6 @@ from data.sources import (
     open_source,
 )
 from data.workers import available_cores, set_parent_death_signal
-from utils.run_log import printable
 
 ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
@@ -244,7 +244,7 @@ def inspect_all(source: Source, workers: int) -> Iterator[Inspection]:
 def _start_worker(worker_id: int) -> None:
     set_parent_death_signal(signal.SIGKILL)  # or it would outlive a check that is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libtiff and others report every damaged file there
 
 

@@ -81,8 +81,9 @@ class RunSupervisor:
 
     # ------------------------------------------------------------------------------------------------ signals, stops
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop after the current update; a second SIGINT kills.
+        """From now on STOP_SIGNALS ask the run to stop after the current update; a second SIGINT kills.
 
+        Those that are ignored already stay so: `nohup` ignores SIGHUP, a shell SIGINT for background jobs of a script.
         All processes must call this together: it makes the group in which they meet outside of updates.
         """
         self.listening = True
@@ -95,7 +96,8 @@ class RunSupervisor:
             thread.start()
             atexit.register(self._stop_looking, thread)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _stop_looking(self, thread: threading.Thread) -> None:
         """A thread that is inside the store when the interpreter goes would end the process with SIGABRT."""

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from configs import UserError
+from configs.text import printable
 from data import ImageDataset, usable_workers
 from data.sources import UNLABELLED, PictureSource
 from data.workers import init_worker
 from tasks.networks import inference_network
 from utils.files import write_json
 from utils.precision import build_precision
-from utils.run_log import printable
 from utils.session import Session
 
 from .inference import predict_batch, summarize_batch
