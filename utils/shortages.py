@@ -1,0 +1,69 @@
+"""What a machine, a container or a shell gives a run too little of: named in one line, with its size and what to do."""
+
+import os
+import re
+import resource
+import shutil
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+from configs.errors import first_line
+from data.workers import lost_loader_worker, worker_error
+
+SHARED_MEMORY = Path("/dev/shm")
+FEWER = "lower DATA.NUM_WORKERS or --batch-size"
+
+
+def shortage(error: BaseException) -> str:
+    """The line for an error that says what is short, whoever raised it; '' for any other error.
+
+    The same command meets such a limit again, as long as nothing else took what there is.
+    """
+    what = worker_error(error) or lost_loader_worker(error) or f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = "lower --batch-size (--accumulation-steps keeps the global batch), or add --use-checkpoint"
+        return f"{first_line(error)}: {advice}"
+    if re.search(r"Too many open files|received \d+ items of ancdata", what):
+        limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files for the limit of {limit}: raise it (ulimit -n {most}), or {FEWER}; {what}"
+    if re.search(r"shared memory|\(shm\)|</torch_\d|signal: Bus error", what) or _makes_semaphore(error, what):
+        return (
+            f"{SHARED_MEMORY}, by which loader workers hand over batches, is full or cannot be used, "
+            f"{space(SHARED_MEMORY)}: enlarge it (docker run --shm-size=16g, or --ipc=host), or {FEWER}; {what}"
+        )
+    if re.search(r"^MemoryError\b|[Cc]an(no|')t allocate memory", what):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        return f"out of memory, on a machine of {total:.1f} GiB (a container may allow less): {FEWER}; {what}"
+    if re.search(r"can't start new thread|^BlockingIOError: (\[Errno 11\] )?Resource temporarily unavailable$", what):
+        limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+        return f"no more processes or threads: raise the limit (ulimit -u is {limit}), or {FEWER}; {what}"
+    if "No usable temporary directory" in what:
+        return f"{what}; set TMPDIR to a folder that can be written to"
+    return ""
+
+
+def _makes_semaphore(error: BaseException, what: str) -> bool:
+    """Whether the error is that of a semaphore, which the system keeps as a file of SHARED_MEMORY without naming it."""
+    named = getattr(error, "filename", None)
+    if not isinstance(error, OSError) or (named and not str(named).endswith("synchronize.py")):
+        return False
+    return "multiprocessing/synchronize.py" in "".join(traceback.format_exception(error))
+
+
+def space(folder: str | Path) -> str:
+    """How large the file system of a folder is, and how much of it is free; why that is unknown, where it is."""
+    try:
+        usage, status = shutil.disk_usage(folder), os.statvfs(folder)
+    except OSError as error:
+        return f"it cannot be reached: {error.strerror}"
+    files = "" if status.f_favail or not status.f_files else f", but none of its {status.f_files} files (inodes)"
+    return f"{usage.free / 2**20:.0f} MiB{files} of {usage.total / 2**20:.0f} MiB are free"
+
+
+def space_everywhere(folder: Path) -> str:
+    """The same of each place that a run writes to, for an error that names none."""
+    places = dict.fromkeys([folder, Path(tempfile.gettempdir()), SHARED_MEMORY])
+    return ", ".join(f"{place}: {space(place)}" for place in places)
