@@ -75,14 +75,17 @@ def lost_loader_worker(error: BaseException | None) -> str:
     The loss shows in several ways: torch's handler of SIGCHLD raises wherever the process is, at times on top of the
     connection's own failure.
     """
+    found = ""
     while error is not None and not worker_error(error):
-        if "DataLoader worker" in str(error):
+        if "killed by signal" in str(error):
             advice = "; where memory is short, lower DATA.NUM_WORKERS" if "signal: Killed" in str(error) else ""
             return f"a loader worker was lost: {first_line(error).rstrip(' .')}{advice}"
+        if "DataLoader worker" in str(error):
+            found = found or f"a loader worker was lost: {first_line(error)}"
         if isinstance(error, ConnectionError | EOFError):
-            return f"a loader worker was lost: {type(error).__name__} while its batch was fetched"
+            found = found or f"a loader worker was lost: {type(error).__name__} while its batch was fetched"
         error = error.__cause__ or error.__context__
-    return ""
+    return found
 
 
 def end_loader_workers() -> None:

@@ -32,7 +32,8 @@ def shortage(error: BaseException) -> str:
     if re.search(r"shared memory|\(shm\)|</torch_\d|signal: Bus error", what) or _makes_semaphore(error, what):
         return (
             f"{SHARED_MEMORY}, by which loader workers hand over batches, is full or cannot be used, "
-            f"{space(SHARED_MEMORY)}: enlarge it (docker run --shm-size=16g, or --ipc=host), or {FEWER}; {what}"
+            f"{space(SHARED_MEMORY, sized=True)}: enlarge it (docker run --shm-size=16g, or --ipc=host), "
+            f"or {FEWER}; {what}"
         )
     if re.search(r"^MemoryError\b|[Cc]an(no|')t allocate memory", what):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -53,14 +54,15 @@ def _makes_semaphore(error: BaseException, what: str) -> bool:
     return "multiprocessing/synchronize.py" in "".join(traceback.format_exception(error))
 
 
-def space(folder: str | Path) -> str:
-    """How large the file system of a folder is, and how much of it is free; why that is unknown, where it is."""
+def space(folder: str | Path, sized: bool = False) -> str:
+    """How much of a folder's file system is free, and how large that is (`sized`); why that is unknown, where it is."""
     try:
         usage, status = shutil.disk_usage(folder), os.statvfs(folder)
     except OSError as error:
         return f"it cannot be reached: {error.strerror}"
     files = "" if status.f_favail or not status.f_files else f", but none of its {status.f_files} files (inodes)"
-    return f"{usage.free / 2**20:.0f} MiB{files} of {usage.total / 2**20:.0f} MiB are free"
+    total = f" of {usage.total / 2**20:.0f} MiB" if sized else ""
+    return f"{usage.free / 2**20:.0f} MiB{total} are free{files}"
 
 
 def space_everywhere(folder: Path) -> str:
