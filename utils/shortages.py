@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from configs import UserError
 from configs.errors import first_line
 from data.workers import lost_loader_worker, worker_error
 
@@ -22,31 +23,35 @@ def shortage(error: BaseException) -> str:
 
     The same command meets such a limit again, as long as nothing else took what there is.
     """
-    what = worker_error(error) or lost_loader_worker(error) or f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, UserError):
+        return ""
+    what = worker_error(error) or lost_loader_worker(error)
+    said = what or f"{type(error).__name__}: {error}"  # NCCL names the file in its last line
+    what = what or f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, torch.OutOfMemoryError):
         advice = "lower --batch-size (--accumulation-steps keeps the global batch), or add --use-checkpoint"
         return f"{first_line(error)}: {advice}"
-    if re.search(r"Too many open files|received \d+ items of ancdata", what):
+    if re.search(r"Too many open files|received \d+ items of ancdata", said):
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too many open files for the limit of {limit}: raise it (ulimit -n {most}), or {FEWER}; {what}"
-    if re.search(r"shared memory|\(shm\)|</torch_\d|signal: Bus error", what) or _makes_semaphore(error, what):
+    if re.search(r"\(shm\)|</torch_\d|shared memory segment|signal: Bus error", said) or _makes_semaphore(error):
         return (
-            f"{SHARED_MEMORY}, by which loader workers hand over batches, is full or cannot be used, "
+            f"{SHARED_MEMORY}, by which loader workers and processes hand over data, is full or cannot be used, "
             f"{space(SHARED_MEMORY, sized=True)}: enlarge it (docker run --shm-size=16g, or --ipc=host), "
             f"or {FEWER}; {what}"
         )
-    if re.search(r"^MemoryError\b|[Cc]an(no|')t allocate memory", what):
+    if re.search(r"^MemoryError\b|[Cc]an(no|')t allocate memory", said):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         return f"out of memory, on a machine of {total:.1f} GiB (a container may allow less): {FEWER}; {what}"
-    if re.search(r"can't start new thread|^BlockingIOError: (\[Errno 11\] )?Resource temporarily unavailable$", what):
+    if re.search(r"can't start new thread|^BlockingIOError: (\[Errno 11\] )?Resource temporarily unavailable$", said):
         limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
         return f"no more processes or threads: raise the limit (ulimit -u is {limit}), or {FEWER}; {what}"
-    if "No usable temporary directory" in what:
+    if "No usable temporary directory" in said:
         return f"{what}; set TMPDIR to a folder that can be written to"
     return ""
 
 
-def _makes_semaphore(error: BaseException, what: str) -> bool:
+def _makes_semaphore(error: BaseException) -> bool:
     """Whether the error is that of a semaphore, which the system keeps as a file of SHARED_MEMORY without naming it."""
     named = getattr(error, "filename", None)
     if not isinstance(error, OSError) or (named and not str(named).endswith("synchronize.py")):

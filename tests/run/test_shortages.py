@@ -69,7 +69,7 @@ def error_of(fault: str) -> Exception:
     ("fault", "begin"),
     [
         ("files", "too many open files for the limit of "),
-        ("bus", "/dev/shm, by which loader workers hand over batches, is full or cannot be used, "),
+        ("bus", "/dev/shm, by which loader workers and processes hand over data, is full or cannot be used, "),
         ("memory", "out of memory, on a machine of "),
     ],
 )
@@ -92,6 +92,8 @@ def test_an_error_of_a_loader_worker_keeps_its_cause(tmp_path):
     ("error", "begin"),
     [
         (RuntimeError("unable to write to file </torch_12_345_0>: No space left on device (28)"), "/dev/shm, "),
+        (RuntimeError("NCCL error\nError while creating shared memory segment /dev/shm/nccl-1 (size 9)"), "/dev/shm, "),
+        (RuntimeError("out of resource: shared memory, Required: 2, Hardware limit: 1"), ""),
         (RuntimeError("received 0 items of ancdata"), "too many open files"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 bytes."),
@@ -105,7 +107,8 @@ def test_an_error_of_a_loader_worker_keeps_its_cause(tmp_path):
             "FileNotFoundError: No us",
         ),
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "CUDA out of memory.: lower --batch-size"),
-        (OSError(errno.ENOSPC, "No space left on device", "/a/file"), ""),
+        (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/output/file"), ""),
+        (UserError("/dev/shm/data: Cannot allocate memory"), ""),
         (RuntimeError("connection closed"), ""),
     ],
 )
@@ -142,9 +145,9 @@ def test_small_shared_memory_ends_a_run_in_one_line_without_retries(data, tmp_pa
     code, output = in_fork(script("train.py", args, shrink, env))
     line = output.splitlines()[-1]
     assert code == 2 and "Traceback" not in output, output
-    assert line.startswith("train.py: error: /dev/shm, by which loader workers hand over batches, is full") and (
-        "--shm-size" in line and "of 0 MiB are free" in line
-    )
+    assert line.startswith(
+        "train.py: error: /dev/shm, by which loader workers and processes hand over data, is full"
+    ) and ("--shm-size" in line and "of 0 MiB are free" in line)
     assert report_in(tmp_path / "report")["errorCode"] == 2
 
 
