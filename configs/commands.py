@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from .arguments import OneLineParser
 from .errors import UserError
+from .text import escape_output
 
 OUTPUT_FLAGS = ("--out", "--output", "--json")
 Main = Callable[[Sequence[str] | None], int | None]
@@ -41,6 +42,8 @@ class CommandParser(OneLineParser):
 def command(name: str) -> Callable[[Main], Callable[..., int]]:
     """Decorate a command's `main(argv)`: UserError becomes one line on standard error and exit status 2.
 
+    What it prints is escaped where the terminal lacks a character.
+
     `main` gets the arguments without the program's name, or None for those of the process, and returns the exit status;
     None means 0.
     """
@@ -48,6 +51,7 @@ def command(name: str) -> Callable[[Main], Callable[..., int]]:
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
+            escape_output()
             try:
                 return main(argv) or 0
             except UserError as error:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from .text import printable
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 # What a stopped and saved run exits with (EX_TEMPFAIL of sysexits.h): start the same command again to continue.
 EXIT_STOPPED = 75
@@ -19,7 +21,7 @@ class UserError(ValueError):
     def one_line(self) -> str:
         """The message alone, also where a loader's worker has wrapped it into its traceback."""
         lines = [line for line in str(self).strip().splitlines() if line.strip()]
-        return re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip()) if lines else "unknown error"
+        return printable(re.sub(r"^[\w.]*UserError: ", "", lines[-1].strip())) if lines else "unknown error"
 
 
 class Fault(UserError):

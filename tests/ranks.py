@@ -242,9 +242,9 @@ def run_ranks(
 class Launched:
     """A launched script whose output is read line by line; all its processes are gone when the block ends."""
 
-    def __init__(self, script, args, processes=1, env=None):
+    def __init__(self, script, args, processes=1, env=None, command=None):
         self.process = subprocess.Popen(
-            runs.command(script, args, processes),
+            command or runs.command(script, args, processes),
             cwd=runs.ROOT,
             env=runs.environment() | (env or {}),
             stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ from torch import nn
 
 import tasks
 import train
+from data.workers import STOP_SIGNALS
 from utils.checkpoint import BEST_NAME, load_file
 from utils.task import Task
 
@@ -52,7 +53,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch, args: Sequence[str], stop_at: in
 
     With `stop_at`, SIGUSR1 arrives during the update after which so many are done.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *args])
         patch.setattr(sys, "exit", _raise_exit)

@@ -26,12 +26,12 @@ from tqdm import tqdm
 from configs import SPLIT_NAMES, UserError
 from configs.commands import CommandParser, command
 from configs.errors import first_line, one_line
+from configs.text import printable
 from data.decoding import decode_image, lost_content
 from data.files import IMAGE_FORMATS, class_folders, files_below, is_image_name, loose_files
 from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, count_images, fingerprint
 from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
-from utils.run_log import printable
 
 ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
@@ -250,7 +250,7 @@ def inspect_all(source: Source, workers: int) -> Iterator[Inspection]:
 def _start_worker(worker_id: int) -> None:
     set_parent_death_signal(signal.SIGKILL)  # or it would outlive a check that is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libtiff and others report every damaged file there
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from configs import UserError
 from configs.commands import CommandParser, command
 from configs.errors import one_line
+from configs.text import in_picture
 from utils.files import STDOUT, check_json_target, write_json
-from utils.run_log import METRICS_NAME, in_picture
+from utils.run_log import METRICS_NAME
 
 PICTURE_NAME = "curves.png"
 COST_LIMIT = 0.02  # share of a run's time that drawing may take

@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 
 from configs import UserError, read_command
 from configs.commands import CommandParser, command
+from configs.text import in_picture
 from data import ImageDataset
 from data.normalization import denormalize
 from data.sources import PictureSource
@@ -31,7 +32,6 @@ from tasks.classification.weights import load_classifier
 from utils.checkpoint import find_weights
 from utils.files import STDOUT, check_folder, check_json_target, check_target, write_json
 from utils.origin import check_named_files, config_of, remarks, run_folder_of
-from utils.run_log import in_picture
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito's
 TOP = 5

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import threading
@@ -16,12 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
 from configs import UserError
 from configs.errors import EXIT_MISTAKE, EXIT_STOPPED, CompilerStopped, Fault, first_line
+from configs.text import printable
 from data import lost_loader_worker
+from data.workers import worker_error
+
+from .shortages import shortage, space, space_everywhere
 
 STORE_SECONDS = 5  # how long the launcher's store may take to answer
 STORE_POLL_SECONDS = 0.1
@@ -40,11 +42,13 @@ def end_after(error: Exception, folder: Path, clean_up: Callable[[], None]) -> N
 
     Exits with EXIT_MISTAKE where there is a line for the error, EXIT_STOPPED where a signal ended the compiler, else 1.
     """
-    message = cause_of(error, folder)
+    if line := shortage(error):
+        error = UserError(line)
+    message = printable(cause_of(error, folder))
     status = EXIT_STOPPED if isinstance(error, CompilerStopped) else EXIT_MISTAKE if message else 1
     if not message:
         traceback.print_exception(error)
-        message = f"{type(error).__name__}: {first_line(error)}"
+        message = printable(worker_error(error) or f"{type(error).__name__}: {first_line(error)}")
     clean_up()
     # Every process finds a mistake in the command line, before they meet: one a node prints it.
     joined = status == 1 or dist.is_initialized() or isinstance(error, Fault)
@@ -61,14 +65,15 @@ def cause_of(error: Exception, folder: Path) -> str:
     """The one line for an error that the user can mend; '' for any other."""
     if isinstance(error, UserError):
         return error.one_line()
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError) and not worker_error(error):
         return str(error)
+    if isinstance(error, OSError) and (found := re.search(r"\[Errno (\d+)\] (.*?)(?:: '(.*)')?$", worker_error(error))):
+        error = OSError(int(found[1]), found[2], found[3])
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        path = error.filename or folder / "a file"
-        return unwritable(path, error).one_line() if error.errno in FULL_DISK else f"{path}: {error.strerror}"
-    if isinstance(error, torch.OutOfMemoryError):
-        advice = "lower --batch-size (--accumulation-steps keeps the global batch), or add --use-checkpoint"
-        return f"{first_line(error)}: {advice}"
+        if error.filename is None:
+            return f"a file that the system does not name: {error.strerror}; {space_everywhere(folder)}"
+        full = error.errno in FULL_DISK
+        return unwritable(error.filename, error).one_line() if full else f"{error.filename}: {error.strerror}"
     return lost_loader_worker(error) or remove_unfinished_binary(error) or failure_of_another(error)
 
 
@@ -98,7 +103,7 @@ def leave_report(line: str, code: int | None = None) -> None:
         extra = {"py_callstack": line, "timestamp": time.time()}
         report = {"message": {"message": line, "errorCode": code, "extraInfo": extra}}
         with suppress(OSError):  # torchrun cannot read half a file: rename it when it is whole
-            Path(f"{path}.partial").write_text(json.dumps(report))
+            Path(f"{path}.partial").write_text(json.dumps(report), encoding="utf-8")
             os.replace(f"{path}.partial", path)
 
 
@@ -149,7 +154,7 @@ def is_communication_failure(error: RuntimeError) -> bool:
     """Failures of gloo and NCCL; gloo raises plain RuntimeErrors."""
     words = ("gloo", "nccl", "timed out", "timeout", "connection", "closed by peer", "broken pipe")
     text = str(error).lower()
-    if text.startswith("cuda error"):  # "the launch timed out" among them
+    if text.startswith("cuda error") or worker_error(error):  # "the launch timed out"; a traceback names connection.py
         return False
     return isinstance(error, dist.DistError) or any(word in text for word in words)
 
@@ -157,11 +162,7 @@ def is_communication_failure(error: RuntimeError) -> bool:
 def unwritable(path: str | Path, error: Exception, needed_bytes: int | None = None) -> UserError:
     """The line for a file that cannot be written: path, cause, space needed (where known) and free."""
     needs = "" if needed_bytes is None else f"it needs about {needed_bytes / 2**20:.0f} MiB, "
-    try:
-        free = f"{shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB are free"
-    except OSError as folder_error:
-        free = f"its folder cannot be reached: {folder_error.strerror}"
-    return UserError(f"{path}: cannot be written ({first_line(error)}); {needs}{free}")
+    return UserError(f"{path}: cannot be written ({first_line(error)}); {needs}{space(Path(path).parent)}")
 
 
 def is_compiler_failure(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from configs.text import printable
 from data.normalization import denormalize
 
 from .failures import unwritable
@@ -81,7 +82,8 @@ def create_logger(folder: Path, processes: Processes, name: str = "log", to_stde
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    file = _FileHandler(folder / f"{name}_rank{processes.rank}.txt")
+    path = folder / f"{name}_rank{processes.rank}.txt"
+    file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"))
     logger.addHandler(file)
     if processes.is_main:
@@ -89,16 +91,6 @@ def create_logger(folder: Path, processes: Processes, name: str = "log", to_stde
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
     return logger
-
-
-def printable(text: str) -> str:
-    """One line that any terminal takes: a file's name may hold bytes that are no text, or control characters."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def in_picture(text: str) -> str:
-    """A name as matplotlib draws it letter by letter; `$` would begin mathematics."""
-    return printable(text).replace("$", r"\$")
 
 
 def log_provenance(logger: logging.Logger, processes: Processes) -> None:
@@ -127,7 +119,7 @@ def git_commit() -> str:
 
 def _git(root: Path, *args: str) -> str:
     command = ["git", "-C", str(root), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return subprocess.run(command, capture_output=True, check=True, timeout=10).stdout.decode(errors="replace").strip()
 
 
 class ProgressLog:
@@ -258,19 +250,19 @@ class EpochLog:
         self.path, self.enabled = folder / METRICS_NAME, enabled
         if not enabled or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < next_epoch]
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < next_epoch]
         if not kept:
             self.path.unlink()
             return
         with atomic_write(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def append(self, numbers: dict[str, Any]) -> None:
         """Add an epoch's line; numbers that are not finite become null. A full disk costs the line, not the run."""
         if not self.enabled:
             return
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite_numbers(numbers), allow_nan=False) + "\n")
         except OSError as error:
             _report(f"{unwritable(self.path, error).one_line()}; the line of this epoch is left out")

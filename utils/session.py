@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 from configs import UserError, read_command
 from configs.keys import Key
 from configs.load import KeysOf, to_dict
+from configs.text import escape_output
 from data import end_loader_workers
 
 from .failures import end_after, unwritable
@@ -153,6 +154,7 @@ def run_script(main: Callable[[RunFolder], None]) -> None:
 
     Any other error ends in its traceback, one line and status 1 (`end_after`).
     """
+    escape_output()
     run_folder = RunFolder()
     try:
         main(run_folder)
@@ -179,15 +181,15 @@ def _find_model_file(config: CfgNode) -> Path:
 def describe_run(config: CfgNode, folder: Path) -> None:
     """Write the resolved configuration to the run folder, which --cfg takes as well, and the network's source."""
     source = _find_model_file(config)
-    for name, text in (
-        (CONFIG_NAME, json.dumps(to_dict(config), indent=2) + "\n"),
-        (source.name, source.read_text()),
+    for name, content in (
+        (CONFIG_NAME, f"{json.dumps(to_dict(config), indent=2)}\n".encode()),
+        (source.name, source.read_bytes()),
     ):
         try:
             with atomic_write(folder / name) as partial:  # an older one is not lost to a full disk
-                partial.write_text(text)
+                partial.write_bytes(content)
         except OSError as error:
-            raise unwritable(folder / name, error, len(text)) from None
+            raise unwritable(folder / name, error, len(content)) from None
 
 
 def _choose_kernels(config: CfgNode) -> None:

@@ -29,10 +29,13 @@ from data.workers import STOP_SIGNALS, lost_loader_worker
 from .checkpoint import SAVING
 from .failures import STORE_SECONDS, is_communication_failure, is_compiler_failure, report_failure
 from .processes import Processes, rendezvous_errors
+from .shortages import shortage
+from .thread_waits import ThreadWaits
 
 NAMING_SECONDS = 2  # of STORE_SECONDS, to see which process has ended
 PATIENCE = 0.1  # share of the time limit after which the log names a process that others wait for
 POLL_SECONDS = 1  # how often a process looks whether another one has failed
+PROVEN_UPDATES = 100  # of one start: by then the loaders were full, and the command works on this machine
 GRACE_SECONDS = 20  # how long it then has to end by itself; torchrun kills what is left of a node after 30
 NOT_FINITE = -1.0  # stands for a gradient norm: what is not a number cannot be compared
 SAME_NORM = 1e-3  # relative: processors of different kinds may differ by rounding
@@ -76,13 +79,16 @@ class RunSupervisor:
         self._group = None
         self._store: dist.Store | None = None
         self._ending = threading.Event()
+        self._waits = ThreadWaits()
+        self._updates = 0  # since this process began
         self._meetings = 0
         self._beats = 0  # periods of PATIENCE that this process has lived through; a stopped one stays behind
 
     # ------------------------------------------------------------------------------------------------ signals, stops
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop after the current update; a second SIGINT kills.
+        """From now on STOP_SIGNALS ask the run to stop after the current update; a second SIGINT kills.
 
+        Those that are ignored already stay so: `nohup` ignores SIGHUP, a shell SIGINT for background jobs of a script.
         All processes must call this together: it makes the group in which they meet outside of updates.
         """
         self.listening = True
@@ -95,7 +101,8 @@ class RunSupervisor:
             thread.start()
             atexit.register(self._stop_looking, thread)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _stop_looking(self, thread: threading.Thread) -> None:
         """A thread that is inside the store when the interpreter goes would end the process with SIGABRT."""
@@ -137,6 +144,9 @@ class RunSupervisor:
         norms[rank] = torch.where(grad_norm.isfinite(), grad_norm, NOT_FINITE)
         if self.processes.distributed:
             dist.all_reduce(stats)
+        self._updates += 1
+        if self.processes.is_main and self.processes.device.type == "cpu":
+            self._waits.after_update(self._report)
         # The update's one wait for a GPU, but for those in torch's synchronised batch norms.
         stop, *values = stats.tolist()
         means = [value / world_size for value in values[: 1 + len(parts)]]
@@ -199,11 +209,15 @@ class RunSupervisor:
         """
         try:
             yield
-        except (FloatingPointError, torch.OutOfMemoryError):
+        except FloatingPointError:
             raise
         except UserError as error:
             raise Fault(error.one_line()) from error
-        except RuntimeError as error:
+        except (MemoryError, OSError, RuntimeError) as error:
+            if line := shortage(error):  # another start helps only where something else took what there is
+                raise (Fault if self._updates >= PROVEN_UPDATES else UserError)(line) from None
+            if not isinstance(error, RuntimeError):
+                raise
             if self.received and is_compiler_failure(error):
                 what = f"{signal.Signals(self.received).name} has stopped the run and its compiler"
                 raise CompilerStopped(f"{what}; the same command continues from the last checkpoint") from None

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from configs import UserError
+from configs.text import printable
 from data import ImageDataset, usable_workers
 from data.files import IMAGE_SUFFIXES, count_suffixes, describe_left_out, files_below, is_image_name
 from data.sources import UNLABELLED, PictureSource
@@ -20,7 +21,6 @@ from tasks.networks import inference_network
 from utils.checkpoint import some
 from utils.files import check_folder, write_json, write_rows
 from utils.precision import build_precision
-from utils.run_log import printable
 from utils.session import Session
 
 from .inference import TOP, predict_batch, summarize_batch

@@ -10,6 +10,7 @@ negative logarithm. Where there is no label, label is -1 and what follows from i
 
 import csv
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ class Predictions:
         for index, name in [*zip(labels, columns["label_name"]), *zip(top[:, 0], columns["top1_name"])]:
             if index >= 0:
                 classes[index] = name
-        return cls(list(columns["path"]), labels, probabilities, nll, top, shares, classes)
+        paths = [os.fsdecode(path.encode(errors="surrogateescape")) for path in columns["path"]]  # as `open` takes them
+        return cls(paths, labels, probabilities, nll, top, shares, classes)
 
     def _rows(self) -> Iterator[list[Any]]:
         """The lines of the file. float32 in its shortest form that reads back as the same number."""

@@ -8,10 +8,14 @@ import time
 
 import pytest
 import runs
+import torch
 from ranks import FAULT_TRAIN, Launched, Ranks, all_end, is_running, pid_of, report_in, run_ranks, workers_of
 
+from data.workers import STOP_SIGNALS
 from utils.checkpoint import load_file
 from utils.failures import remove_unfinished_binary
+from utils.processes import Processes
+from utils.supervision import RunSupervisor
 
 STOP_SECONDS = 30  # what README promises
 SHOWN_STOPS = (3, 5)  # the last update of an epoch, and one within; the others show nothing else
@@ -107,7 +111,7 @@ def test_a_polite_stop_takes_less_than_30_seconds(data, tmp_path, processes, pla
     assert took < STOP_SECONDS
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_to_every_process_of_a_run_saves(data, tmp_path, number):
     """As pkill and systemd send it: the loader workers must wait for their process, and end with it."""
     args = runs.arguments(data, tmp_path, "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "500")
@@ -123,6 +127,37 @@ def test_a_signal_to_every_process_of_a_run_saves(data, tmp_path, number):
     update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
     assert load_file(path)["num_updates"] == int(update)
     assert all_end([pid, *workers], seconds=5)
+
+
+def test_a_signal_that_was_ignored_before_stays_so():
+    """`nohup python train.py` ignores SIGHUP."""
+    supervisor = RunSupervisor(Processes(0, 0, 1, torch.device("cpu")), timeout_seconds=1)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        supervisor.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert not supervisor.stop_agreed()
+        signal.raise_signal(signal.SIGTERM)
+        assert supervisor.stop_agreed()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.launch
+def test_a_lost_connection_saves_under_nohup_torchrun(data, tmp_path):
+    """torchrun takes SIGHUP although `nohup` ignores it, hands it on, and ends; its processes save before that."""
+    args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "500", "DATA.NUM_WORKERS", "1")
+    command = ["nohup", *runs.command("train.py", args, processes=2)]
+    with Launched("train.py", args, processes=2, command=command) as run:
+        run.until(r"Train: \[1/500\]\[1/4\]")
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        os.killpg(run.process.pid, signal.SIGHUP)
+        _, output = run.finish()
+    update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
+    assert load_file(path)["num_updates"] == int(update)
+    assert all_end(pids)
 
 
 @pytest.mark.launch

@@ -17,6 +17,7 @@ from ranks import run_ranks
 
 import test as test_script
 import train as train_script
+from data.workers import STOP_SIGNALS
 from tasks.networks import build_model
 from utils import failures
 from utils.session import run_script
@@ -38,7 +39,7 @@ def run(tmp_path, monkeypatch, capsys):
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", exit_now)  # how scripts leave after an error; here pytest would leave with them
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     main = {"train": train_script.main, "test": test_script.main}
 
     def run_main(script: str, *words: object, opts: tuple[str, ...] = (), cfg: str = DIGITS) -> tuple[int, str, str]:
