@@ -117,7 +117,7 @@ def start_session(
     `keys_of` gives the keys of a task (`tasks.keys_of`).
     """
     notices: list[str] = []
-    args, config, keys = read_command(None, keys_of, notices.append, description, config_of)
+    args, config, keys = read_command(None, keys_of, notices.append, description, config_of=config_of)
     measures = config.THROUGHPUT_MODE or args.flops
     trains = may_train and not (config.EVAL_MODE or measures or args.images)
     if trains and not args.cfg:

@@ -109,7 +109,9 @@ def test_weights_outside_of_a_run_say_nothing_of_a_folder(trained, data, evaluat
 def test_only_what_describes_network_and_preprocessing_is_taken(trained):
     """Not paths of another machine, and not how it was trained."""
     path = str(trained / "ckpt_best.pth")
-    _, config, _ = read_command(["--pretrained", path, "--opts", "TEST.CROP", "False"], keys_of, print, "", config_of)
+    _, config, _ = read_command(
+        ["--pretrained", path, "--opts", "TEST.CROP", "False"], keys_of, print, config_of=config_of
+    )
     stored = config_of(path)
     assert stored["OUTPUT"] and stored["DATA.DATA_PATH"] and stored["TRAIN.EPOCHS"] == 1
     assert (config.OUTPUT, config.DATA.DATA_PATH, config.TRAIN.EPOCHS, config.DATA.BATCH_SIZE) == ("", "", 300, 128)
@@ -121,11 +123,13 @@ def test_only_what_describes_network_and_preprocessing_is_taken(trained):
 def test_another_task_says_on_its_cards_what_is_kept_with_weights():
     toys = {"toy": {"TOY.SIZE": network(3, "size, pixels"), "TOY.RATE": recipe(0.1, "a rate of training")}}
     stored = {"TASK": "toy", "TOY.SIZE": 5, "TOY.RATE": 0.2, "TOY.GONE": 1, "MODEL.NAME": "toys"}
-    _, config, _ = read_command(["--resume", "w.pth"], toys.__getitem__, lambda line: None, "", lambda path: stored)
+    _, config, _ = read_command(
+        ["--resume", "w.pth"], toys.__getitem__, lambda line: None, config_of=lambda path: stored
+    )
     assert (config.TASK, config.TOY.SIZE, config.TOY.RATE, config.MODEL.NAME) == ("toy", 5, 0.1, "toys")
     stored["TOY.SIZE"] = "wide"
     with pytest.raises(UserError, match=r"^w\.pth: TOY.SIZE = 'wide': must be a whole number"):
-        read_command(["--resume", "w.pth"], toys.__getitem__, lambda line: None, "", lambda path: stored)
+        read_command(["--resume", "w.pth"], toys.__getitem__, lambda line: None, config_of=lambda path: stored)
 
 
 @pytest.mark.parametrize("config", [None, CfgNode({"MODEL": {"NAME": "groupmixformer"}}), "not: [yaml", "A: 1"])
