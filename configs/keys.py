@@ -118,8 +118,12 @@ SHARE = Rule(lambda value, _: 0 <= value <= 1, "must lie between 0 and 1")
 BELOW_ONE = Rule(lambda value, _: 0 <= value < 1, "must lie between 0 and below 1")
 POSITIVE = Rule(lambda value, _: value > 0, "must be greater than 0")
 FILE_NAME = Rule(
-    lambda value, _: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
-    "names a folder or file: it must not be empty or hold a slash",
+    lambda value, _: (
+        value not in ("", ".", "..")
+        and not set(value) & set("/\\\0\n")
+        and len(value.encode(errors="surrogateescape")) <= 200  # the system takes 255, and suffixes come behind
+    ),
+    "names a folder or file: it must not be empty, hold a slash or have more than 200 bytes",
 )
 _COLOUR = Rule(lambda value, _: value == 3, "must be 3: images are read in colour")
 _SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")

@@ -40,6 +40,9 @@ def train_transform(config: CfgNode) -> transforms.Compose:
         raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({one_line(error)})") from None
     for step in transform.transforms:
         _allow_zero_bits(policy_ops(step))
+        for op in policy_ops(step):
+            if op.kwargs.get("resample") == Image.Resampling.LANCZOS:  # for Pillow, no way to turn or shear an image
+                op.kwargs["resample"] = Image.Resampling.BICUBIC
     if size <= SMALL_IMAGE:
         transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING, pad_if_needed=True)
     return transform

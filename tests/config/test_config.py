@@ -225,6 +225,7 @@ IMPOSSIBLE = [
     ("DATA.BATCH_SIZE", "0"),
     ("DATA.CACHE_MODE", "all"),
     ("MODEL.NAME", "a/b"),
+    ("MODEL_FILE", 201 * "x"),
     ("TAG", ""),
     ("MODEL.LABEL_SMOOTHING", "1.0"),
     ("MODEL.GMA.IN_DIM", "1"),

@@ -173,3 +173,12 @@ def test_cutmix_needs_a_choice_of_boxes(make_config, shares, size, fits):
         mixup(torch.rand(4, 3, size, size), torch.arange(4))
     else:
         assert "AUG.CUTMIX_MINMAX" in message_of(build_mixup, config)
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos", "nearest", "random"])
+def test_the_policy_takes_every_interpolation(make_config, name):
+    transform = train_transform(released(make_config, "DATA.INTERPOLATION", name))
+    image = Image.fromarray(np.zeros((40, 40, 3), np.uint8))
+    for op in policy_ops(next(step for step in transform.transforms if policy_ops(step))):
+        op.prob = 1.0
+        assert op(image).size == (40, 40), op.name
