@@ -113,11 +113,13 @@ def _help(name: str, key: Key) -> str:
 
 def _options(name: str, key: Key) -> dict[str, Any]:
     """What argparse needs to know of a flag; the type and rules of its key decide."""
+    names = [name for rule in key.rules for name in rule.choices if isinstance(name, str) and name]
+    if key.kind == "switch":
+        return {"nargs": "?", "const": True, "choices": names}
     if isinstance(key.default, bool):
         return {"action": "store_true"}
     if isinstance(key.default, list):
         return {"nargs": "+", "type": int, "metavar": "N"}
-    names = [choice for rule in key.rules for choice in rule.choices if choice]
     if names:
         return {"choices": names}
     if not isinstance(key.default, str):

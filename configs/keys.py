@@ -47,7 +47,7 @@ class Rule:
 
     accepts: Callable[[Any, CfgNode], bool]
     demand: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Key:
         rules: what a value of that type must be.
         scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number', 'number or None', 'pair or None', 'numbers' or 'file' (one that must exist), where the default
-            does not show the type.
+        kind: 'number', 'number or None', 'pair or None', 'numbers', 'switch' (True, False or a name) or 'file' (one
+            that must exist), where the default does not show the type.
         follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
@@ -110,7 +110,7 @@ def between(low: float, high: float) -> Rule:
     return Rule(accepts, f"must lie between {low} and {high}")
 
 
-def one_of(*names: str) -> Rule:
+def one_of(*names: Any) -> Rule:
     return Rule(lambda value, _: value in names, "must be one of " + ", ".join(map(repr, names)), names)
 
 
@@ -159,6 +159,10 @@ _ABOVE_WARMUP_LR = Rule(
         rate >= config.TRAIN.WARMUP_LR or not (config.TRAIN.WARMUP_EPOCHS or config.TRAIN.WARMUP_UPDATES)
     ),
     "the warm-up would begin above it, at TRAIN.WARMUP_LR = {TRAIN.WARMUP_LR}; lower that as well",
+)
+_NOT_COMPILED = Rule(
+    lambda value, config: value != "selective" or not config.COMPILE,
+    "the compiler chooses what to keep by itself; set COMPILE_MEMORY instead",
 )
 _HAS_MILESTONES = Rule(
     lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
@@ -245,8 +249,9 @@ KEYS: dict[str, Key] = {
     "TRAIN.ALLOW_CHANGES": launch(
         False, "continue a run although its recipe or data changed since the checkpoint", flag="--allow-changes"),
     "TRAIN.USE_CHECKPOINT": process(
-        False, "gradient checkpointing: recompute blocks in the backward pass; less memory, more time",
-        flag="--use-checkpoint"),
+        False, "gradient checkpointing, less memory for more time: 'full' (or True) computes a block again in the backward "
+        "pass, 'selective' all of it but matrix products and convolutions",
+        one_of(False, True, "full", "selective"), _NOT_COMPILED, flag="--use-checkpoint", kind="switch"),
     "TRAIN.LR_SCHEDULER.NAME": recipe(
         "cosine", "schedule of the learning rate, by update",
         one_of("cosine", "linear", "poly", "step", "multistep"), _HAS_MILESTONES),
@@ -273,6 +278,9 @@ KEYS: dict[str, Key] = {
     # ------------------------------------------------------------------------------------------------------------- run
     "COMPILE": recipe(
         False, "torch.compile: a minute at the start, faster steps; equal up to rounding", flag="--compile"),
+    "COMPILE_MEMORY": recipe(
+        0.5, "with COMPILE, share of a block's results that is kept for the backward pass; the rest is computed again",
+        SHARE),
     "AMP_OPT_LEVEL": recipe(
         "", "O0: float32; O1, O2: autocast to AMP_DTYPE; default: O1 on a GPU, O0 on a CPU",
         one_of("", "O0", "O1", "O2"), flag="--amp-opt-level"),

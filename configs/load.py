@@ -256,6 +256,8 @@ def _coerce(value: Any, key: Key) -> Any:
         return "" if value is None else str(value)
     if isinstance(value, str):
         value = _parse_literal(value)
+    if key.kind == "switch" and isinstance(value, str):
+        return value
     if value is None and key.kind.endswith("or None"):
         return None
     if key.kind in ("number", "number or None"):

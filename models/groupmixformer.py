@@ -21,7 +21,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
@@ -32,12 +32,14 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.serialization import add_safe_globals
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
 __all__ = ["VARIANTS", "GroupMixFormer"]
 
 GROUP_SIZES = (3, 5, 7)  # edges of the token groups that the segments are mixed with, as published (section 3.2)
 POSITION_WINDOWS = (3, 5, 7)  # edges of the relative position's windows, on 2, 3 and 3 of every 8 heads
 STEM_STRIDE = 4
+EXPENSIVE = ("::mm", "::addmm", "::bmm", "convolution", "conv2d")  # operators that selective checkpointing runs once
 
 # Files are opened with weights_only=True, by timm too. It refuses released training checkpoints for the yacs CfgNode in
 # them. Read as the mapping that it is, a CfgNode runs no code.
@@ -126,7 +128,7 @@ class ConvPosEnc(nn.Module):
 
 
 class ConvRelPosEnc(nn.Module):
-    """Convolutional relative position: q * DWConv(v), with one of three windows on every head."""
+    """Convolutional relative position, DWConv(v) with one of three windows on every head; q is multiplied by it."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -137,16 +139,15 @@ class ConvRelPosEnc(nn.Module):
             for chans, window in zip(self.channel_splits, POSITION_WINDOWS)
         )
 
-    def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
-        """q, v: (B, N, h, d) -> (B, N, h, d)."""
-        B, N, h, d = q.shape
+    def forward(self, v: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, N, h, d) -> (B, N, h, d)."""
+        B, N, h, d = v.shape
         v_map = v.flatten(2).transpose(1, 2).view(B, h * d, size[0], size[1])  # -> (B, C - s, H, W), no copy
         v_maps = torch.split(v_map, self.channel_splits, dim=1)
         outs = []
         for i, conv in enumerate(self.conv_list):
             outs.append(conv(v_maps[i]))
-        position = torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, C - s, H, W) -> as q
-        return q * position
+        return torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, C - s, H, W) -> as v
 
 
 class LocalBranch(nn.Module):
@@ -178,9 +179,9 @@ class GroupAggregator(nn.Module):
             self.add_module(f"act{number}", nn.Hardswish())
         self.agg0 = LocalBranch(self.segment_dim)
 
-    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(B, N, 3, S, s), the segments of q, k and v -> proxies (3, B, N, C - s), local branch (B, N, s)."""
-        B, N, _, S, s = qkv.shape
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+        """(B, N, 3, S, s), the segments of q, k and v -> their proxies, 3 x (B, N, C - s), local branch (B, N, s)."""
+        B, N, _, _, s = qkv.shape
         segments = qkv.unbind(3)  # whose backward pass writes each gradient once
         maps = [self.as_maps(segments[i], size) for i in range(self.num_segments - 1)]
         # The layers of each segment, in order. TorchScript can walk over modules, but not look one up by a made name.
@@ -188,8 +189,9 @@ class GroupAggregator(nn.Module):
             if name != "agg0":
                 number = int(name[-1])
                 maps[number] = layer(maps[number])
-        proxies = torch.cat(maps, dim=1)  # (3B, C - s, H, W)
-        proxies = proxies.flatten(2).transpose(1, 2).reshape(3, B, N, (S - 1) * s)
+        # q, k and v in memory of their own: after its softmax, k is not needed any more.
+        thirds = [segment.chunk(3) for segment in maps]
+        proxies = [torch.cat([third[i] for third in thirds], dim=1).flatten(2).transpose(1, 2) for i in range(3)]
 
         # (B, N, 3, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
         local = segments[-1].reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, size[0], size[1])
@@ -231,15 +233,15 @@ class GroupMixAttention(nn.Module):
         # q, k and v share the aggregators, whose batch norms see all three as one batch.
         qkv = self.qkv(x).view(B, N, 3, C // s, s)
         proxies, local = self.aggregator(qkv, size)
-        q, k, v = proxies.unbind(0)  # each (B, N, C - s)
+        q, k, v = proxies[0], proxies[1], proxies[2]  # each (B, N, C - s)
 
-        # Factorised attention: softmax of k alone, over the tokens; q is not normalised; the scale comes last.
+        # Factorised attention: softmax of k alone, over the tokens; q is not normalised.
         k = self.attn_drop(k.softmax(dim=1))
         d = q.shape[2] // h
         q, k, v = q.view(B, N, h, d), k.view(B, N, h, d), v.view(B, N, h, d)
-        context = torch.einsum("bnhk,bnhv->bhkv", k, v)  # (B, h, d, d)
+        context = self.scale * torch.einsum("bnhk,bnhv->bhkv", k, v)  # (B, h, d, d)
         attended = torch.einsum("bnhk,bhkv->bnhv", q, context)
-        attended = self.scale * attended + self.crpe(q, v, size)
+        attended = attended + q * self.crpe(v, size)
         return self.proj_drop(self.proj(torch.cat([attended.flatten(2), local], dim=-1)))
 
 
@@ -287,28 +289,37 @@ class GMAStage(nn.Module):
     def __init__(self, blocks: Sequence[GMABlock]) -> None:
         super().__init__()
         self.gma_stage = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.selective = False
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         x = x.flatten(2).transpose(1, 2).contiguous()  # (B, C, H, W) -> (B, N, C), no copy: channels last
         for block in self.gma_stage:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = _checkpoint(block, x, (H, W))
+                x = _checkpoint(block, x, (H, W), self.selective)
             else:
                 x = block(x, (H, W))
         return x.transpose(1, 2).reshape(B, C, H, W)  # (B, N, C) -> (B, C, H, W), no copy
 
 
-def _checkpoint(block: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
+def _checkpoint(block: nn.Module, x: Tensor, size: tuple[int, int], selective: bool) -> Tensor:
     """Run a block now, and once more in the backward pass instead of keeping its intermediate results."""
     if torch.compiler.is_compiling():  # a compiled graph counts a batch once by itself, and takes no contexts
         return checkpoint(block, x, size)
-    return checkpoint(block, x, size, context_fn=lambda: (nullcontext(), _frozen_running_statistics(block)))
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        first, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
+        return first, _frozen_running_statistics(block, again)
+
+    return checkpoint(block, x, size, context_fn=contexts)
+
+
+def _policy(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name().endswith(EXPENSIVE) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
-def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+def _frozen_running_statistics(module: nn.Module, inner: AbstractContextManager) -> Iterator[None]:
     """Keep batch norms from counting a batch twice while a checkpointed block is recomputed.
 
     Momentum 0 leaves the statistics as they are, and the batch is counted on a copy of the counter. Switching
@@ -319,7 +330,8 @@ def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
-        yield
+        with inner:
+            yield
     finally:
         for norm, (momentum, num_batches_tracked) in zip(norms, kept):
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
@@ -470,10 +482,13 @@ class GroupMixFormer(nn.Module):
         return dict(stem=r"^conv_stem", blocks=blocks)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass: same gradients and running statistics, less memory."""
+    def set_grad_checkpointing(self, enable: bool = True, selective: bool = False) -> None:
+        """Recompute every block in the backward pass: same gradients and running statistics, less memory.
+
+        With `selective`, results of matrix products and convolutions are kept: only what is cheap is computed again.
+        """
         for stage in self.groupmixformer_backbone:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing, stage.selective = enable, selective
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -32,7 +32,8 @@ def build_model(config: CfgNode) -> GroupMixFormer:
         )
     except ValueError as error:
         raise UserError(f"MODEL.GMA: {error}") from None
-    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    checkpointing = config.TRAIN.USE_CHECKPOINT
+    model.set_grad_checkpointing(bool(checkpointing), selective=checkpointing == "selective")
     return model
 
 
@@ -59,8 +60,10 @@ def inference_network(config: CfgNode, network: GroupMixFormer) -> nn.Module:
     return network
 
 
-def compile_for_training(network: GroupMixFormer, precision: Precision) -> None:
+def compile_for_training(network: GroupMixFormer, precision: Precision, memory: float) -> None:
     """`compile_blocks`, synchronised batch norms included; raises UserError under autocast on a CPU.
+
+    `memory` is the share of what a block would keep for its backward pass that it may keep, COMPILE_MEMORY.
 
     On some CPUs, compiled autocast gradients are non-finite (torch 2.10 to 2.14); logits are right everywhere.
     """
@@ -70,6 +73,7 @@ def compile_for_training(network: GroupMixFormer, precision: Precision) -> None:
             "train in float32 (--amp-opt-level O0) or without --compile"
         )
     use_traceable_batch_norms(network.groupmixformer_backbone)
+    torch._functorch.config.activation_memory_budget = memory
     compile_blocks(network)
 
 

@@ -97,7 +97,7 @@ def build(session: Session) -> Task:
         load_pretrained=start_from,
         about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
         f"{len(classes)} classes, {usable_workers(config)} loader workers per process",
-        compile=lambda precision: compile_for_training(network, precision),
+        compile=lambda precision: compile_for_training(network, precision, config.COMPILE_MEMORY),
         preview=lambda batch: inputs_and_targets([value.clone() for value in batch])[0],
     )
 

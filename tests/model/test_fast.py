@@ -276,7 +276,7 @@ def test_compiled_gradients_that_may_not_be_finite_are_refused(
 ) -> None:
     precision = Precision(device, torch.bfloat16, enabled=autocast)
     with pytest.raises(UserError, match=r"bfloat16 on a CPU.*--amp-opt-level O0") if refused else nullcontext():
-        compile_for_training(network_of(), precision)
+        compile_for_training(network_of(), precision, memory=1.0)
 
 
 @pytest.mark.compile

@@ -30,6 +30,17 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(dtype: t
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.parametrize("selective", [False, True])
+def test_both_ways_of_checkpointing_give_the_plain_gradients_and_count_a_batch_once(selective: bool) -> None:
+    images = golden_numbers.images(2, 64, 96).double()
+    network = small_network(drop_path_rate=0.5).double()
+    recomputed = copy.deepcopy(network)
+    recomputed.set_grad_checkpointing(selective=selective)
+    expected, got = train_step(network, images), train_step(recomputed, images)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
+
+
 def test_checkpointing_may_be_switched_off_again_and_leaves_the_norms_as_they_were() -> None:
     images, network = golden_numbers.images(2, 64, 96), small_network()
     expected = train_step(copy.deepcopy(network), images)

@@ -4,6 +4,8 @@ Each benchmark compares candidates that do the same work. The first candidate is
 
     evaluate   forward pass: released order of operations (models/reference.py), this network, fused, fused and compiled
     train      training step (forward, backward, clipping, AdamW, EMA): released order, this network, compiled
+    memory     what a forward pass keeps for the backward pass, what both read and write, and their time: released
+               order, this network, with checkpoints, compiled with memory budgets, timm's Swin-T and ConvNeXt-T
     load       from the bytes of an image to network input, for the photographs in --data-path: Pillow and timm's
                transforms, fast loading, fast loading of packed copies; to train and to validate
 
@@ -30,11 +32,13 @@ from models.groupmixformer import VARIANTS
 
 from .loading import benchmark_load
 from .measuring import describe_machine, format_markdown
+from .memory import benchmark_memory
 from .networks import benchmark_evaluate, benchmark_train
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, Any]]]] = {
     "evaluate": benchmark_evaluate,
     "train": benchmark_train,
+    "memory": benchmark_memory,
     "load": benchmark_load,
 }
 
@@ -71,13 +75,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="default: 8 on CPUs, 128 to train on GPUs, else 256"
     )
-    parser.add_argument("--size", type=int, default=224, metavar="N", help="input height and width, pixels")
+    parser.add_argument(
+        "--size", type=int, nargs="+", default=[224], metavar="N", help="input height and width, or one number, pixels"
+    )
     parser.add_argument("--trials", type=int, default=7, metavar="N", help="turns that count, after one to warm up")
     parser.add_argument("--images", type=int, default=96, metavar="N", help="photographs that 'load' takes")
     parser.add_argument("--data-path", metavar="DIR", help="folder of class folders with photographs, for 'load'")
     parser.add_argument("--out", default="output/benchmark", metavar="DIR", help="for results")
     args = parser.parse_args(argv)
-    for name, low in (("batch_size", 1), ("size", 32), ("trials", 1), ("images", 1)):
+    if len(args.size) > 2 or min(args.size) < 32:
+        raise UserError(f"--size {' '.join(map(str, args.size))}: must be one or two numbers of at least 32")
+    args.size = (args.size[0], args.size[-1])
+    for name, low in (("batch_size", 1), ("trials", 1), ("images", 1)):
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")

@@ -109,16 +109,20 @@ def format_markdown(machine: dict[str, Any], results: Sequence[dict[str, Any]]) 
         if "missing" in result:
             lines += [f"not measured: {result['missing']}", ""]
             continue
-        on_gpu = machine["gpu"] is not None
+        columns = {"peak_bytes": "peak", "held_bytes": "held an image", "moved_bytes": "moved an image"}
+        columns = {name: title for name, title in columns.items() if name in next(iter(result["candidates"].values()))}
         lines += [
-            "| candidate | images/s | times as fast (quartiles) | first call |" + " memory, MiB |" * on_gpu,
-            "|---|---|---|---|" + "---|" * on_gpu,
+            "| candidate | images/s | times as fast (quartiles) | first call |"
+            + "".join(f" {title}, MiB |" for title in columns.values()),
+            "|---|---|---|---|" + "---|" * len(columns),
         ]
         for name, numbers in result["candidates"].items():
             low, high = numbers["quartiles"]
+            bytes_of = [numbers[column] for column in columns]
             lines.append(
                 f"| {name} | {numbers['images_per_second']:.1f} | {numbers['ratio']:.2f} ({low:.2f} to {high:.2f}) "
-                f"| {numbers['first_seconds']:.1f} s |" + (f" {numbers['peak_bytes'] / 2**20:.0f} |" if on_gpu else "")
+                f"| {numbers['first_seconds']:.1f} s |"
+                + "".join(" |" if value is None else f" {value / 2**20:.0f} |" for value in bytes_of)
             )
         lines.append("")
     return "\n".join(lines)

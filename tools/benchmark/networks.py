@@ -44,6 +44,11 @@ def cpu_bfloat16(device: torch.device, name: str) -> AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def has_cpu_bfloat16() -> bool:
+    """Whether the processor has instructions for it: without them it is several times as slow as float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def benchmark_evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The forward pass. RuntimeError where a candidate computes something else than the reference."""
     network = build_network(args, device).eval()
@@ -56,7 +61,7 @@ def benchmark_evaluate(args: argparse.Namespace, device: torch.device) -> list[d
     networks["fused, compiled"] = fuse(network)
     compile_blocks(networks["fused, compiled"])
     batch_size = batch_size_of(args, device, training=False)
-    images = torch.randn(batch_size, 3, args.size, args.size, device=device)
+    images = torch.randn(batch_size, 3, *args.size, device=device)
     logits: dict[str, Tensor] = {}
 
     def run(name: str) -> None:
@@ -64,7 +69,7 @@ def benchmark_evaluate(args: argparse.Namespace, device: torch.device) -> list[d
             logits[name] = networks[name](images)
 
     candidates = {name: lambda name=name: run(name) for name in networks}
-    title = f"evaluation, {args.variant}, {args.size} x {args.size}, batch {batch_size}"
+    title = f"evaluation, {args.variant}, {args.size[0]} x {args.size[1]}, batch {batch_size}"
     result = time_interleaved(title, candidates, args.trials, batch_size, device)
     expected = logits[RELEASED].float()
     for name, values in logits.items():
@@ -77,16 +82,16 @@ def benchmark_evaluate(args: argparse.Namespace, device: torch.device) -> list[d
 def benchmark_train(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Forward, backward, clipping, AdamW and EMA; a second table in bfloat16 on CPUs that have it."""
     batch_size = batch_size_of(args, device, training=True)
-    images = torch.randn(batch_size, 3, args.size, args.size, device=device)
+    images = torch.randn(batch_size, 3, *args.size, device=device)
     labels = torch.randint(0, 1000, (batch_size,), device=device)
 
     def measure(names: tuple[str, ...], precision: Precision, note: str) -> dict[str, Any]:
         steps = {name: training_step(args, name, precision, images, labels) for name in names}
-        title = f"training step, {args.variant}, {args.size} x {args.size}, batch {batch_size}{note}"
+        title = f"training step, {args.variant}, {args.size[0]} x {args.size[1]}, batch {batch_size}{note}"
         return time_interleaved(title, steps, args.trials, batch_size, device)
 
     results = [measure((RELEASED, PLAIN, "compiled"), autocast, "")]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and has_cpu_bfloat16():
         # Not compiled: train.py refuses that in this precision.
         results.append(measure((RELEASED, PLAIN), cpu_bfloat16, ", autocast to bfloat16"))
     return results
