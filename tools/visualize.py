@@ -98,7 +98,7 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
         _, (proxies, local) = seen[attention.aggregator]
         (y,), _ = seen[attention.proj]
         names = branch_names(attention.aggregator)
-        norms = _norms(attention.proj.weight, y[0], proxies[2, 0], local[0], size)
+        norms = _norms(attention.proj.weight, y[0], proxies[2][0], local[0], size)
         branches.append(Branches(stage, block, names, *norms))
     return Explanation(_grad_cam(logits, seen[network.norm4][1]), logits.detach().softmax(0).cpu().numpy(), branches)
 
