@@ -249,8 +249,8 @@ KEYS: dict[str, Key] = {
     "TRAIN.ALLOW_CHANGES": launch(
         False, "continue a run although its recipe or data changed since the checkpoint", flag="--allow-changes"),
     "TRAIN.USE_CHECKPOINT": process(
-        False, "gradient checkpointing, less memory for more time: 'full' (or True) computes blocks again in the backward "
-        "pass, 'selective' all of them but matrix products and convolutions",
+        False, "gradient checkpointing, less memory for more time: 'full' (or True) computes blocks twice, 'selective' "
+        "all in them but matrix products and convolutions; by default nothing",
         one_of(False, True, "full", "selective"), _NOT_COMPILED, flag="--use-checkpoint", kind="switch"),
     "TRAIN.LR_SCHEDULER.NAME": recipe(
         "cosine", "schedule of the learning rate, by update",

@@ -11,7 +11,7 @@ from torch import nn
 
 from models import GroupMixFormer
 from models.cpu.fused import FusedGroupMixFormer
-from tools.benchmark import measuring, networks
+from tools.benchmark import measuring, memory, networks
 from tools.benchmark.__main__ import BENCHMARKS, main
 
 CPU = torch.device("cpu")
@@ -60,10 +60,14 @@ def test_every_network_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Compiling itself is tested in test_fast.py."""
     compiled = shrink_networks(monkeypatch)
     assert main(["--batch-size", "2", "--size", "32", "--trials", "1", "--out", str(tmp_path)]) == 0
-    evaluate, train, *bfloat16 = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
+    results = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
+    evaluate, train, *bfloat16 = [result for result in results if not result["title"].startswith("memory")]
     assert [*evaluate["candidates"]] == ["released order", "this network", "fused", "fused, compiled"]
     assert [*train["candidates"]] == ["released order", "this network", "compiled"]
-    assert [type(network) for network in compiled] == [FusedGroupMixFormer, GroupMixFormer]
+    assert [type(network) for network in compiled] == [FusedGroupMixFormer, *[GroupMixFormer] * 4]
+    kept = {name: numbers["held_bytes"] for name, numbers in results[-1]["candidates"].items()}
+    assert kept["full checkpoints"] < kept["selective checkpoints"] < kept["this network"]
+    assert "| held an image, MiB | moved an image, MiB |" in (tmp_path / "benchmark.md").read_text()
     for result in bfloat16:  # as the CPU has it
         assert [*result["candidates"]] == ["released order", "this network"]
 
@@ -77,6 +81,7 @@ def test_lack_of_memory_ends_one_benchmark_only(
     result = measuring.time_interleaved("training step", {"released order": lambda: None}, 1, 1, CPU)
     monkeypatch.setitem(BENCHMARKS, "evaluate", too_large)
     monkeypatch.setitem(BENCHMARKS, "train", lambda *_: [result])
+    monkeypatch.delitem(BENCHMARKS, "memory")
     assert main(["--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"][1] == result
     printed = capsys.readouterr().out
@@ -100,6 +105,7 @@ def shrink_networks(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     monkeypatch.setattr(networks, "build_network", lambda *_: GroupMixFormer(**sizes))
     compiled: list[nn.Module] = []
     monkeypatch.setattr(networks, "compile_blocks", compiled.append)
+    monkeypatch.setattr(memory, "RELATIVES", {})
     return compiled
 
 

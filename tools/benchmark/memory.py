@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from models.cpu.depthwise import use_fast_gradients
 from models.reference import ReferenceNetwork
-from tasks.networks import compile_blocks
 
+from . import networks as ways
 from .measuring import time_interleaved
-from .networks import PLAIN, RELEASED, autocast, batch_size_of, build_network, cpu_bfloat16, has_cpu_bfloat16
+from .networks import PLAIN, RELEASED, autocast, batch_size_of, cpu_bfloat16, has_cpu_bfloat16
 
 RELATIVES = {"Swin-T": "swin_tiny_patch4_window7_224", "ConvNeXt-T": "convnext_tiny"}
 BUDGETS = (1.0, 0.5, 0.3)  # of the compiler, as shares of what a compiled step keeps by itself
@@ -55,14 +55,14 @@ def _forward_passes(
     device = images.device
 
     def plain(selective: bool | None = None) -> nn.Module:
-        network = build_network(args, device).train()
+        network = ways.build_network(args, device).train()
         if device.type == "cpu":
             use_fast_gradients(network)
         network.set_grad_checkpointing(selective is not None, selective=bool(selective))
         return network
 
     networks: dict[str, nn.Module] = {
-        RELEASED: ReferenceNetwork(build_network(args, device).train()),
+        RELEASED: ReferenceNetwork(ways.build_network(args, device).train()),
         PLAIN: plain(),
         "selective checkpoints": plain(selective=True),
         "full checkpoints": plain(selective=False),
@@ -75,7 +75,7 @@ def _forward_passes(
         for budget in BUDGETS:
             name = f"compiled, budget {budget:g}"
             networks[name], budgets[name] = plain(), budget
-            compile_blocks(networks[name])
+            ways.compile_blocks(networks[name])
 
     def forward(name: str) -> Tensor:
         budget = functorch_config.patch(activation_memory_budget=budgets[name]) if name in budgets else nullcontext()
