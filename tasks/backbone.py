@@ -32,21 +32,25 @@ class Backbone(nn.Module):
     Args:
         config: MODEL.GMA describes the network, MODEL.STAGE_NORM the norm of each map; with MODEL.BATCH_NORM 'frozen',
             batch norms are a fixed scale and shift by their running statistics (timm's).
+        first_stage: maps of earlier stages, counted from 0, are left out.
 
     `body` is the network without its last norm and classifier; its names are those of released files.
     """
 
-    def __init__(self, config: CfgNode) -> None:
+    def __init__(self, config: CfgNode, first_stage: int = 0) -> None:
         super().__init__()
         self.body = build_model(config)
-        self.channels: list[int] = [info["num_chs"] for info in self.body.feature_info]
-        self.body.prune_intermediate_layers(len(self.channels), prune_norm=True)  # unused parameters stop DDP
+        self.first_stage = first_stage
+        channels: list[int] = [info["num_chs"] for info in self.body.feature_info]
+        self.body.prune_intermediate_layers(len(channels), prune_norm=True)  # unused parameters stop DDP
+        self.channels = channels[first_stage:]  # of the maps
         if config.MODEL.BATCH_NORM == "frozen":
             freeze_batch_norm_2d(self.body)
         self.norms = nn.ModuleList(_NORMS[config.MODEL.STAGE_NORM](dim) for dim in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return [norm(stage_map) for norm, stage_map in zip(self.norms, self.body.forward_stages(images))]
+        maps = self.body.forward_stages(images)[self.first_stage :]
+        return [norm(stage_map) for norm, stage_map in zip(self.norms, maps)]
 
     def load(self, path: str) -> str:
         """Load a classifier's weights, released or ours, without norm and head; returns what was loaded, for the log.
