@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, masks_to_boxes
@@ -58,8 +57,12 @@ def resize(
     scale = torch.tensor([width / image.width, height / image.height] * 2)
     resized = targets | {"boxes": targets["boxes"] * scale}
     if "masks" in targets:
-        # Pixel centres on pixel centres, as Pillow does it; 'nearest' would move masks by half a pixel.
-        resized["masks"] = F.interpolate(targets["masks"][None], (height, width), mode="nearest-exact")[0]
+        # The nearest pixel centre, as Pillow counts; torch's 'nearest' would move masks by half a pixel.
+        rows, columns = (
+            ((torch.arange(new) + 0.5) * (old / new)).long()
+            for new, old in ((height, image.height), (width, image.width))
+        )
+        resized["masks"] = targets["masks"][:, rows][:, :, columns]
     return image.resize((width, height), Image.Resampling.BILINEAR), resized
 
 
