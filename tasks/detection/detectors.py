@@ -1,5 +1,6 @@
 """torchvision's detectors on the backbone's stage maps, by way of a feature pyramid."""
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -12,11 +13,13 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 from yacs.config import CfgNode
 
 from data import normalize
 from tasks.backbone import Backbone
 
+STRIDES = (4, 8, 16, 32)  # of the levels that regions are taken from
 BOX_FEATURES = 1024  # outputs of torchvision's box head
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 # What depends on the classes: new for a data set of others.
@@ -84,10 +87,6 @@ class _RetinaNet(_OnStageMaps, detection.RetinaNet):
     pass
 
 
-class _FCOS(_OnStageMaps, detection.FCOS):
-    pass
-
-
 def build_detector(config: CfgNode, num_classes: int) -> nn.Module:
     """MODEL.DETECTOR with fresh weights.
 
@@ -111,10 +110,15 @@ def build_detector(config: CfgNode, num_classes: int) -> nn.Module:
             box_detections_per_img=kept,
             **masks,
         )
+        for pool in filter(None, (network.roi_heads.box_roi_pool, network.roi_heads.mask_roi_pool)):
+            # Left to itself, it would guess the strides from its first batch and keep the guess. A continued run, which
+            # has another first batch, would differ.
+            pool.scales = [1 / stride for stride in STRIDES]
+            pool.map_levels = initLevelMapper(*(int(math.log2(stride)) for stride in (STRIDES[0], STRIDES[-1])))
     else:
         octaves = [tuple(int(size * 2 ** (third / 3)) for third in range(3)) for size in sizes]
         anchors = AnchorGenerator(octaves, [ASPECT_RATIOS] * len(sizes))
-        kind, options = {"retinanet": (_RetinaNet, {"anchor_generator": anchors}), "fcos": (_FCOS, {})}[name]
-        network = kind(Pyramid(config, two_stage=False), num_classes, detections_per_img=kept, **options)
+        pyramid = Pyramid(config, two_stage=False)
+        network = _RetinaNet(pyramid, num_classes, anchor_generator=anchors, detections_per_img=kept)
     network.transform = _Normalize()
     return network

@@ -3,7 +3,7 @@
 from configs.keys import ALL_POSITIVE, SHARE, Key, Rule, at_least, launch, one_of, process, recipe
 from tasks.backbone import KEYS as BACKBONE_KEYS
 
-DETECTORS = ("mask_rcnn", "faster_rcnn", "retinanet", "fcos")
+DETECTORS = ("mask_rcnn", "faster_rcnn", "retinanet")
 _PYRAMID_LEVELS = 5  # of every detector here
 _CROP = Rule(
     lambda sizes, _: not sizes or (len(sizes) == 2 and 0 < sizes[0] <= sizes[1]),
@@ -30,7 +30,7 @@ KEYS: dict[str, Key] = {
     "MODEL.DETECTOR": recipe("mask_rcnn", "torchvision's detector", one_of(*DETECTORS)),
     "MODEL.PYRAMID_CHANNELS": recipe(256, "channels of the feature pyramid and of convolutions in heads", at_least(1)),
     "MODEL.ANCHOR_SIZES": recipe(
-        [32, 64, 128, 256, 512], "edge of the anchors on each level of the pyramid, pixels; fcos has none",
+        [32, 64, 128, 256, 512], "edge of the anchors on each level of the pyramid, pixels",
         ALL_POSITIVE, _ONE_A_LEVEL),
     "TRAIN.REGIONS": recipe(512, "regions of an image that mask_rcnn and faster_rcnn learn from", at_least(1)),
     "TEST.MIN_SIZE": recipe(800, "short side of evaluated images, pixels", at_least(1)),

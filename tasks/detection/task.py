@@ -20,7 +20,7 @@ from .coco import CocoSplit, check_masks, match_classes, open_split
 from .detectors import build_detector
 from .images import EvalImages, Sample, TrainImages, collate
 from .inference import flatten, predict
-from .metrics import kinds_of, score
+from .metrics import KINDS, kinds_of, score
 from .transforms import TrainTransform
 from .weights import load_pretrained
 
@@ -135,7 +135,7 @@ def numbers_of(scores: dict[str, object]) -> dict[str, float]:
 
 def summary(numbers: dict[str, float]) -> str:
     """The line that validation and evaluation end with."""
-    kinds = dict.fromkeys(name.split("_")[0] for name in numbers)
+    kinds = [kind for kind in KINDS if f"{kind}_ap" in numbers]
     of_kind = "; ".join(
         f"{kind} AP {numbers[f'{kind}_ap']:.2f} AP50 {numbers[f'{kind}_ap50']:.2f} AP75 {numbers[f'{kind}_ap75']:.2f}"
         for kind in kinds
