@@ -1,5 +1,6 @@
 """Size and speed of a detector at 800 x 1280. Needs neither data nor weights."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +51,12 @@ def flops_by_part(network: nn.Module) -> dict[str, int]:
     Which regions there are would depend on the weights; their number is that of published counts.
     """
     images = torch.empty(1, 3, HEIGHT, WIDTH, device="meta")
-    body = network.backbone.maps if hasattr(network.backbone, "maps") else network.backbone.body
-    parts = {"backbone": _count(lambda: body(images))}
-    parts["pyramid"] = _count(lambda: network.backbone(images)) - parts["backbone"]
-    levels = list(network.backbone(images).values())
+    kept: list[Any] = []  # what the part before gives
+    own = hasattr(network.backbone, "maps")
+    parts = {"backbone": _count(lambda: kept.append((network.backbone.maps if own else network.backbone.body)(images)))}
+    maps = OrderedDict((str(level), x) for level, x in enumerate(kept[0])) if own else kept[0]
+    parts["pyramid"] = _count(lambda: kept.append(network.backbone.fpn(maps)))
+    levels = list(kept[1].values())
     if not hasattr(network, "roi_heads"):
         parts["head"] = _count(lambda: network.head(levels))
         return parts
