@@ -96,8 +96,8 @@ def check_settings(config: CfgNode) -> None:
         raise UserError("COMPILE: detectors are not compiled; leave --compile out")
     if config.TEST.FUSE:
         raise UserError("TEST.FUSE: detectors are not fused; leave --fuse out")
-    if config.MODEL.GMA.NUM_STAGES != 4:
-        raise UserError(f"MODEL.GMA.NUM_STAGES = {config.MODEL.GMA.NUM_STAGES}: detectors need the maps of 4 stages")
+    if len(config.MODEL.GMA.EMBEDDING_DIMS) != 4:
+        raise UserError(f"MODEL.GMA.EMBEDDING_DIMS = {config.MODEL.GMA.EMBEDDING_DIMS}: detectors need 4 stages")
 
 
 def open_checked(session: Session, name: str) -> CocoSplit:
