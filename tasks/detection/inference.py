@@ -41,10 +41,10 @@ def detect(network: nn.Module, image: Tensor, size: tuple[int, int], precision: 
     boxes = resize_boxes(found["boxes"].float(), image.shape[-2:], size).cpu()
     masks = None
     if "masks" in found:
-        masks = []
+        masks, probabilities = [], found["masks"].float().cpu()
         # One by one: a hundred masks of a large photograph would be gigabytes.
-        for mask, box in zip(found["masks"].float().cpu().split(1), boxes.split(1)):
-            pasted = paste_masks_in_image(mask, box, size)[0, 0] > MASK_THRESHOLD
+        for one in (slice(number, number + 1) for number in range(len(boxes))):
+            pasted = paste_masks_in_image(probabilities[one], boxes[one], size)[0, 0] > MASK_THRESHOLD
             encoded = run_length.encode(np.asfortranarray(pasted.numpy().astype(np.uint8)))
             masks.append({"size": list(size), "counts": encoded["counts"].decode()})
     labels = found["labels"].cpu() - network.first_label

@@ -132,6 +132,8 @@ def test_detections_are_at_the_size_of_the_image(name):
     assert found.boxes[:, 2].max() <= 150 and found.boxes[:, 3].max() <= 99 and found.boxes.max() > 100
     if name == "mask_rcnn":
         assert all(mask["size"] == [99, 150] for mask in found.masks)
+        network.roi_heads.score_thresh = 1.0
+        assert detect(network, image, (99, 150), FLOAT32).masks == []
     else:
         assert found.masks is None
 
