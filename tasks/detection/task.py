@@ -20,7 +20,7 @@ from .coco import CocoSplit, check_masks, match_classes, open_split
 from .detectors import build_detector
 from .images import EvalImages, Sample, TrainImages, collate
 from .inference import flatten, predict
-from .metrics import KINDS, kinds_of, score
+from .metrics import KINDS, Scores, kinds_of, score
 from .transforms import TrainTransform
 from .weights import load_pretrained
 
@@ -128,7 +128,7 @@ def _only(samples: list) -> tuple[int, Tensor]:
     return samples[0]
 
 
-def numbers_of(scores: dict[str, object]) -> dict[str, float]:
+def numbers_of(scores: dict[str, Scores]) -> dict[str, float]:
     """COCO's numbers under their names: box_ap, box_ap50, ..., mask_ap, ..."""
     return {f"{kind}_{name}": value for kind, each in scores.items() for name, value in each.numbers.items()}
 
