@@ -3,6 +3,8 @@
 The splits are opened, and every image is read and decoded, as training does it, on all cores. The report names what is
 missing, misnamed, empty, damaged, or stored twice, above all in both train and val. Exit status: 0 nothing that harms
 training or evaluation; 1 something does (with --strict: anything was found); 2 wrong use.
+
+With --cfg FILE of a detector or segmenter, its data are checked: annotations or masks, and the images.
 """
 
 import argparse
@@ -12,8 +14,9 @@ import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs import SPLIT_NAMES, UserError
+from configs import SPLIT_NAMES, UserError, read_config, with_values
 from configs.commands import CommandParser, command
 from configs.errors import first_line, one_line
 from configs.text import printable
@@ -32,6 +35,7 @@ from data.files import IMAGE_FORMATS, class_folders, files_below, is_image_name,
 from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, count_images, fingerprint
 from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
+from tasks import TASKS, keys_of
 
 ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
@@ -76,9 +80,10 @@ class Report:
     data_path: str
     splits: dict[str, Source]
     problems: list[Problem] = field(default_factory=list)
+    kinds: Mapping[str, tuple[str, str]] = field(default_factory=lambda: KINDS)
 
     def count(self, level: str) -> int:
-        return sum(KINDS[problem.kind][0] == level for problem in self.problems)
+        return sum(self.kinds[problem.kind][0] == level for problem in self.problems)
 
     def exit_code(self, strict: bool) -> int:
         return int(bool(self.problems if strict else self.count(ERROR)))
@@ -262,7 +267,7 @@ def format_report(report: Report, strict: bool) -> str:
         found[problem.kind].append(problem)
     lines = []
     for kind, problems in found.items():
-        level, meaning = KINDS[kind]
+        level, meaning = report.kinds[kind]
         lines.append(f"{level}: {kind}: {meaning} ({len(problems):,})")
         lines += [
             f"    {printable(problem.path)}: {printable(problem.reason)}" for problem in problems[:LINES_PER_KIND]
@@ -293,7 +298,7 @@ def format_json(report: Report, strict: bool) -> str:
             split: {"classes": dict(zip(source.classes, count_images(source))), "fingerprint": fingerprint(source)}
             for split, source in report.splits.items()
         },
-        "problems": [{"level": KINDS[problem.kind][0], **problem._asdict()} for problem in report.problems],
+        "problems": [{"level": report.kinds[problem.kind][0], **problem._asdict()} for problem in report.problems],
     }
     return json.dumps(content, indent=1) + "\n"
 
@@ -302,6 +307,8 @@ def format_json(report: Report, strict: bool) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.check", __doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
+    parser.add_argument("--cfg", metavar="FILE", help="YAML file of the task; default: images in class folders")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="with --cfg: set configuration keys")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
     parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes, one per core")
@@ -315,12 +322,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _check_task(args: argparse.Namespace) -> Report | None:
+    """The report of the task that --cfg configures, by its module `check`; None for images in class folders."""
+    if not args.cfg:
+        return None
+    opts = ["--opts", *args.opts] if args.opts else []
+    config = read_config(["--cfg", args.cfg, "--data-path", args.data_path, *opts], keys_of)
+    if config.TASK == "classification":
+        return None
+    task = import_module(f"{TASKS[config.TASK]}.check")
+    return Report(args.data_path, {}, task.check(with_values(config, {"DATA.NUM_WORKERS": args.workers})), task.KINDS)
+
+
 @command("tools.check")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit status. `argv` are the arguments without the program's name."""
     args = _parse(argv)
     try:
-        report = check_data_set(args.data_path, args.dataset, args.zip, args.workers)
+        report = _check_task(args) or check_data_set(args.data_path, args.dataset, args.zip, args.workers)
     except KeyboardInterrupt:
         print("tools.check: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

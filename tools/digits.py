@@ -20,6 +20,16 @@ IMAGE_SIZE = 32  # pixels; the originals are 8 x 8 with 17 grey levels
 HELD_OUT_EVERY = 5
 
 
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The digits as images (1797, 8, 8) of 0 to 16, and their classes (1797); UserError without scikit-learn."""
+    try:
+        from sklearn import datasets  # needed here only
+    except ImportError:
+        raise UserError("scikit-learn, which has the digits, is not installed; pip install scikit-learn") from None
+    digits = datasets.load_digits()
+    return digits.images, digits.target
+
+
 def write_digits(output: Path) -> bool:
     """Write the data set to the folder `output`; returns False if that exists.
 
@@ -28,17 +38,12 @@ def write_digits(output: Path) -> bool:
     """
     if output.is_dir():
         return False
-    try:
-        from sklearn.datasets import load_digits  # needed here only
-    except ImportError:
-        raise UserError("scikit-learn, which has the digits, is not installed; pip install scikit-learn") from None
-
-    digits = load_digits()
+    images, classes = load_digits()
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     seen: dict[int, int] = {}
     try:
-        for number, (image, digit) in enumerate(zip(digits.images, digits.target)):
+        for number, (image, digit) in enumerate(zip(images, classes)):
             seen[digit] = seen.get(digit, 0) + 1
             split = "val" if seen[digit] % HELD_OUT_EVERY == 0 else "train"
             folder = partial / split / str(digit)

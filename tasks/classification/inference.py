@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from configs.errors import StopRequested
 from data import Source, build_eval_loader, normalize
 from data.sources import UNLABELLED
+from utils.evaluation import evaluation_batches
 from utils.precision import Precision
 from utils.processes import gather_on_main, sum_over_processes
-from utils.run_log import ProgressLog, peak_memory_mib
 from utils.session import Session
 
 from .images import eval_dataset
@@ -70,35 +69,24 @@ def run_network(
 
     Raises StopRequested, on all processes, where one was asked to stop.
     """
-    processes, supervisor = session.processes, session.supervisor
+    processes = session.processes
     network.eval()
     # Images, top-1 hits, top-5 hits, loss. Counts are exact in float64 up to 2**53.
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    batches_everywhere = math.ceil(len(loader.dataset) / config.DATA.BATCH_SIZE) // processes.world_size
-    share = f"\t(the share of process {processes.rank})" if processes.distributed else ""
-    every, is_main = session.config.PRINT_FREQ, processes.is_main
-    console = ProgressLog(session.logger, title, len(loader), every=every, show_bar=is_main)
-    for number, (images, labels) in enumerate(loader):
-        if number < batches_everywhere and supervisor.stop_agreed():
-            raise StopRequested
-        images, labels = (x.to(processes.device, non_blocking=True) for x in (images, labels))
+
+    def so_far() -> str:
+        acc1, acc5, mean_loss = (sums[1:] / sums[0]).tolist()
+        return f"loss {mean_loss:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}"
+
+    size = config.DATA.BATCH_SIZE
+    num_batches = math.ceil(len(loader.dataset) / size)
+    for images, labels in evaluation_batches(session, loader, num_batches, size, title, so_far):
         logits = predict_batch(network, images, precision, config, outputs)
         if keep is not None:
             keep(logits, labels)
         hits = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNLABELLED)
         sums += torch.stack([(labels != UNLABELLED).sum(), hits[:, 0].sum(), hits.sum(), loss])
-        if console.step():
-            acc1, acc5, mean_loss = (sums[1:] / sums[0]).tolist()
-            console.line(
-                f"loss {mean_loss:.4f}\tAcc@1 {100 * acc1:.3f}\tAcc@5 {100 * acc5:.3f}"
-                f"\tmem {peak_memory_mib(processes.device):.0f}MB{share}",
-                len(labels),
-            )
-    console.close()
-    # Here too: a process that waits for a failed one on the GPU does not come back, and could not save any more.
-    if supervisor.stop_agreed():
-        raise StopRequested
     count, hits1, hits5, loss_sum = sum_over_processes(sums, processes).tolist()
     return Sums(int(count), int(hits1), int(hits5), loss_sum)
 

@@ -75,7 +75,8 @@ def test_a_key_of_another_task_is_unknown(tmp_path):
 
 
 def test_an_unknown_task_is_told_with_those_there_are(tmp_path):
-    assert error_of("--cfg", write_yaml(tmp_path, "TASK: toy")) == "TASK = 'toy': must be one of 'classification'"
+    known = ", ".join(map(repr, tasks.TASKS))
+    assert error_of("--cfg", write_yaml(tmp_path, "TASK: toy")) == f"TASK = 'toy': must be one of {known}"
     assert "TASK = ['toy']: must be text" in error_of("--cfg", write_yaml(tmp_path, "TASK: [toy]"))
 
 

@@ -308,6 +308,19 @@ def test_quickstart_into_another_folder(checkout, tmp_path):
     assert checkout.calls()[-1][-8:] == expected
 
 
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_quickstart_of_another_task(checkout, tmp_path, task):
+    result = checkout.run("launch_scripts/quickstart.sh", task, "--tag", "b", cwd=tmp_path, NO_VENV="1")
+    assert result.returncode == 0, result.stderr
+    flags = ["--cfg", f"configs/{task}/digits.yaml", "--data-path", f"datasets/digit_scenes/{task}"]
+    flags += ["--output", "output", "--tag", "quickstart", "--tag", "b"]
+    assert checkout.calls() == [
+        ["-m", "tools.scenes", "--output", "datasets/digit_scenes"],
+        ["train.py", *flags],
+        ["test.py", *flags, "--resume", f"output/{task}_digits/quickstart/ckpt_best.pth"],
+    ]
+
+
 @pytest.mark.parametrize("script", ["launch_scripts/run_tests.sh", ".ci/run"])
 def test_lint_comes_before_the_tests(checkout, tmp_path, script):
     result = checkout.run(script, cwd=tmp_path, NO_VENV="1")

@@ -1,0 +1,157 @@
+"""Detections drawn on pictures, and `test.py --images`, which does so for pictures that nobody has annotated."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as run_length
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from configs import UserError
+from data import ImageDataset
+from data.sources import PictureSource
+from tasks.classification.pictures import find_pictures
+from utils.checkpoint import find_weights
+from utils.files import write_json
+from utils.precision import build_precision
+from utils.run_log import printable
+from utils.session import Session
+
+from .images import eval_view
+from .inference import detect, results_of
+from .task import check_settings
+from .weights import load_detector
+
+SUFFIX = ".detections"  # after the whole name of the picture: a.jpg and a.png do not share a file
+MASK_OPACITY = 0.45
+# One colour a class, in turn: bright, and told apart by most eyes.
+COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#f032e6", "#000075")
+
+
+def draw(image: Image.Image, objects: Sequence[dict[str, Any]], names: dict[int, str]) -> Image.Image:
+    """A copy of the picture with boxes, masks, names and scores.
+
+    Args:
+        image: RGB.
+        objects: with bbox [x, y, width, height], category_id, and where there are any score and segmentation
+            (compressed run lengths).
+        names: {category id: name}.
+    """
+    pixels = np.asarray(image).astype(np.float32)
+    for number, entry in enumerate(objects):
+        if entry.get("segmentation"):
+            mask = run_length.decode(entry["segmentation"]).astype(bool)
+            color = np.array(_rgb(COLORS[number % len(COLORS)]), np.float32)
+            pixels[mask] += MASK_OPACITY * (color - pixels[mask])
+    drawn = Image.fromarray(pixels.astype(np.uint8))
+    canvas, edge = ImageDraw.Draw(drawn), max(image.size)
+    font, width = ImageFont.load_default(size=max(10, edge // 50)), max(1, edge // 400)
+    for number, entry in enumerate(objects):
+        left, top, box_width, box_height = entry["bbox"]
+        color = COLORS[number % len(COLORS)]
+        canvas.rectangle((left, top, left + box_width, top + box_height), outline=color, width=width)
+        label = names.get(entry["category_id"], str(entry["category_id"]))
+        label += f" {entry['score']:.2f}" if "score" in entry else ""
+        text = canvas.textbbox((left, top), label, font=font)
+        # Above the box, or within it at the top of the picture.
+        shift = min(0, top - text[3]) if text[3] - text[1] <= top else 0
+        area = canvas.textbbox((left, top + shift), label, font=font)
+        canvas.rectangle((area[0], area[1] - 1, area[2] + 2, area[3] + 1), fill=color)
+        canvas.text((left + 1, top + shift), label, fill="white", font=font)
+    return drawn
+
+
+def _rgb(color: str) -> tuple[int, ...]:
+    return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def draw_pictures(session: Session) -> None:
+    """Detect in every picture, and write <picture>.detections.jpg and .json in its folder, or in that of --out.
+
+    Photographs are turned upright as their EXIF says; boxes and masks are those of the turned picture. Pictures that
+    cannot be read, and files that cannot be written, are named; the others go on, and the process ends with status 1
+    (SystemExit). Raises UserError where a path does not exist, or a folder holds no picture.
+    """
+    config, processes, logger = session.config, session.processes, session.logger
+    if processes.distributed:
+        raise UserError("--images works on one process: start test.py without torchrun")
+    check_settings(config)
+    paths = find_pictures(session.args.images)
+    network, known, loaded = load_detector(config, find_weights(config), None)
+    network = network.to(processes.device).eval()
+    precision = build_precision(config, processes.device)
+    logger.info(f"{len(paths)} pictures, {loaded}, {len(known['classes'])} classes, {precision}")
+    categories = dict(enumerate(known["category_ids"]))
+    names = dict(zip(known["category_ids"], known["classes"]))
+    out = getattr(session.args, "out", None)
+    files = ImageDataset(PictureSource(paths), lambda image: image)
+    results, faults = [], 0
+    for index, path in enumerate(tqdm(paths, unit="picture", disable=None, leave=False)):
+        try:
+            image = ImageOps.exif_transpose(files.load(index))
+            view = eval_view(image, config).to(processes.device)
+            found = results_of(detect(network, view, (image.height, image.width), precision), 0, categories)
+            objects = [{**entry, "name": names[entry["category_id"]]} for entry in found]
+            for entry in objects:
+                del entry["image_id"]
+            target = (Path(out) / path.name if out else path).as_posix() + SUFFIX
+            shown = [entry for entry in objects if entry["score"] >= config.TEST.DRAW_SCORE]
+            result = {"picture": str(path), "width": image.width, "height": image.height, "detections": objects}
+            write_json(f"{target}.json", {"weights": loaded, **result})
+            save_picture(draw(image, shown, names), Path(f"{target}.jpg"))
+            logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {target}.jpg"))
+        except UserError as error:
+            logger.error(printable(error.one_line()))
+            result = {"picture": str(path), "error": error.one_line()}
+            faults += 1
+        results.append(result)
+    if session.args.json:
+        write_json(session.args.json, {"weights": loaded, "pictures": results})
+    if faults:
+        logger.error(f"{faults} of {len(paths)} pictures: see above")
+        raise SystemExit(1)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture; UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def grid(pictures: Sequence[Image.Image], columns: int, edge: int) -> Image.Image:
+    """Pictures side by side, each fitted into a square of `edge` pixels."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * edge, rows * edge), "white")
+    for number, picture in enumerate(pictures):
+        small = ImageOps.contain(picture, (edge - 4, edge - 4))
+        sheet.paste(small, (number % columns * edge + 2, number // columns * edge + 2))
+    return sheet
+
+
+def count_mistakes(truth: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], lowest_score: float) -> int:
+    """Objects that were missed, and detections of at least this score that are none, at an overlap (IoU) of one half.
+
+    Detections are taken by falling score, each for the object of its class that it overlaps most. Crowds do not count,
+    nor do detections of their class that lie within them.
+    """
+    found = [entry for entry in found if entry["score"] >= lowest_score]
+    if not truth:
+        return len(found)
+    crowds = [entry["iscrowd"] for entry in truth]
+    boxes = [[entry["bbox"] for entry in entries] for entries in (found, truth)]
+    overlaps = np.asarray(run_length.iou(np.array(boxes[0], float), np.array(boxes[1], float), crowds)) if found else []
+    free = [not crowd for crowd in crowds]
+    mistakes = 0
+    for entry, row in zip(found, overlaps):
+        alike = [i for i, other in enumerate(truth) if other["category_id"] == entry["category_id"] and row[i] >= 0.5]
+        hit = max((i for i in alike if free[i]), key=lambda i: row[i], default=None)
+        if hit is not None:
+            free[hit] = False
+        elif not any(crowds[i] for i in alike):
+            mistakes += 1
+    return mistakes + sum(free)

@@ -1,0 +1,101 @@
+"""Pascal VOC and YOLO become COCO's JSON, which the detection task reads."""
+
+import json
+
+import detection_data
+import pytest
+from image_data import message_of
+from PIL import Image
+
+from tasks.detection.coco import open_split
+from tools.prepare import convert, main, read_voc, read_yolo
+
+VOC = """<annotation><filename>{name}.jpg</filename>
+<object><name>cat</name><bndbox><xmin>3</xmin><ymin>5</ymin><xmax>12</xmax><ymax>24</ymax></bndbox></object>
+</annotation>"""
+
+
+def picture(path, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    for number in range(5):
+        picture(tmp_path / "JPEGImages" / f"{number}.jpg")
+        (tmp_path / "Annotations").mkdir(exist_ok=True)
+        (tmp_path / "Annotations" / f"{number}.xml").write_text(VOC.format(name=number))
+    return tmp_path
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    for split in ("train", "valid"):
+        for name in ("a", "b"):
+            picture(tmp_path / split / "images" / f"{name}.png")
+        (tmp_path / split / "labels").mkdir()
+        (tmp_path / split / "labels" / "a.txt").write_text("1 0.5 0.5 0.2 0.4\n0 0.1 0.1 0.5 0.1 0.5 0.9\n")
+    (tmp_path / "data.yaml").write_text("names: [dog, cat]\n")
+    return tmp_path
+
+
+def test_voc_becomes_a_data_set_that_trains(voc, capsys):
+    assert main(["voc", "--data-path", str(voc)]) == 0
+    assert "instances_train.json: 4 pictures, 4 objects" in capsys.readouterr().out
+    split = open_split(detection_data.config_of("--data-path", voc), "val")
+    assert split.file(0) == voc / "JPEGImages" / "4.jpg" and split.file(0).is_file()
+    assert split.categories == {1: "cat"} and split.objects(0)[0]["bbox"] == [2, 4, 10, 20]
+
+
+def test_voc_keeps_its_splits(voc):
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    (voc / "ImageSets" / "Main" / "train.txt").write_text("1\n2\n")
+    (voc / "ImageSets" / "Main" / "val.txt").write_text("0\n")
+    contents = convert(voc, read_voc)
+    assert [len(contents[split]["images"]) for split in ("train", "val")] == [2, 1]
+
+
+def test_yolo_keeps_boxes_polygons_and_pictures_without_objects(yolo):
+    contents = convert(yolo, read_yolo)
+    train, val = contents["train"], contents["val"]
+    assert [image["file_name"] for image in val["images"]] == ["valid/images/a.png", "valid/images/b.png"]
+    assert train["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    box, polygon = train["annotations"]
+    assert (box["bbox"], box["area"], box["category_id"]) == ([16, 9, 8, 12], 96, 1)
+    assert polygon["segmentation"] == [[4, 3, 20, 3, 20, 27]] and polygon["bbox"] == [4, 3, 16, 24]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("7 0 0 1 1", "known class"), ("0 a 0 1 1", "known class"), ("0 0 0 1", "four numbers"), ("0 nan 0 1 1", "four")],
+)
+def test_a_wrong_line_of_yolo_is_named(yolo, text, words):
+    (yolo / "train" / "labels" / "a.txt").write_text(text)
+    message = message_of(convert, yolo, read_yolo)
+    assert words in message and "a.txt, line 1" in message
+
+
+def test_what_cannot_be_converted_is_one_line(voc, tmp_path):
+    assert "data.yaml nor classes.txt" in message_of(convert, voc, read_yolo)
+    (voc / "classes.txt").write_text("cat\n")
+    assert "has no texts of YOLO" in message_of(convert, voc, read_yolo)
+    (voc / "Annotations" / "0.xml").write_text("<annotation>")
+    assert "0.xml: not an annotation of Pascal VOC" in message_of(convert, voc, read_voc)
+    (voc / "Annotations" / "0.xml").write_text(VOC.format(name="gone"))
+    (voc / "JPEGImages" / "0.jpg").unlink()
+    assert "its picture, gone.jpg, is not below" in message_of(convert, voc, read_voc)
+    (voc / "empty").mkdir()
+    assert "holds no annotations" in message_of(convert, voc / "empty", read_voc)
+
+
+def test_wrong_use_is_one_line(tmp_path, capsys):
+    assert main(["voc", "--data-path", str(tmp_path / "gone")]) == 2
+    assert main(["coco", "--data-path", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_the_json_is_one_that_others_read(yolo):
+    main(["yolo", "--data-path", str(yolo)])
+    content = json.loads((yolo / "annotations" / "instances_val.json").read_text())
+    assert set(content) == {"images", "annotations", "categories"}
