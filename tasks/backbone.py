@@ -1,6 +1,5 @@
 """The network's four stage maps as the backbone of detectors and segmenters, and the keys that these tasks share."""
 
-import re
 from typing import Any
 
 from timm.layers import LayerNorm2d, freeze_batch_norm_2d
@@ -8,17 +7,19 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from configs.keys import Key, one_of, recipe
+from configs.keys import Key, network, one_of
+from models.groupmixformer import prefixed_matcher
+from models.weights import normalize
 from utils.checkpoint import load_exactly, load_file, select_weights
 
 from .networks import build_model
 
 # fmt: off
 KEYS: dict[str, Key] = {
-    "MODEL.STAGE_NORM": recipe(
+    "MODEL.STAGE_NORM": network(
         "none", "norm on each stage map: none as released, 'layer' as in Swin, or 'batch'",
         one_of("none", "layer", "batch")),
-    "MODEL.BATCH_NORM": recipe(
+    "MODEL.BATCH_NORM": network(
         "train", "batch norms of the backbone: trained, or frozen as pretrained", one_of("train", "frozen")),
 }
 # fmt: on
@@ -58,6 +59,10 @@ class Backbone(nn.Module):
         Raises UserError where they do not fit.
         """
         state, kind = select_weights(load_file(path), "best", path)
+        try:
+            state, _ = normalize(state)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
         own = self.body.state_dict()
         fits = {
             name: value
@@ -73,18 +78,10 @@ class Backbone(nn.Module):
 
         What is not the body's, and the maps' norms, come last: they get the full learning rate.
         """
-        start = re.escape(f"{prefix}body.")
-        patterns = self.body.group_matcher(coarse)
-
-        def inside(pattern: str) -> str:
-            return f"^{start}{pattern.removeprefix('^')}"
-
-        blocks = patterns["blocks"]
-        blocks = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
-        return dict(stem=inside(patterns["stem"]), blocks=blocks)
+        return prefixed_matcher(self.body.group_matcher(coarse), f"{prefix}body.")
 
 
-def check_batch_norms(config: CfgNode) -> None:
+def check_frozen_norms(config: CfgNode) -> None:
     """Raise UserError where fresh batch norms would be frozen: they would normalise nothing."""
     if config.MODEL.BATCH_NORM == "frozen" and not config.MODEL.PRETRAINED and not config.MODEL.RESUME:
         raise UserError(

@@ -1,7 +1,7 @@
 """`test.py --images`: the most probable classes of pictures that nobody has labelled."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from yacs.config import CfgNode
 from configs import UserError
 from configs.text import printable
 from data import ImageDataset, usable_workers
-from data.files import IMAGE_SUFFIXES, count_suffixes, describe_left_out, files_below, is_image_name
 from data.sources import UNLABELLED, PictureSource
 from data.workers import init_worker
 from tasks.networks import inference_network
+from tasks.pictures import TOP5, find_pictures
 from utils.checkpoint import some
 from utils.files import check_folder, write_json, write_rows
 from utils.precision import build_precision
@@ -27,7 +27,6 @@ from .inference import TOP, predict_batch, summarize_batch
 from .transforms import views_transform
 from .weights import load_classifier
 
-SUFFIX = ".top5.json"  # after the whole name of the picture: a.jpg and a.png do not share a file
 TABLE = "pictures.csv"  # a line for every picture: picture, top1, top1_name, p1, ..., top5, top5_name, p5, error
 
 
@@ -93,7 +92,7 @@ def label_pictures(session: Session, weights: str) -> None:
         results.append(result)
         if path.parent not in closed:
             try:
-                write_json(f"{path}{SUFFIX}", about | result)
+                write_json(f"{path}{TOP5}", about | result)
             except UserError as error:
                 logger.warning(printable(f"{error.one_line()}; the result is in {table} alone"))
     _write_table(table, results, min(TOP, len(names)))
@@ -116,34 +115,6 @@ def _write_table(path: Path, results: Sequence[dict[str, Any]], top: int) -> Non
         write_rows(path, ["picture", *columns, "error"], rows)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def find_pictures(arguments: Sequence[str], notify: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """The files that are named, whatever their names, and the images anywhere below the folders that are named.
-
-    Sorted within a folder; what is an image there, `data.files` decides. `notify` is called with one line that counts
-    what a folder holds beside images. UserError where something is not there.
-    """
-    pictures: dict[Path, None] = {}  # each once, in order
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            files = [file for file in files_below(path) if not file.endswith(SUFFIX)]
-            below = [Path(file) for file in files if is_image_name(file)]
-            left_out = describe_left_out(count_suffixes(file for file in files if not is_image_name(file)))
-            if not below:
-                raise UserError(
-                    f"--images {argument}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})"
-                    f"{left_out and '; it holds '}{left_out}"
-                )
-            if left_out:
-                notify(f"--images {argument}: left out: {left_out}")
-            pictures |= dict.fromkeys(below)
-        elif path.is_file():
-            pictures[path] = None
-        else:
-            raise UserError(f"--images {argument}: no such file or folder")
-    return list(pictures)
 
 
 def _views_of_each(config: CfgNode, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:

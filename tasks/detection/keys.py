@@ -1,6 +1,6 @@
 """The configuration keys that detection has beside those of `configs.keys`."""
 
-from configs.keys import ALL_POSITIVE, SHARE, Key, Rule, at_least, launch, one_of, process, recipe
+from configs.keys import ALL_POSITIVE, SHARE, Key, Rule, at_least, launch, network, one_of, process, recipe
 from tasks.backbone import KEYS as BACKBONE_KEYS
 
 DETECTORS = ("mask_rcnn", "faster_rcnn", "retinanet")
@@ -27,14 +27,14 @@ KEYS: dict[str, Key] = {
     "DATA.CROP_MIN_SIZES": recipe(
         [400, 500, 600], "short side of an image before that crop; one of these is drawn", ALL_POSITIVE),
     "AUG.HFLIP": recipe(0.5, "probability of a horizontal flip", SHARE),
-    "MODEL.DETECTOR": recipe("mask_rcnn", "torchvision's detector", one_of(*DETECTORS)),
-    "MODEL.PYRAMID_CHANNELS": recipe(256, "channels of the feature pyramid and of convolutions in heads", at_least(1)),
-    "MODEL.ANCHOR_SIZES": recipe(
+    "MODEL.DETECTOR": network("mask_rcnn", "torchvision's detector", one_of(*DETECTORS)),
+    "MODEL.PYRAMID_CHANNELS": network(256, "channels of the feature pyramid and of convolutions in heads", at_least(1)),
+    "MODEL.ANCHOR_SIZES": network(
         [32, 64, 128, 256, 512], "edge of the anchors on each level of the pyramid, pixels",
         ALL_POSITIVE, _ONE_A_LEVEL),
     "TRAIN.REGIONS": recipe(512, "regions of an image that mask_rcnn and faster_rcnn learn from", at_least(1)),
-    "TEST.MIN_SIZE": recipe(800, "short side of evaluated images, pixels", at_least(1)),
-    "TEST.MAX_SIZE": recipe(1333, "longest side of evaluated images, pixels", at_least(1)),
+    "TEST.MIN_SIZE": network(800, "short side of evaluated images, pixels", at_least(1)),
+    "TEST.MAX_SIZE": network(1333, "longest side of evaluated images, pixels", at_least(1)),
     "TEST.MAX_DETECTIONS": launch(100, "detections kept per image; COCO counts at most 100", at_least(1)),
     "TEST.DRAW_SCORE": launch(0.5, "lowest score of detections that are drawn", SHARE),
 }

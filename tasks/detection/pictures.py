@@ -12,7 +12,7 @@ from tqdm import tqdm
 from configs import UserError
 from data import ImageDataset
 from data.sources import PictureSource
-from tasks.classification.pictures import find_pictures
+from tasks.pictures import DETECTIONS, beside, find_pictures
 from utils.checkpoint import find_weights
 from utils.files import write_json
 from utils.precision import build_precision
@@ -24,7 +24,6 @@ from .inference import detect, results_of
 from .task import check_settings
 from .weights import load_detector
 
-SUFFIX = ".detections"  # after the whole name of the picture: a.jpg and a.png do not share a file
 MASK_OPACITY = 0.45
 # One colour a class, in turn: bright, and told apart by most eyes.
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#f032e6", "#000075")
@@ -78,14 +77,14 @@ def draw_pictures(session: Session) -> None:
     if processes.distributed:
         raise UserError("--images works on one process: start test.py without torchrun")
     check_settings(config)
-    paths = find_pictures(session.args.images)
+    paths = find_pictures(session.args.images, logger.info)
     network, known, loaded = load_detector(config, find_weights(config), None)
     network = network.to(processes.device).eval()
     precision = build_precision(config, processes.device)
     logger.info(f"{len(paths)} pictures, {loaded}, {len(known['classes'])} classes, {precision}")
     categories = dict(enumerate(known["category_ids"]))
     names = dict(zip(known["category_ids"], known["classes"]))
-    out = getattr(session.args, "out", None)
+    out = session.args.out
     files = ImageDataset(PictureSource(paths), lambda image: image)
     results, faults = [], 0
     for index, path in enumerate(tqdm(paths, unit="picture", disable=None, leave=False)):
@@ -96,12 +95,12 @@ def draw_pictures(session: Session) -> None:
             objects = [{**entry, "name": names[entry["category_id"]]} for entry in found]
             for entry in objects:
                 del entry["image_id"]
-            target = (Path(out) / path.name if out else path).as_posix() + SUFFIX
+            numbers, drawing = (beside(path, suffix, out) for suffix in DETECTIONS)
             shown = [entry for entry in objects if entry["score"] >= config.TEST.DRAW_SCORE]
             result = {"picture": str(path), "width": image.width, "height": image.height, "detections": objects}
-            write_json(f"{target}.json", {"weights": loaded, **result})
-            save_picture(draw(image, shown, names), Path(f"{target}.jpg"))
-            logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {target}.jpg"))
+            write_json(str(numbers), {"weights": loaded, **result})
+            save_picture(draw(image, shown, names), drawing)
+            logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {drawing}"))
         except UserError as error:
             logger.error(printable(error.one_line()))
             result = {"picture": str(path), "error": error.one_line()}

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from configs import UserError, with_num_classes, with_values
 from data import TrainingData, build_eval_loader, usable_workers
 from models.cpu.depthwise import use_fast_gradients
-from tasks.backbone import check_batch_norms
+from tasks.backbone import check_frozen_norms
 from utils.precision import build_precision
 from utils.processes import run_on_main_and_broadcast
 from utils.session import Session
@@ -29,7 +29,7 @@ def build(session: Session) -> Task:
     """The task for `train.py`; UserError where data or configuration do not allow it."""
     config, processes, logger = session.config, session.processes, session.logger
     check_settings(config)
-    check_batch_norms(config)
+    check_frozen_norms(config)
     train, val = (open_checked(session, split) for split in ("train", "val"))
     classes = list(train.categories.values())
     config = with_num_classes(config, len(classes))

@@ -11,7 +11,7 @@ from configs import UserError
 from data.datasets import ImageDataset
 from data.files import IMAGE_FORMATS, IMAGE_SUFFIXES, count_suffixes, describe_left_out, is_companion, is_image_name
 from data.sources import FolderSource, ZipSource
-from tasks.classification.pictures import find_pictures
+from tasks.pictures import find_pictures
 from tools.check import main as check
 from tools.pack import main as pack
 

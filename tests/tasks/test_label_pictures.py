@@ -18,9 +18,9 @@ from data.sources import open_source
 from tasks import keys_of, networks
 from tasks.classification import evaluation as run
 from tasks.classification.class_names import class_names, in_words
-from tasks.classification.pictures import find_pictures
 from tasks.classification.transforms import eval_transform
 from tasks.networks import build_model
+from tasks.pictures import find_pictures
 from utils import session
 from utils.session import start_session
 

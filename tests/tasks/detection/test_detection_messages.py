@@ -8,7 +8,7 @@ import detection_data
 import pytest
 from image_data import message_of
 
-from tasks.backbone import check_batch_norms
+from tasks.backbone import check_frozen_norms
 from tasks.detection.coco import check_masks, match_classes, open_split, read_json
 from tasks.detection.images import TrainImages
 from tasks.detection.task import check_settings, open_checked
@@ -181,7 +181,7 @@ def test_settings_that_detection_cannot_follow(opts, words):
 
 
 def test_fresh_batch_norms_are_not_frozen():
-    assert "--pretrained" in message_of(check_batch_norms, detection_data.tiny_config("MODEL.BATCH_NORM", "frozen"))
+    assert "--pretrained" in message_of(check_frozen_norms, detection_data.tiny_config("MODEL.BATCH_NORM", "frozen"))
 
 
 def test_crop_sizes_are_a_pair():
