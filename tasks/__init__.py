@@ -15,10 +15,10 @@ from configs.keys import Key
 from utils.session import Session
 from utils.task import Task
 
-TASKS = {
+TASKS = {  # value of the key TASK -> module
     "classification": "tasks.classification",
     "segmentation": "tasks.segmentation",
-}  # value of the key TASK -> module
+}
 
 
 def keys_of(task: str) -> Mapping[str, Key]:

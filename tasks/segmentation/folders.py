@@ -48,6 +48,7 @@ class MaskedImages:
     """
 
     root: Path
+    masks: Path  # folder of all masks
     samples: Sequence[tuple[str, str]]
     classes: list[str]
     values: tuple[int, ...]
@@ -86,6 +87,10 @@ class MaskedImages:
             value = int(raw[classes == _NO_CLASS].min())
             raise UserError(f"{path}: the value {value} is no class; {self.hint}")
         return classes
+
+    def mask_name(self, index: int) -> str:
+        """The mask's file below the folder of all masks."""
+        return os.path.relpath(self.root / self.samples[index][1], self.masks)
 
     def to_mask(self, classes: np.ndarray) -> Image.Image:
         """A class map (H, W) as a mask with the values of the data set's own."""
@@ -129,6 +134,7 @@ def open_masks(config: CfgNode, split: str) -> MaskedImages:
         raise UserError(f"DATA.IGNORE_LABEL = {config.DATA.IGNORE_LABEL}: is also class {values.index(clash.pop())}")
     return MaskedImages(
         root=root,
+        masks=masks,
         samples=_pairs(root, images, masks, *suffixes),
         classes=classes,
         values=values,

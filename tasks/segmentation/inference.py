@@ -17,10 +17,10 @@ from utils.session import Session
 
 from .folders import MaskedImages
 from .heads import resize
-from .metrics import add_to_confusion, summarize
+from .metrics import confusion_matrix, summarize
 from .transforms import EvaluationImages
 
-Keep = Callable[[int, Tensor, Tensor], None]  # gets an image's index, its predicted classes and its true ones (H, W)
+Keep = Callable[[int, Tensor, Tensor], None]  # gets an image's index, predicted classes (H, W) and confusion (K, K)
 
 
 def evaluation_loader(
@@ -62,9 +62,10 @@ def confusion_of(
     for sample in evaluation_batches(session, loader, len(loader.dataset), 1, fields=so_far):
         classes = sample["classes"]
         predicted = predict_classes(config, network, sample["views"], classes.shape, precision)
-        add_to_confusion(confusion, predicted, classes)
+        of_image = confusion_matrix(predicted, classes, num_classes)
+        confusion += of_image
         if keep is not None:
-            keep(sample["index"], predicted, classes)
+            keep(sample["index"], predicted, of_image)
     return sum_over_processes(confusion, processes).cpu()
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from .folders import IGNORED
 
 
-def add_to_confusion(confusion: Tensor, predicted: Tensor, classes: Tensor) -> None:
-    """Count an image in place: predicted and true classes of one shape, any integers; IGNORED true ones do not count.
+def confusion_matrix(predicted: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """int64 (K, K) of an image: rows are true classes, columns predicted ones.
 
-    `confusion` is int64 (K, K); rows are true classes, columns predicted ones.
+    `predicted` and `classes` have one shape and hold any integers. IGNORED true classes do not count.
     """
     counted = classes != IGNORED
-    cells = len(confusion) * classes[counted].long() + predicted[counted].long()
-    confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
+    cells = num_classes * classes[counted].long() + predicted[counted].long()
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 @dataclass(frozen=True)
