@@ -16,9 +16,17 @@ from utils.failures import exit_stopped
 from utils.optimizer import build_optimizer
 from utils.precision import build_precision, build_scaler
 from utils.processes import broadcast_batchnorm_stats, wrap_distributed
-from utils.resume import Saver, check_same_everywhere, identify_data, load_resume, quarantine_checkpoints, restore
+from utils.resume import (
+    Saver,
+    check_same_everywhere,
+    identify_data,
+    keep_what_followed,
+    load_resume,
+    quarantine_checkpoints,
+    restore,
+)
 from utils.run_log import EpochLog, TensorBoard
-from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
+from utils.schedule import build_scheduler, global_batch_size, run_length, scaled_learning_rates, unusual_settings
 from utils.session import RunFolder, describe_run, run_script, start_session
 
 
@@ -33,16 +41,17 @@ def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------------- the task: data, network, loss, ...
     task = tasks.build(session)
     session = dataclasses.replace(session, config=task.config)
-    config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
     identity = identify_data(session, task)
     check_same_everywhere(session, identity)
-    logger.info(task.about)
     resume_path, checkpoint = load_resume(session)
+    session = keep_what_followed(session, checkpoint)
+    config, processes, folder, logger = session.config, session.processes, session.folder, session.logger
+    logger.info(task.about)
     if config.MODEL.PRETRAINED and checkpoint is None:
         logger.info(f"starting from {task.load_pretrained(config.MODEL.PRETRAINED)}")
 
     # ------------------------------------------------------------------------------ optimizer, schedule, precision, EMA
-    network, updates_per_epoch = task.network, task.data.updates_per_epoch
+    network, length = task.network, run_length(config, task.data.updates_per_epoch)
     rates = scaled_learning_rates(config, processes.world_size)
     model = wrap_distributed(network, processes)
     optimizer = build_optimizer(config, network, rates.base)
@@ -50,11 +59,12 @@ def main(run_folder: RunFolder | None = None) -> None:
     state = TrainState(
         model=model,
         optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, rates, updates_per_epoch),
+        scheduler=build_scheduler(config, optimizer, rates, length),
         scaler=build_scaler(precision),
         ema=ModelEmaV3(network, decay=config.EMA.DECAY, use_warmup=config.EMA.WARMUP) if config.EMA.ENABLED else None,
         precision=precision,
-        num_updates=config.TRAIN.START_EPOCH * updates_per_epoch,
+        length=length,
+        num_updates=config.TRAIN.START_EPOCH * length.updates_per_epoch,
     )
     if config.COMPILE:
         task.compile(precision)  # after the average, which is a copy
@@ -62,10 +72,10 @@ def main(run_folder: RunFolder | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------- resume
     loop = LoopState(next_epoch=config.TRAIN.START_EPOCH)
     if checkpoint is not None:
-        loop = restore(session, resume_path, checkpoint, state, updates_per_epoch, identity)
+        loop = restore(session, resume_path, checkpoint, state, identity)
         del checkpoint  # as large as the network, its average and the optimizer together
     if processes.is_main:
-        quarantine_checkpoints(session, resume_path)
+        quarantine_checkpoints(session, resume_path, loop)
         describe_run(config, folder)
     saver = Saver(session, state, loop, identity)
     board = TensorBoard(folder, processes.is_main, state.num_updates)
@@ -75,8 +85,11 @@ def main(run_folder: RunFolder | None = None) -> None:
         f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
         f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
         f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
-        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {updates_per_epoch} updates per epoch"
+        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {length.updates_per_epoch} updates per epoch, "
+        f"{length.updates} in all, {length.warmup_updates} of warm-up"
     )
+    for line in unusual_settings(config, processes.world_size, length):
+        logger.warning(line)
 
     # ------------------------------------------------------------------------------------------------------------- loop
     networks = {"raw": network} | ({"ema": state.ema.module} if state.ema is not None else {})
@@ -84,18 +97,20 @@ def main(run_folder: RunFolder | None = None) -> None:
         with session.supervisor.explain_lost_ranks():
             if session.supervisor.stop_agreed():  # during all of the above
                 raise StopRequested
-            for epoch in range(loop.next_epoch, config.TRAIN.EPOCHS):
+            for epoch in range(loop.next_epoch, length.epochs):
                 numbers = train_one_epoch(session, state, loop, task, board, saver.after_update)
                 results = {}
+                validates = (epoch + 1) % config.TRAIN.VAL_FREQ == 0 or length.is_last(epoch)
                 with saver.save_epoch_on_error():
-                    for weights, candidate in networks.items():
+                    for weights, candidate in networks.items() if validates else ():
                         logger.info(f"validating the {weights} weights")
                         broadcast_batchnorm_stats(candidate, processes)
                         results[weights] = validate(task, candidate)
                         numbers_of_weights = ", ".join(f"{n} {value:.4g}" for n, value in results[weights].items())
                         logger.info(f"{weights} weights: {numbers_of_weights}")
                 is_best = loop.record({w: r[task.decides] for w, r in results.items()}, task.higher_is_better)
-                logger.info(f"Best {task.decides}: {loop.best_so_far}")
+                if validates:
+                    logger.info(f"Best {task.decides}: {loop.best_so_far}")
                 validation = {f"{name}_{w}": value for w, r in results.items() for name, value in r.items()}
                 judged_by = {"decides": task.decides, "higher_is_better": task.higher_is_better}
                 epochs.append(numbers | validation | judged_by)
@@ -112,7 +127,12 @@ def main(run_folder: RunFolder | None = None) -> None:
         curves.draw()
 
     # ------------------------------------------------------------------------------------------------------------ close
-    logger.info(f"{config.TRAIN.EPOCHS} epochs done: best {task.decides} {loop.best_so_far}, run folder {folder}")
+    logger.info(f"{length} done: best {task.decides} {loop.best_so_far}, run folder {folder}")
+    if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
+        logger.warning(
+            f"best {task.decides} {loop.best:.3f}: guessing reaches {task.by_chance:.3f}, so the network has learnt "
+            "nothing; look at the learning rate and its warm-up, and check the data with python -m tools.check"
+        )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ class Key:
         rules: what a value of that type must be.
         scope: 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number or None', 'pair or None' or 'numbers', where the default does not show the type.
+        kind: 'number', 'number or None', 'pair or None' or 'numbers', where the default does not show the type.
+        follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
     default: Any
@@ -64,6 +65,7 @@ class Key:
     scope: str
     flag: str
     kind: str
+    follows: str = ""
 
     @property
     def may_change_on_resume(self) -> bool:
@@ -111,8 +113,41 @@ _PER_STAGE = Rule(
     lambda values, config: len(values) == config.MODEL.GMA.NUM_STAGES,
     "needs one value per stage, MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
 )
+# Where TRAIN.UPDATES decides, the data say how many epochs that is: `utils.schedule.run_length` checks.
 _BEFORE_THE_END = Rule(
-    lambda epoch, config: epoch < config.TRAIN.EPOCHS, "must be less than TRAIN.EPOCHS = {TRAIN.EPOCHS}"
+    lambda epoch, config: config.TRAIN.UPDATES or epoch < config.TRAIN.EPOCHS,
+    "must be less than TRAIN.EPOCHS = {TRAIN.EPOCHS}",
+)
+_WARMUP_ENDS = Rule(
+    lambda epochs, config: config.TRAIN.WARMUP_UPDATES or _BEFORE_THE_END.accepts(epochs, config),
+    _BEFORE_THE_END.demand,
+)
+_UPDATE_BEFORE_THE_END = Rule(
+    lambda update, config: not config.TRAIN.UPDATES or update < config.TRAIN.UPDATES,
+    "must be less than TRAIN.UPDATES = {TRAIN.UPDATES}",
+)
+_ABOVE_MIN_LR = Rule(
+    lambda rate, config: config.TRAIN.LR_SCHEDULER.NAME in ("step", "multistep") or rate >= config.TRAIN.MIN_LR,
+    "the rate would rise to TRAIN.MIN_LR = {TRAIN.MIN_LR}; lower that as well",
+)
+_ABOVE_WARMUP_LR = Rule(
+    lambda rate, config: (
+        rate >= config.TRAIN.WARMUP_LR or not (config.TRAIN.WARMUP_EPOCHS or config.TRAIN.WARMUP_UPDATES)
+    ),
+    "the warm-up would begin above it, at TRAIN.WARMUP_LR = {TRAIN.WARMUP_LR}; lower that as well",
+)
+_HAS_MILESTONES = Rule(
+    lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
+    "needs TRAIN.LR_SCHEDULER.MILESTONES",
+)
+_RISING = Rule(
+    lambda values, _: all(low < high for low, high in zip([0, *values], values)),
+    "must be numbers greater than 0, each greater than the one before",
+)
+_MILESTONES_BEFORE_THE_END = Rule(
+    lambda values, config: not values or values[-1] < (config.TRAIN.UPDATES or config.TRAIN.EPOCHS),
+    "must be less than the run's length, TRAIN.UPDATES = {TRAIN.UPDATES}, or where that is 0 "
+    "TRAIN.EPOCHS = {TRAIN.EPOCHS}",
 )
 
 # fmt: off
@@ -157,13 +192,21 @@ KEYS: dict[str, Key] = {
         0.2, "stochastic depth of the last block, rising linearly from 0 in the first", BELOW_ONE),
     # -------------------------------------------------------------------------------------------------------- training
     "TRAIN.EPOCHS": recipe(300, "epochs in all", at_least(1)),
+    "TRAIN.UPDATES": recipe(0, "updates in all, the last epoch cut short; 0: EPOCHS decides", at_least(0)),
     "TRAIN.START_EPOCH": launch(0, "first epoch of a new run, counted from 0", at_least(0), _BEFORE_THE_END),
-    "TRAIN.WARMUP_EPOCHS": recipe(20, "epochs of linear warm-up, part of EPOCHS", at_least(0), _BEFORE_THE_END),
+    "TRAIN.WARMUP_EPOCHS": recipe(20, "epochs of linear warm-up, part of EPOCHS", at_least(0), _WARMUP_ENDS,
+                                  kind="number"),
+    "TRAIN.WARMUP_UPDATES": recipe(
+        0, "updates of linear warm-up; 0: WARMUP_EPOCHS decides", at_least(0), _UPDATE_BEFORE_THE_END),
     "TRAIN.WEIGHT_DECAY": recipe(0.05, "not applied to biases and one-dimensional parameters", at_least(0)),
+    "TRAIN.RECIPE_BATCH": launch(
+        1024, "images of an update in the recipe; a run with others gets a warning; 0: none", at_least(0)),
+    "TRAIN.REFERENCE_BATCH": recipe(512, "images of an update that the next three are meant for", at_least(1)),
     "TRAIN.BASE_LR": recipe(
-        5e-4, "learning rate at global batch 512, as the next two; used: x global batch / 512", POSITIVE),
+        5e-4, "learning rate; used, as the next two: x images of an update / REFERENCE_BATCH", POSITIVE,
+        _ABOVE_MIN_LR, _ABOVE_WARMUP_LR),
     "TRAIN.WARMUP_LR": recipe(5e-7, "learning rate at update 0", at_least(0)),
-    "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine' and 'linear' fall", at_least(0)),
+    "TRAIN.MIN_LR": recipe(5e-6, "learning rate towards which 'cosine', 'linear' and 'poly' fall", at_least(0)),
     "TRAIN.LAYER_DECAY": recipe(1.0, "factor on the learning rate from each block to the one before it", _FACTOR),
     "TRAIN.HEAD_LR_SCALE": recipe(1.0, "factor on the learning rate of the head", POSITIVE),
     "TRAIN.CLIP_GRAD": recipe(5.0, "largest L2 norm of all gradients together; 0: no clipping", at_least(0)),
@@ -177,14 +220,20 @@ KEYS: dict[str, Key] = {
     "TRAIN.USE_CHECKPOINT": process(
         False, "gradient checkpointing: recompute blocks in the backward pass; less memory, more time",
         flag="--use-checkpoint"),
-    "TRAIN.LR_SCHEDULER.NAME": recipe("cosine", "schedule of the learning rate, by update",
-                                      one_of("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.NAME": recipe(
+        "cosine", "schedule of the learning rate, by update",
+        one_of("cosine", "linear", "poly", "step", "multistep"), _HAS_MILESTONES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": recipe(30, "epochs between the steps of 'step'", at_least(1)),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step'", POSITIVE),
+    "TRAIN.LR_SCHEDULER.MILESTONES": recipe(
+        [], "where 'multistep' falls: epochs done, or updates done where TRAIN.UPDATES decides", _RISING,
+        _MILESTONES_BEFORE_THE_END, kind="numbers"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step' and 'multistep'", POSITIVE),
+    "TRAIN.LR_SCHEDULER.POWER": recipe(1.0, "exponent of 'poly'", POSITIVE),
     "TRAIN.OPTIMIZER.NAME": recipe("adamw", "optimizer; 'sgd' has Nesterov momentum", one_of("adamw", "sgd")),
     "TRAIN.OPTIMIZER.EPS": recipe(1e-8, "epsilon of AdamW", POSITIVE),
     "TRAIN.OPTIMIZER.BETAS": recipe((0.9, 0.999), "betas of AdamW", _BETAS),
     "TRAIN.OPTIMIZER.MOMENTUM": recipe(0.9, "momentum of SGD", BELOW_ONE),
+    "TRAIN.VAL_FREQ": launch(1, "epochs between validations; the last epoch is always validated", at_least(1)),
     # ---------------------------------------------------------------------------- moving average of the weights (EMA)
     "EMA.ENABLED": recipe(True, "average weights and running statistics; validate the average beside the raw weights"),
     "EMA.DECAY": recipe(0.9999, "share of the old average at every update", BELOW_ONE),

@@ -1,14 +1,17 @@
 """How a run's configuration is put together, checked and frozen.
 
 A value comes from, later wins: the default on its card, the YAML files named in BASE, the YAML file, --opts, flags.
+Where one of these sets only the length of a run, the warm-up follows (`configs.length`).
 """
 
 import ast
 import copy
 import difflib
 import math
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from yacs.config import CfgNode
 from .arguments import flag_values, make_parser, parse_sources
 from .errors import UserError, one_line
 from .keys import KEYS, RETIRED_KEYS, Key
+from .length import follow_length
 
 KeysOf = Callable[[str], Mapping[str, Key]]
 
@@ -69,11 +73,16 @@ def read_command(
     config = CfgNode()
     for name, key in keys.items():
         _put(config, name, copy.deepcopy(key.default))
+    converted = []
     for setting in settings:
         if setting.name in RETIRED_KEYS:
             notify(f"{setting.origin}: {setting.name} is ignored: {RETIRED_KEYS[setting.name]}")
         else:
-            _put(config, setting.name, _convert(setting, _card(setting, keys, task)))
+            converted.append(setting._replace(value=_convert(setting, _card(setting, keys, task))))
+            _put(config, setting.name, converted[-1].value)
+    for name, (value, why) in follow_length(converted, keys).items():
+        _put(config, name, value)
+        keys[name] = replace(keys[name], follows=why)
     for name, value in flatten(config):
         for rule in keys[name].rules:
             if not rule.accepts(value, config):
@@ -98,7 +107,8 @@ def with_values(config: CfgNode, values: dict[str, Any]) -> CfgNode:
     """A copy of the frozen configuration with other values of the right types, {'DATA.IMG_SIZE': 256}."""
     config = config.clone()
     config.defrost()
-    config.merge_from_list([item for pair in values.items() for item in pair])
+    for name, value in values.items():
+        _put(config, name, value)
     config.freeze()
     return config
 
@@ -178,9 +188,18 @@ def _card(setting: Setting, keys: Mapping[str, Key], task: str) -> Key:
         return keys[name]
     if any(other.startswith(f"{name}.") for other in keys):
         raise UserError(f"{origin}: {name} = {value!r}: is a group of keys and takes no value itself")
-    near = difflib.get_close_matches(name.upper(), keys, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"TASK {task!r} has no such key"
+    near = _nearest(name.upper(), keys)
+    hint = f"did you mean {near}?" if near else f"TASK {task!r} has no such key"
     raise UserError(f"{origin}: unknown key {name}; {hint}")
+
+
+def _nearest(name: str, keys: Mapping[str, Key]) -> str:
+    """The key that may be meant: one that ends like the name (TRAIN.LR: TRAIN.BASE_LR), else one that looks like it."""
+    name = name.replace("LEARNING_RATE", "LR")
+    group, _, last = name.rpartition(".")
+    ends_alike = [key for key in keys if re.search(rf"[._]{re.escape(last)}$", key)]
+    ends_alike.sort(key=lambda key: not key.startswith(f"{group}."))  # stable: of several the first card
+    return next(iter(ends_alike or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)), "")
 
 
 def _put(config: CfgNode, name: str, value: Any) -> None:
@@ -209,7 +228,7 @@ def _coerce(value: Any, key: Key) -> Any:
         value = _parse_literal(value)
     if value is None and key.kind.endswith("or None"):
         return None
-    if key.kind == "number or None":
+    if key.kind in ("number", "number or None"):
         return _number(value)
     if isinstance(default, bool):
         if not isinstance(value, bool):

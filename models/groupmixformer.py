@@ -17,6 +17,7 @@ convolutional position encodings of tokens and of attention.
 """
 
 import math
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -584,7 +585,8 @@ class GroupMixFormer(nn.Module):
 class StageMaps(FeatureGetterNet):
     """timm's wrapper for `features_only`, which detectors and segmentation networks take.
 
-    Beyond timm's, it loads state dicts of whole networks, as files hold them, and checkpoints gradients.
+    Beyond timm's, it loads state dicts of whole networks, as files hold them, checkpoints gradients, and orders its
+    parameters by depth.
     """
 
     def __init__(self, model: GroupMixFormer, *args: Any, **kwargs: Any) -> None:
@@ -592,8 +594,29 @@ class StageMaps(FeatureGetterNet):
         self.register_load_state_dict_pre_hook(_take_what_the_maps_need)
 
     @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return prefixed_matcher(self.model.group_matcher(coarse), "model.")
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model.set_grad_checkpointing(enable)
+
+
+def prefixed_matcher(matcher: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A `group_matcher` of a network for one that contains it: its patterns, with `prefix` before every name.
+
+    With it a detector or a segmentation network has timm's layer decay, which silently does nothing without one:
+    `return prefixed_matcher(self.backbone.group_matcher(coarse), "backbone.")`. What no pattern matches, such as its
+    heads, is the last layer, and learns at the full rate.
+    """
+
+    def prefixed(pattern: str) -> str:
+        return f"^{re.escape(prefix)}{pattern.removeprefix('^')}"
+
+    return {
+        name: prefixed(patterns) if isinstance(patterns, str) else [(prefixed(p), place) for p, place in patterns]
+        for name, patterns in matcher.items()
+    }
 
 
 def _take_what_the_maps_need(wrapper: StageMaps, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

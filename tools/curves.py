@@ -126,10 +126,12 @@ def _draw_run(panels: Sequence[Any], run: RunMetrics, number: int | None) -> Non
     epochs = np.array([epoch["epoch"] + 1 for epoch in run.epochs])  # 1 is the end of the first epoch
 
     def line(axis: Any, key: str, label: str, own: int, **style: Any) -> None:
-        values = run.values(key)
+        there = np.array([key in epoch for epoch in run.epochs])  # not in epochs that were not validated
+        values = run.values(key)[there]
         if np.isfinite(values).any():
             colour = COLOURS[(own if number is None else number) % len(COLOURS)]
-            axis.plot(epochs, values, color=colour, label=prefix + label, **{"linewidth": 1.6, **marker, **style})
+            style = {"linewidth": 1.6, **marker, **style}
+            axis.plot(epochs[there], values, color=colour, label=prefix + label, **style)
 
     line(loss, "train_loss", "training", 0, linewidth=0.8, alpha=0.6)
     for key, name, own in (("raw", "raw weights", 1), ("ema", "EMA weights", 2)):

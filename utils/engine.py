@@ -23,7 +23,7 @@ from .optimizer import scheduled_lr
 from .precision import Precision
 from .processes import unwrap
 from .run_log import ProgressLog, TensorBoard, peak_memory_mib
-from .schedule import global_batch_size
+from .schedule import RunLength, global_batch_size
 from .session import Session
 from .supervision import StepStatus
 from .task import Batch, Task
@@ -39,6 +39,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     precision: Precision
+    length: RunLength
     num_updates: int = 0  # updates since the start of the run, skipped ones included
 
     def __post_init__(self) -> None:
@@ -174,9 +175,9 @@ def train_one_epoch(
     Raises StopRequested, after the same update on all processes, once one of them was asked to stop, and
     FloatingPointError where more than TRAIN.MAX_NONFINITE_UPDATES in a row were skipped.
     """
-    config, epoch, updates_per_epoch = session.config, loop.next_epoch, task.data.updates_per_epoch
-    title, is_main = f"Train: [{epoch}/{config.TRAIN.EPOCHS}]", session.processes.is_main
-    console = ProgressLog(session.logger, title, updates_per_epoch, loop.next_update, config.PRINT_FREQ, is_main)
+    config, epoch, updates = session.config, loop.next_epoch, state.length.updates_of(loop.next_epoch)
+    title, is_main = f"Train: [{epoch}/{state.length.epochs}]", session.processes.is_main
+    console = ProgressLog(session.logger, title, updates, loop.next_update, config.PRINT_FREQ, is_main)
     snapshot = BufferSnapshot(state.network)
     batches = task.data.batches(epoch, loop.next_update)
     if state.num_updates == 0 and is_main and task.preview is not None:
@@ -185,7 +186,7 @@ def train_one_epoch(
         board.images("train/images", task.preview(first), 0)
         batches = itertools.chain([first], batches)
     state.model.train()
-    for update in range(loop.next_update, updates_per_epoch):
+    for update in range(loop.next_update, updates):
         status = train_step(session, state, task, batches, snapshot)
         loop.count(status)
         if not status.finite:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
@@ -9,18 +10,24 @@ from yacs.config import CfgNode
 
 from configs import UserError
 
+_NO_LAYERS = "this network's group_matcher tells no layers apart, so that nothing would decay; set it to 1"
+
 
 def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer:
     """AdamW or SGD with Nesterov momentum; one-dimensional parameters and biases carry no weight decay.
 
     Groups come in the released order (with decay, without), so that released optimizer states load. With
     TRAIN.LAYER_DECAY there are two groups a block, by the network's `group_matcher`, from the stem on; their `lr_scale`
-    is what timm's schedulers multiply the learning rate by.
+    is what timm's schedulers multiply the learning rate by. UserError where a network has nothing to be decayed by.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
     without_decay = getattr(network, "no_weight_decay", set)()  # timm's contract, which other networks need not know
     common: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, no_weight_decay_list=without_decay)
     if train.LAYER_DECAY < 1:
+        # Without a matcher, or with one for other names, timm puts all parameters into one layer, and nothing decays.
+        matcher = network.group_matcher(coarse=False) if hasattr(network, "group_matcher") else {}
+        if len(group_parameters(network, matcher)) < 2:
+            raise UserError(f"TRAIN.LAYER_DECAY = {train.LAYER_DECAY}: {_NO_LAYERS}")
         groups = param_groups_layer_decay(network, layer_decay=train.LAYER_DECAY, **common)
     else:
         groups = param_groups_weight_decay(network, **common)

@@ -1,5 +1,7 @@
 """The state of a whole run: into a checkpoint at any update, and back from it."""
 
+import dataclasses
+import math
 import socket
 import time
 from collections.abc import Collection, Iterator
@@ -12,7 +14,7 @@ import yaml
 from timm.utils import ModelEmaV3
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import UserError, with_values
 from configs.errors import StopRequested
 from configs.load import flatten, to_dict
 
@@ -59,13 +61,13 @@ class Saver:
             self._save_position()
 
     def after_epoch(self, epoch: int, is_best: bool) -> None:
-        """Save after an epoch's validation: every SAVE_FREQ epochs, at the end, and what is best so far.
+        """Save after an epoch, validated or not: every SAVE_FREQ epochs, at the end, and what is best so far.
 
         All processes call this and wait for the main one, as at `stop`.
         """
 
         def save() -> None:
-            if (epoch + 1) % self.config.SAVE_FREQ == 0 or epoch + 1 == self.config.TRAIN.EPOCHS:
+            if (epoch + 1) % self.config.SAVE_FREQ == 0 or self.state.length.is_last(epoch):
                 path = self._save(checkpoint_path(self.session.folder, epoch), is_best)
                 if is_best:
                     keep_as_best(path)
@@ -195,16 +197,38 @@ def _load_resume(session: Session) -> tuple[str, dict[str, Any] | None]:
     return "", None
 
 
-def quarantine_checkpoints(session: Session, resume_path: str) -> None:
+def keep_what_followed(session: Session, saved: dict[str, Any] | None) -> Session:
+    """A run that continues keeps what followed from its length when it began, such as its warm-up. Logs all of that."""
+    values, before = {}, _stored_config(saved or {})
+    for name, key in session.keys.items():
+        if key.follows and name in before:
+            values[name] = before[name]
+            session.logger.info(f"{name} = {before[name]}: of the run that continues")
+        elif key.follows:
+            session.logger.info(f"{name} = {dict(flatten(session.config))[name]}: {key.follows}")
+    return dataclasses.replace(session, config=with_values(session.config, values))
+
+
+def _stored_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint by full names: text in ours, a mapping in a released one; {} where none is."""
+    stored = saved.get("config")
+    content = yaml.safe_load(stored) if isinstance(stored, str) else stored
+    return dict(flatten(content)) if isinstance(content, dict) else {}
+
+
+def quarantine_checkpoints(session: Session, resume_path: str, loop: LoopState) -> None:
     """Rename the checkpoints of the run folder that are newer than the one being resumed, and those of an earlier run.
 
-    Auto resume and pruning go by name: they would take them for newer than what is saved from now on. For the main
+    Auto resume and pruning go by name: they would take them for newer than what is saved from now on. That goes for the
+    one being resumed, too, where the run continues within its epoch, which TRAIN.UPDATES had cut short. For the main
     process, once nothing can refuse the start any more.
     """
     own = checkpoints_of(session.folder)
     chosen = next((i for i, path in enumerate(own) if resume_path and path.samefile(resume_path)), None)
     if chosen is not None:
         rest = own[chosen + 1 :]
+        if loop.next_update and own[chosen] == checkpoint_path(session.folder, loop.next_epoch):
+            own[chosen].rename(checkpoint_path(session.folder, loop.next_epoch, loop.next_update))
     else:  # a new run: the best one is another's too
         best = session.folder / BEST_NAME
         rest = own + [best] * (best.exists() and not (resume_path and best.samefile(resume_path)))
@@ -217,7 +241,6 @@ def restore(
     path: str,
     saved: dict[str, Any],
     state: TrainState,
-    updates_per_epoch: int,
     identity: dict[str, Any],
 ) -> LoopState:
     """Put a loaded training checkpoint, ours or a released one, into `state`; returns where the run is.
@@ -262,9 +285,14 @@ def restore(
     progress = {**saved.get("progress", {"next_epoch": int(saved["epoch"]) + 1})}
     progress.pop("max_accuracy", None)
     loop = LoopState(**progress, best=float(saved.get("max_accuracy", 0.0)))
+    length, done = state.length, saved.get("num_updates", math.inf)
+    same_epochs = all(saved.get(key) == identity[key] for key in ("global_batch", "data_fingerprint"))
+    if same_epochs and done < min(length.updates, loop.next_epoch * length.updates_per_epoch):
+        # TRAIN.UPDATES had cut the last epoch short. A run that is longer now continues within it.
+        loop.next_epoch, loop.next_update = divmod(done, length.updates_per_epoch)
     samples_seen = loop.next_update * saved.get("global_batch", identity["global_batch"])
-    loop.next_update = min(samples_seen // identity["global_batch"], updates_per_epoch)
-    state.num_updates = loop.next_epoch * updates_per_epoch + loop.next_update
+    loop.next_update = min(samples_seen // identity["global_batch"], length.updates_of(loop.next_epoch))
+    state.num_updates = min(loop.next_epoch * length.updates_per_epoch + loop.next_update, length.updates)
     logger.info(f"resumed from {path}: epoch {loop.next_epoch}, update {loop.next_update}")
     return loop
 
@@ -287,9 +315,8 @@ def recipe_changes(
         for key, what in (("data_fingerprint", "training"), ("val_fingerprint", "validation"))
         if key in identity and saved.get(key, identity[key]) != identity[key]
     ]
-    stored = saved.get("config")
-    if isinstance(stored, str):  # released checkpoints hold a mapping of released keys; theirs is another program
-        before = dict(flatten(yaml.safe_load(stored)))
+    if isinstance(saved.get("config"), str):  # a released checkpoint's is a mapping; theirs is another program
+        before = _stored_config(saved)
         for key, now in flatten(config):
             now = list(now) if isinstance(now, tuple) else now
             if key in before and key in fixed_keys and before[key] != now:

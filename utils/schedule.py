@@ -1,13 +1,55 @@
-"""The learning rate of every update: how it scales with the global batch, and how it moves over a run."""
+"""How long a run is, and the learning rate of each of its updates."""
 
 from dataclasses import dataclass
 
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-REFERENCE_BATCH = 512  # images; the learning rates of the configuration are meant for this global batch
+from configs import UserError
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The updates of a run, and how they make epochs: all but the last one are whole."""
+
+    updates: int
+    warmup_updates: int  # of these, the first ones
+    updates_per_epoch: int  # of a whole epoch: one pass over the training data
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.updates // self.updates_per_epoch)
+
+    def updates_of(self, epoch: int) -> int:
+        """Updates of an epoch, counted from 0: fewer in the last one where TRAIN.UPDATES ends within it."""
+        return max(0, min(self.updates_per_epoch, self.updates - epoch * self.updates_per_epoch))
+
+    def is_last(self, epoch: int) -> bool:
+        return epoch + 1 >= self.epochs
+
+    def __str__(self) -> str:
+        whole, rest = divmod(self.updates, self.updates_per_epoch)
+        return f"{self.updates} updates" if rest else f"{whole} epochs"
+
+
+def run_length(config: CfgNode, updates_per_epoch: int) -> RunLength:
+    """The length that TRAIN.UPDATES or else TRAIN.EPOCHS says, and likewise of the warm-up.
+
+    Raises UserError where the run would be over before it begins, or before its warm-up ends.
+    """
+    train = config.TRAIN
+    updates = train.UPDATES or train.EPOCHS * updates_per_epoch
+    warmup = train.WARMUP_UPDATES or round(train.WARMUP_EPOCHS * updates_per_epoch)
+    length = RunLength(updates, warmup, updates_per_epoch)
+    of_an_epoch = f"an epoch of these images has {updates_per_epoch} updates"
+    if warmup >= updates:
+        key = "TRAIN.WARMUP_UPDATES" if train.WARMUP_UPDATES else "TRAIN.WARMUP_EPOCHS"
+        raise UserError(f"{key}: {warmup} updates of warm-up in a run of {updates}; lower it ({of_an_epoch})")
+    if length.epochs <= train.START_EPOCH:
+        raise UserError(f"TRAIN.START_EPOCH = {train.START_EPOCH}: the run has {length.epochs} epochs ({of_an_epoch})")
+    return length
 
 
 @dataclass(frozen=True)
@@ -25,34 +67,63 @@ def global_batch_size(config: CfgNode, world_size: int) -> int:
 
 
 def scaled_learning_rates(config: CfgNode, world_size: int) -> LearningRates:
-    """Base, warm-up and minimum learning rate, each x global batch / 512 (the released linear scaling)."""
-    scale = global_batch_size(config, world_size) / REFERENCE_BATCH
+    """Base, warm-up and minimum learning rate, each x global batch / TRAIN.REFERENCE_BATCH (linear scaling)."""
     train = config.TRAIN
+    scale = global_batch_size(config, world_size) / train.REFERENCE_BATCH
     return LearningRates(train.BASE_LR * scale, train.WARMUP_LR * scale, train.MIN_LR * scale)
 
 
-def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates, updates_per_epoch: int) -> Scheduler:
+def unusual_settings(config: CfgNode, world_size: int, length: RunLength) -> list[str]:
+    """Settings that are possible but seldom meant, a line each."""
+    train, ema, batch = config.TRAIN, config.EMA, global_batch_size(config, world_size)
+    lines = []
+    if train.RECIPE_BATCH not in (0, batch):
+        lines.append(
+            f"global batch {batch} instead of the recipe's {train.RECIPE_BATCH}: all learning rates are "
+            f"{batch / train.RECIPE_BATCH:g} times the recipe's; change --batch-size or --accumulation-steps, or say "
+            f"that it is meant with TRAIN.RECIPE_BATCH {batch}"
+        )
+    if ema.ENABLED and not ema.WARMUP and length.updates * (1 - ema.DECAY) < 1:
+        lines.append(
+            f"EMA.DECAY = {ema.DECAY} averages over {1 / (1 - ema.DECAY):.0f} updates, and the run has "
+            f"{length.updates}: the average stays near the first weights; set EMA.WARMUP True"
+        )
+    return lines
+
+
+def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates, length: RunLength) -> Scheduler:
     """timm's scheduler for the run: `step_update(t)` sets the learning rate that update t, counted from 0, uses.
 
-    With W updates of warm-up and T in all, lr(t) = warmup + t * (base - warmup) / W for t < W, and from then on
-    cosine: minimum + (base - minimum) * (1 + cos(pi * t / T)) / 2, counted from update 0;
-    linear: base - (base - minimum) * (t - W) / (T - W); step: base * DECAY_RATE ** (t // updates of DECAY_EPOCHS).
+    With W updates of warm-up and T in all, lr(t) = warmup + t * (base - warmup) / W for t < W. From then on:
+
+        cosine     minimum + (base - minimum) * (1 + cos(pi * t / T)) / 2
+        poly       minimum + (base - minimum) * (1 - t / T) ** POWER
+        linear     minimum + (base - minimum) * (1 - (t - W) / (T - W))
+        step       base * DECAY_RATE ** (t // updates of DECAY_EPOCHS)
+        multistep  base * DECAY_RATE ** (number of MILESTONES up to t)
+
+    Only 'linear' counts from the end of the warm-up; the others fall as if there had been none.
     """
-    schedule = config.TRAIN.LR_SCHEDULER
-    total_updates = config.TRAIN.EPOCHS * updates_per_epoch
-    warmup_updates = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
+    schedule, name = config.TRAIN.LR_SCHEDULER, config.TRAIN.LR_SCHEDULER.NAME
     common = dict(
-        warmup_t=warmup_updates,
+        warmup_t=length.warmup_updates,
         warmup_lr_init=rates.warmup,
-        warmup_prefix=schedule.NAME == "linear",  # whether t counts from the end of the warm-up; timm's defaults differ
+        warmup_prefix=name == "linear",  # whether t counts from the end of the warm-up; timm's defaults differ
         t_in_epochs=False,
     )
-    if schedule.NAME == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total_updates, lr_min=rates.minimum, **common)
-    if schedule.NAME == "linear":
-        decay_updates = total_updates - warmup_updates
-        return PolyLRScheduler(optimizer, t_initial=decay_updates, lr_min=rates.minimum, power=1.0, **common)
-    if schedule.NAME != "step":
-        raise ValueError(f"TRAIN.LR_SCHEDULER.NAME = {schedule.NAME!r}: has a name, but no schedule here")
-    decay_updates = schedule.DECAY_EPOCHS * updates_per_epoch
-    return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=schedule.DECAY_RATE, **common)
+    if name == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=length.updates, lr_min=rates.minimum, **common)
+    if name in ("linear", "poly"):
+        power, falls_for = schedule.POWER, length.updates
+        if name == "linear":
+            power, falls_for = 1.0, length.updates - length.warmup_updates
+        return PolyLRScheduler(optimizer, t_initial=falls_for, lr_min=rates.minimum, power=power, **common)
+    if name == "step":
+        decay_updates = schedule.DECAY_EPOCHS * length.updates_per_epoch
+        return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=schedule.DECAY_RATE, **common)
+    if name == "multistep":
+        unit = 1 if config.TRAIN.UPDATES else length.updates_per_epoch
+        # timm lets milestone m take effect at update m - 1; here, as in PyTorch, it is the first with the lower rate.
+        milestones = [round(milestone * unit) + 1 for milestone in schedule.MILESTONES]
+        return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=schedule.DECAY_RATE, **common)
+    raise ValueError(f"TRAIN.LR_SCHEDULER.NAME = {name!r}: has a name, but no schedule here")

@@ -32,6 +32,7 @@ class Task:
 
     config: CfgNode  # the session's, with what the data decides, such as the number of classes
     # Bare, on its device, with fresh weights. On GPUs batch norms are synchronised; other buffers are per process.
+    # TRAIN.LAYER_DECAY needs its `group_matcher(coarse)`, TRAIN.HEAD_LR_SCALE its `get_classifier()`, both as in timm.
     network: nn.Module
     data: TrainingData
     # (network in training mode, batch on the device) -> the batch's mean loss, and named parts of it for the log, with
@@ -47,6 +48,9 @@ class Task:
     identity: dict[str, Any]
     about: str  # the data in a few words, for the log
     higher_is_better: bool = True  # of the number that decides
+    by_chance: float | None = (
+        None  # what that number may be of a network that has learnt nothing; higher is better then
+    )
     # path -> what was loaded into the network, for the log; UserError where it does not fit
     load_pretrained: Callable[[str], str] = _no_pretrained
     compile: Callable[[Precision], None] = _nothing_to_compile  # the network in place, for COMPILE

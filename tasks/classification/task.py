@@ -1,6 +1,8 @@
 """Classification as a run sees it: images, network, loss, validation."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -82,12 +84,23 @@ def build(session: Session) -> Task:
             "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
             "classes": classes,  # names, for pictures that are labelled later
         },
+        by_chance=accuracy_by_chance([label for _, label in val_source.samples]),
         load_pretrained=start_from,
         about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
         f"{len(classes)} classes, {usable_workers(config)} loader workers per process",
         compile=lambda precision: compile_for_training(network, precision),
         preview=lambda batch: inputs_and_targets([value.clone() for value in batch])[0],
     )
+
+
+def accuracy_by_chance(labels: Sequence[int]) -> float | None:
+    """Acc@1 (percent) that guessing seldom exceeds: two standard errors above the share of the most common class.
+
+    None where so few images cannot tell.
+    """
+    share = max(Counter(labels).values()) / len(labels)
+    bound = 100 * (share + 2 * math.sqrt(share * (1 - share) / len(labels)))
+    return bound if bound < 100 else None
 
 
 def build_criterion(mixup: Mixup | None, label_smoothing: float) -> nn.Module:

@@ -203,7 +203,15 @@ def test_wrong_type_is_told_with_file_key_and_value(tmp_path, key, value):
 # -------------------------------------------------------------------------------------------------- unknown, impossible
 @pytest.mark.parametrize(
     ("key", "suggestion"),
-    [("DATA.BACH_SIZE", "DATA.BATCH_SIZE"), ("train.epochs", "TRAIN.EPOCHS"), ("SAVEFREQ", "SAVE_FREQ")],
+    [
+        ("DATA.BACH_SIZE", "DATA.BATCH_SIZE"),
+        ("train.epochs", "TRAIN.EPOCHS"),
+        ("SAVEFREQ", "SAVE_FREQ"),
+        ("TRAIN.LR", "TRAIN.BASE_LR"),
+        ("LEARNING_RATE", "TRAIN.BASE_LR"),
+        ("TRAIN.BATCH_SIZE", "DATA.BATCH_SIZE"),
+        ("MODEL.NUM_CLASSES", "MODEL.GMA.NUM_CLASSES"),
+    ],
 )
 def test_unknown_key_is_told_with_its_place_and_the_nearest_one(tmp_path, empty, key, suggestion):
     path = write_yaml(tmp_path, f"{key}: 3")
@@ -223,11 +231,17 @@ IMPOSSIBLE = [
     ("MODEL.GMA.SERIAL_DEPTHS", "[2, 4, 12, 4, 4]"),
     ("MODEL.GMA.GROUP_SIZES", "[3, 4]"),
     ("MODEL.GMA.GROUP_SIZES", "[1]"),
+    ("TRAIN.START_EPOCH", "300"),
     ("TRAIN.WARMUP_EPOCHS", "300"),
+    ("TRAIN.WARMUP_UPDATES", "-1"),
+    ("TRAIN.LR_SCHEDULER.NAME", "multistep"),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", "[8, 8]"),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", "[200, 300]"),
     ("TRAIN.LAYER_DECAY", "0.0"),
     ("TRAIN.LAYER_DECAY", "1.1"),
     ("TRAIN.BASE_LR", "0.0"),
     ("TRAIN.BASE_LR", "-0.0005"),
+    ("TRAIN.BASE_LR", "1e-07"),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9, 1.0)"),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9,)"),
     ("AUG.HFLIP", "1.5"),
@@ -254,6 +268,18 @@ def test_every_rule_has_a_case():
 def test_five_crops_need_cropping(empty):
     message = error_of("--cfg", empty, "--tta", "five-crop", "--opts", "TEST.CROP", "False")
     assert message.startswith("TEST.TTA = 'five-crop': needs TEST.CROP True")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "length"),
+    [("TRAIN.WARMUP_UPDATES", "50", "UPDATES = 50"), ("TRAIN.LR_SCHEDULER.MILESTONES", "[20, 50]", "UPDATES = 50")],
+)
+def test_a_length_in_updates_is_what_the_rest_must_fit(empty, make_config, key, value, length):
+    """TRAIN.EPOCHS decides nothing then, and neither does a warm-up in epochs beside one in updates."""
+    opts = ["TRAIN.EPOCHS", "10", "TRAIN.WARMUP_UPDATES", "5", "TRAIN.UPDATES"]
+    message = error_of("--cfg", empty, "--opts", *opts, "50", key, value)
+    assert message.startswith(f"{key} = {value}: must be less than ") and length in message
+    assert make_config("--cfg", empty, "--opts", *opts, "51", key, value).TRAIN.WARMUP_EPOCHS == 20
 
 
 def test_a_negative_number_is_no_flag(empty):

@@ -19,6 +19,7 @@ from utils.checkpoint import BEST_NAME, checkpoints_of, load_file
 from utils.processes import Processes
 from utils.resume import Saver, load_resume
 from utils.run_lock import lock_run_folder
+from utils.schedule import RunLength
 
 KILLED = -signal.SIGKILL
 
@@ -30,10 +31,10 @@ def state_of(number, is_best=False, size=1000, parts=20):
 
 
 def saver_of(folder, keep=2):
-    config = SimpleNamespace(SAVE_FREQ=1, SAVE_KEEP=keep, TRAIN=SimpleNamespace(EPOCHS=100))
+    config = SimpleNamespace(SAVE_FREQ=1, SAVE_KEEP=keep)
     session = SimpleNamespace(config=config, folder=folder, processes=Processes(0, 0, 1, torch.device("cpu")))
     loop = SimpleNamespace(next_epoch=0, next_update=0)
-    return Saver(session, SimpleNamespace(num_updates=0), loop, {})
+    return Saver(session, SimpleNamespace(num_updates=0, length=RunLength(100, 0, 1)), loop, {})
 
 
 def save_epoch(folder, number, is_best=True):

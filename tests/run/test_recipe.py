@@ -4,16 +4,18 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from configs import with_num_classes
+from configs import UserError, with_num_classes
+from models.groupmixformer import prefixed_matcher
 from tasks.classification.task import build_criterion
 from tasks.classification.transforms import build_mixup
 from tasks.networks import build_model
 from utils.optimizer import build_optimizer, scheduled_lr
-from utils.schedule import build_scheduler, global_batch_size, scaled_learning_rates
+from utils.schedule import build_scheduler, global_batch_size, run_length, scaled_learning_rates
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 IMAGENET_IMAGES = 1_281_167
@@ -35,7 +37,7 @@ def learning_rate(config, world_size: int, updates_per_epoch: int):
     """A function from the update, counted from 0, to the learning rate that it uses."""
     rates = scaled_learning_rates(config, world_size)
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=rates.base)
-    scheduler = build_scheduler(config, optimizer, rates, updates_per_epoch)
+    scheduler = build_scheduler(config, optimizer, rates, run_length(config, updates_per_epoch))
 
     def at(update: int) -> float:
         scheduler.step_update(update)
@@ -86,11 +88,12 @@ def test_cosine_of_the_released_recipe(recipe, accumulation):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "poly", "step", "multistep"])
 def test_every_update_by_closed_formula(recipe, name, accumulation):
     step = ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 4, "TRAIN.LR_SCHEDULER.DECAY_RATE", 0.2)
     length = ("TRAIN.EPOCHS", 12, "TRAIN.WARMUP_EPOCHS", 3, "TRAIN.ACCUMULATION_STEPS", accumulation)
-    config = recipe("TRAIN.LR_SCHEDULER.NAME", name, *step, *length)
+    others = ("TRAIN.LR_SCHEDULER.POWER", 0.9, "TRAIN.LR_SCHEDULER.MILESTONES", "[5, 11]")
+    config = recipe("TRAIN.LR_SCHEDULER.NAME", name, *step, *others, *length)
     updates_per_epoch = 7
     total, warmup = 12 * 7, 3 * 7
     scale = 128 * 2 * accumulation / 512
@@ -103,6 +106,10 @@ def test_every_update_by_closed_formula(recipe, name, accumulation):
             return minimum + (base - minimum) * (1 + math.cos(math.pi * t / total)) / 2
         if name == "linear":
             return base - (base - minimum) * (t - warmup) / (total - warmup)
+        if name == "poly":
+            return minimum + (base - minimum) * (1 - t / total) ** 0.9
+        if name == "multistep":
+            return base * 0.2 ** ((t >= 5 * 7) + (t >= 11 * 7))
         return base * 0.2 ** (t // (4 * 7))  # counted from update 0, as the cosine is
 
     lr = learning_rate(config, 2, updates_per_epoch)
@@ -111,7 +118,45 @@ def test_every_update_by_closed_formula(recipe, name, accumulation):
     assert lr(5) == pytest.approx(expected(5)), "and no memory of the update before"
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_a_detection_schedule_in_updates(recipe):
+    """Mask R-CNN 1x: 90,000 updates of 16 images, a tenth of the rate from the 60,001st and the 80,001st on."""
+    length = ("TRAIN.UPDATES", 90_000, "TRAIN.WARMUP_UPDATES", 1000, "TRAIN.REFERENCE_BATCH", 16)
+    rates = ("DATA.BATCH_SIZE", 2, "TRAIN.BASE_LR", 1e-4, "TRAIN.WARMUP_LR", 1e-7)
+    steps = ("TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MILESTONES", "[60000, 80000]")
+    config = recipe(*length, *rates, *steps)
+    lr = learning_rate(config, 8, updates_per_epoch=7330)
+    expected = {0: 1e-7, 500: 5.005e-5, 999: 9.99001e-5, 1000: 1e-4, 59_999: 1e-4, 60_000: 1e-5, 79_999: 1e-5}
+    expected |= {80_000: 1e-6, 89_999: 1e-6}
+    assert {t: lr(t) for t in expected} == pytest.approx(expected, rel=1e-9)
+    assert scaled_learning_rates(config, world_size=16).base == pytest.approx(2e-4)
+
+
+def test_the_length_of_a_run_in_updates(recipe):
+    length = run_length(recipe("TRAIN.UPDATES", 23, "TRAIN.WARMUP_UPDATES", 5), updates_per_epoch=10)
+    assert (length.updates, length.warmup_updates, length.epochs, str(length)) == (23, 5, 3, "23 updates")
+    assert [length.updates_of(epoch) for epoch in range(4)] == [10, 10, 3, 0]
+    assert [length.is_last(epoch) for epoch in range(3)] == [False, False, True]
+    length = run_length(recipe("TRAIN.UPDATES", 20, "TRAIN.WARMUP_EPOCHS", 0.25), updates_per_epoch=10)
+    assert (length.epochs, length.updates_of(1), length.warmup_updates, str(length)) == (2, 10, 2, "2 epochs")
+    length = run_length(recipe("TRAIN.EPOCHS", 3, "TRAIN.WARMUP_EPOCHS", 1), updates_per_epoch=10)
+    assert (length.updates, length.warmup_updates, length.epochs, str(length)) == (30, 10, 3, "3 epochs")
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("TRAIN.WARMUP_UPDATES", 30), "TRAIN.WARMUP_UPDATES: 30 updates of warm-up in a run of 30; lower it"),
+        (("TRAIN.UPDATES", 10, "TRAIN.WARMUP_EPOCHS", 1), "TRAIN.WARMUP_EPOCHS: 10 updates of warm-up in a run of 10"),
+        (("TRAIN.UPDATES", 10, "TRAIN.START_EPOCH", 1), "TRAIN.START_EPOCH = 1: the run has 1 epochs"),
+    ],
+)
+def test_what_only_the_data_can_tell_of_a_length(recipe, opts, message):
+    opts = ("TRAIN.EPOCHS", 3, "TRAIN.WARMUP_EPOCHS", 0, *opts)
+    with pytest.raises(UserError, match=message):
+        run_length(recipe(*opts), updates_per_epoch=10)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "poly", "step"])
 def test_no_warmup(recipe, name):
     config = recipe("TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS", 2)
     lr = learning_rate(config, 4, 5)
@@ -156,7 +201,7 @@ def test_layer_decay_falls_by_its_factor_from_block_to_block(recipe, decay):
     network = build_model(config)
     rates = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, network, rates.base)
-    scheduler = build_scheduler(config, optimizer, rates, updates_per_epoch=10)
+    scheduler = build_scheduler(config, optimizer, rates, run_length(config, 10))
     scheduler.step_update(50)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     lrs = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -186,6 +231,38 @@ def test_layer_decay_falls_by_its_factor_from_block_to_block(recipe, decay):
     assert all((decays[name] > 0) == (p.ndim > 1) for name, p in network.named_parameters() if "bias" not in name)
 
 
+class Wrapper(nn.Module):
+    """A network that contains the backbone, as detectors do."""
+
+    def __init__(self, names_layers: bool) -> None:
+        super().__init__()
+        self.backbone = timm.create_model("groupmixformer_miny", features_only=True)
+        self.neck = nn.Conv2d(160, 8, 1)
+        if names_layers:
+            self.group_matcher = lambda coarse: prefixed_matcher(self.backbone.group_matcher(coarse), "backbone.")
+
+
+def test_layer_decay_works_through_a_wrapper(recipe):
+    config = recipe("TRAIN.LAYER_DECAY", 0.9, cfg="groupmixformer_miny")
+
+    def scales(network: nn.Module) -> dict[str, float]:
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        groups = build_optimizer(config, network, 1e-3).param_groups
+        return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+    wrapped, bare = scales(Wrapper(names_layers=True)), scales(build_model(config))
+    assert wrapped.pop("neck.weight") == wrapped.pop("neck.bias") == bare["head.weight"] == 1
+    assert len(set(wrapped.values())) == 1 + 3 + 3 + 12 + 4, "the stem and every block"
+    for name, scale in wrapped.items():  # the whole network's layers, but for norm4
+        assert scale == pytest.approx(bare[name.removeprefix("backbone.model.")], rel=1e-12), name
+
+
+@pytest.mark.parametrize("network", [Wrapper(names_layers=False), nn.Linear(3, 3)])
+def test_layer_decay_that_would_do_nothing_is_refused(recipe, network):
+    with pytest.raises(UserError, match=r"TRAIN.LAYER_DECAY = 0.9: .* set it to 1"):
+        build_optimizer(recipe("TRAIN.LAYER_DECAY", 0.9), network, lr=1e-3)
+
+
 @pytest.mark.parametrize("layer_decay", [1.0, 0.8])
 def test_the_head_has_a_learning_rate_of_its_own(recipe, layer_decay):
     opts = ("TRAIN.HEAD_LR_SCALE", 10.0, "TRAIN.LAYER_DECAY", layer_decay)
@@ -193,7 +270,7 @@ def test_the_head_has_a_learning_rate_of_its_own(recipe, layer_decay):
     network = build_model(config)
     rates = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, network, rates.base)
-    build_scheduler(config, optimizer, rates, updates_per_epoch=10).step_update(50)
+    build_scheduler(config, optimizer, rates, run_length(config, 10)).step_update(50)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     lrs = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(lrs) == len(names)
