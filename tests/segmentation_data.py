@@ -15,18 +15,56 @@ IGNORED = 255
 SIZES = ((48, 64), (61, 47), (40, 40))  # height and width of the images, by turns
 ADE20K = {"train": ("images/training", "annotations/training"), "val": ("images/validation", "annotations/validation")}
 
+CARD = str(Path(__file__).resolve().parents[1] / "configs" / "segmentation" / "digits.yaml")
 SMALL = (
-    *("TASK", "segmentation", "MODEL.NAME", "tiny", "DATA.BATCH_SIZE", "2", "DATA.NUM_WORKERS", "0"),
-    *("DATA.IMG_SIZE", "0", "AUG.CROP", "[32, 64]", "TEST.WINDOW", "[32, 32]", "TEST.STRIDE", "[20, 20]"),
+    *("MODEL.NAME", "tiny", "DATA.BATCH_SIZE", "2", "DATA.NUM_WORKERS", "0"),
+    *(
+        "DATA.IMG_SIZE",
+        "0",
+        "AUG.CROP",
+        "[32, 64]",
+        "AUG.SCALE",
+        "[0.5, 2.0]",
+        "AUG.MAX_SHARE",
+        "0.75",
+        "AUG.HFLIP",
+        "0.5",
+        "TEST.WINDOW",
+        "[32, 32]",
+        "TEST.STRIDE",
+        "[20, 20]",
+    ),
     *("MODEL.GMA.EMBEDDING_DIMS", "[10, 10, 20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1, 1, 1]"),
-    *("MODEL.GMA.MLP_RATIOS", "[2, 2, 2, 2]", "MODEL.GMA.DROP_PATH_RATE", "0.2", "MODEL.HEAD_CHANNELS", "16"),
-    *("TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "TRAIN.BASE_LR", "0.05", "TRAIN.CLIP_GRAD", "5.0"),
+    *(
+        "MODEL.GMA.MLP_RATIOS",
+        "[2, 2, 2, 2]",
+        "MODEL.GMA.DROP_PATH_RATE",
+        "0.2",
+        "MODEL.HEAD",
+        "upernet",
+        "MODEL.HEAD_CHANNELS",
+        "16",
+        "MODEL.AUX_WEIGHT",
+        "0.4",
+    ),
+    *(
+        "TRAIN.EPOCHS",
+        "2",
+        "TRAIN.WARMUP_EPOCHS",
+        "1",
+        "TRAIN.BASE_LR",
+        "0.003",
+        "TRAIN.RECIPE_BATCH",
+        "0",
+        "TRAIN.VAL_FREQ",
+        "1",
+    ),
     *("TEST.MEASURE", "[64, 96]", "PRINT_FREQ", "1", "SAVE_KEEP", "0", "EMA.DECAY", "0.9"),
 )
 
 
 def small_config(*opts: str, flags: Sequence[str] = ()) -> CfgNode:
-    return read_config([*flags, "--opts", *SMALL, *opts], keys_of, notify=lambda line: None)
+    return read_config(["--cfg", CARD, *flags, "--opts", *SMALL, *opts], keys_of, notify=lambda line: None)
 
 
 def draw(number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -53,6 +53,10 @@ KEYS: dict[str, Key] = {
     "MODEL.HEAD_DROPOUT": recipe(0.1, "dropout of whole channels before a head's classifier", BELOW_ONE),
     "MODEL.AUX_WEIGHT": recipe(
         0.4, "weight in the loss of an auxiliary FCN head on stage 3; 0: no such head", at_least(0)),
+    # -------------------------------------------------------------------------------------------------------- training
+    "TRAIN.REFERENCE_BATCH": recipe(16, "images of an update that the learning rates are meant for", at_least(1)),
+    "TRAIN.RECIPE_BATCH": launch(
+        0, "images of an update in the recipe; a run with others gets a warning; 0: none", at_least(0)),
     # ---------------------------------------------------------------------------------------------------- augmentation
     "AUG.SCALE": recipe([0.5, 2.0], "range of the factor on the resized image", _SCALES, kind="numbers"),
     "AUG.CROP": recipe([512, 512], "height and width of training crops, pixels", _TWO_SIZES),

@@ -62,6 +62,7 @@ def build(session: Session) -> Task:
         loss=loss,
         validate=validate,
         decides="miou",
+        by_chance=100 / len(classes) if len(classes) > 1 else None,  # one class everywhere: at most its IoU of 100
         identity={
             "data_fingerprint": fingerprint(train_images),
             "val_fingerprint": fingerprint(val_images),
