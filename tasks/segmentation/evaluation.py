@@ -149,11 +149,11 @@ def _prepare(folder: Path, weights: str) -> None:
 def count_multiply_adds(network: torch.nn.Module, size: tuple[int, int]) -> dict[str, int]:
     """Multiply-adds of one image of this height and width, in evaluation mode: {'': in all, 'backbone': ..., ...}.
 
-    torch's counter, which counts a multiply-add twice, halved. Nothing is computed: shapes alone, on `meta`.
+    torch's counter, which counts a multiply-add twice, halved. On the device `meta` nothing is computed.
     """
-    network = network.to("meta").eval()
+    network.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, 3, *size, device="meta"))
+        network(torch.zeros(1, 3, *size, device=next(network.parameters()).device))
     counts = counter.get_flop_counts()
     root = type(network).__name__
     parts = {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name, _ in network.named_children()}
@@ -166,7 +166,7 @@ def report_flops(session: Session) -> None:
     height, width = config.TEST.MEASURE
     network = Segmenter(config, auxiliary=False)
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
-    counts = count_multiply_adds(network, (height, width))
+    counts = count_multiply_adds(network.to("meta"), (height, width))
     for name, count in counts.items():
         if name:
             session.logger.info(f"{name:9} {count / 1e9:8.1f} GFLOPs {parameters[name]:12,} parameters")

