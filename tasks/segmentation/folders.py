@@ -54,6 +54,7 @@ class MaskedImages:
     values: tuple[int, ...]
     ignored: tuple[int, ...]
     others_ignored: bool
+    mask_suffix: str  # of masks' names, before .png
     hint: str  # ends the message about a value that is none of these
 
     def __len__(self) -> int:
@@ -140,6 +141,7 @@ def open_masks(config: CfgNode, split: str) -> MaskedImages:
         values=values,
         ignored=ignored,
         others_ignored=suffixes[1] == CITYSCAPES_IDS and values != tuple(range(len(values))),
+        mask_suffix=suffixes[1],
         hint=f"the {len(classes)} classes have {values[0]} to {values[-1]}, {config.DATA.IGNORE_LABEL} is ignored"
         + ("" if config.DATA.REDUCE_ZERO_LABEL else "; where 0 is no class, set DATA.REDUCE_ZERO_LABEL True"),
     )
@@ -216,9 +218,11 @@ def _classes(config: CfgNode, root: Path, mask_suffix: str) -> tuple[list[str], 
 
 def _pairs(root: Path, images: Path, masks: Path, image_suffix: str, mask_suffix: str) -> list[tuple[str, str]]:
     """(image, mask) below `root`, by name: the mask has the image's name but for the suffixes."""
-    of_masks = {name.removesuffix(MASK_SUFFIX): name for name in _files(masks) if name.lower().endswith(MASK_SUFFIX)}
+    of_masks = {
+        name.removesuffix(MASK_SUFFIX): name for name in files_below(masks) if name.lower().endswith(MASK_SUFFIX)
+    }
     found: dict[str, str] = {}
-    for name in filter(is_image_name, _files(images)):
+    for name in filter(is_image_name, files_below(images)):
         stem = name.removesuffix(Path(name).suffix)
         if not stem.endswith(image_suffix):
             continue
@@ -228,16 +232,18 @@ def _pairs(root: Path, images: Path, masks: Path, image_suffix: str, mask_suffix
         found[key] = name
     if not found:
         raise UserError(f"{images}: holds no images")
-    pairs = []
-    for key, name in sorted(found.items()):
-        mask = of_masks.get(key + mask_suffix)
-        if mask is None:
-            raise UserError(f"{images / name}: has no mask {masks / (key + mask_suffix)}{MASK_SUFFIX}")
-        pairs.append((str((images / name).relative_to(root)), str((masks / mask).relative_to(root))))
-    return pairs
+    missing = sorted(key for key in found if key + mask_suffix not in of_masks)
+    if missing:
+        wanted = f"{masks / (missing[0] + mask_suffix)}{MASK_SUFFIX}"
+        others = f"; so have {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(f"{images / found[missing[0]]}: has no mask {wanted}{others}")
+    return [
+        (os.path.relpath(images / name, root), os.path.relpath(masks / of_masks[key + mask_suffix], root))
+        for key, name in sorted(found.items())
+    ]
 
 
-def _files(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
     """The files anywhere below a folder, relative to it; hidden ones are passed over. UserError where it is none."""
     found: list[str] = []
 

@@ -51,9 +51,7 @@ def test_zero_label_counts_nowhere_and_the_others_move_down(tmp_path):
 
 def test_ade20k_names_its_classes_in_a_table(folder):
     (folder / "classes.txt").unlink()
-    (folder / "objectInfo150.txt").write_text(
-        "Idx\tRatio\tName\n1\t.1\twall, side\n2\t.1\tsky\n"
-    )
+    (folder / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t.1\twall, side\n2\t.1\tsky\n")
     assert opened(folder).classes == ["wall, side", "sky"]
 
 
