@@ -80,6 +80,7 @@ def _check_split(
     loader: Any = DataLoader(
         _Inspections(images),
         batch_size=None,
+        collate_fn=lambda sample: sample,  # as it is, with its array
         num_workers=usable_workers(config),
         worker_init_fn=init_worker,
         multiprocessing_context="fork" if usable_workers(config) else None,
