@@ -19,6 +19,7 @@ CARD = str(Path(__file__).resolve().parents[1] / "configs" / "segmentation" / "d
 SMALL = (
     *("MODEL.NAME", "tiny", "DATA.BATCH_SIZE", "2", "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "0"),
     *("AUG.CROP", "[32, 64]", "AUG.SCALE", "[0.5, 2.0]", "AUG.MAX_SHARE", "0.75", "AUG.HFLIP", "0.5"),
+    *("AUG.PHOTOMETRIC", "True", "MODEL.HEAD_DROPOUT", "0.1"),
     *("TEST.WINDOW", "[32, 32]", "TEST.STRIDE", "[20, 20]", "TEST.MEASURE", "[64, 96]"),
     *("MODEL.HEAD", "upernet", "MODEL.HEAD_CHANNELS", "16", "MODEL.AUX_WEIGHT", "0.4"),
     *("MODEL.GMA.EMBEDDING_DIMS", "[10, 10, 20, 20]", "MODEL.GMA.SERIAL_DEPTHS", "[1, 1, 1, 1]"),
