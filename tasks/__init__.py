@@ -15,10 +15,11 @@ from configs.keys import Key
 from utils.session import Session
 from utils.task import Task
 
-TASKS = {
+TASKS = {  # value of the key TASK -> module
     "classification": "tasks.classification",
     "detection": "tasks.detection",
-}  # value of the key TASK -> module
+    "segmentation": "tasks.segmentation",
+}
 
 
 def keys_of(task: str) -> Mapping[str, Key]:

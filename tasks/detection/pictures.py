@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from configs import UserError
+from configs.text import printable
 from data import ImageDataset
 from data.sources import PictureSource
 from tasks.pictures import DETECTIONS, beside, find_pictures
 from utils.checkpoint import find_weights
 from utils.files import write_json
 from utils.precision import build_precision
-from utils.run_log import printable
 from utils.session import Session
 
 from .images import eval_view
