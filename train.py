@@ -11,11 +11,11 @@ from timm.utils import ModelEmaV3
 import tasks
 from configs.errors import StopRequested
 from tools.curves import RunCurves
-from utils.engine import LoopState, TrainState, train_one_epoch, validate
+from utils.engine import LoopState, TrainState, train_one_epoch, validate_all, warn_of_chance
 from utils.failures import exit_stopped
 from utils.optimizer import build_optimizer
 from utils.precision import build_precision, build_scaler
-from utils.processes import broadcast_batchnorm_stats, wrap_distributed
+from utils.processes import wrap_distributed
 from utils.resume import (
     Saver,
     check_same_everywhere,
@@ -26,7 +26,7 @@ from utils.resume import (
     restore,
 )
 from utils.run_log import EpochLog, TensorBoard
-from utils.schedule import build_scheduler, global_batch_size, run_length, scaled_learning_rates, unusual_settings
+from utils.schedule import build_scheduler, report_recipe, run_length, scaled_learning_rates
 from utils.session import RunFolder, describe_run, run_script, start_session
 
 
@@ -53,11 +53,10 @@ def main(run_folder: RunFolder | None = None) -> None:
     # ------------------------------------------------------------------------------ optimizer, schedule, precision, EMA
     network, length = task.network, run_length(config, task.data.updates_per_epoch)
     rates = scaled_learning_rates(config, processes.world_size)
-    model = wrap_distributed(network, processes)
     optimizer = build_optimizer(config, network, rates.base)
     precision = build_precision(config, processes.device)
     state = TrainState(
-        model=model,
+        model=wrap_distributed(network, processes),
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, rates, length),
         scaler=build_scaler(precision),
@@ -81,15 +80,7 @@ def main(run_folder: RunFolder | None = None) -> None:
     board = TensorBoard(folder, processes.is_main, state.num_updates)
     epochs = EpochLog(folder, processes.is_main, loop.next_epoch if resume_path else 0)
     curves = RunCurves(folder, processes.is_main, logger)
-    logger.info(
-        f"{config.MODEL.NAME}: {sum(p.numel() for p in network.parameters()):,} parameters, {precision}; learning rate "
-        f"{rates.base:g} (warm-up from {rates.warmup:g}, minimum {rates.minimum:g}) for global batch "
-        f"{global_batch_size(config, processes.world_size)}: {config.DATA.BATCH_SIZE} images x {processes.world_size} "
-        f"processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {length.updates_per_epoch} updates per epoch, "
-        f"{length.updates} in all, {length.warmup_updates} of warm-up"
-    )
-    for line in unusual_settings(config, processes.world_size, length):
-        logger.warning(line)
+    report_recipe(session, f"{sum(p.numel() for p in network.parameters()):,} parameters, {precision}", rates, length)
 
     # ------------------------------------------------------------------------------------------------------------- loop
     networks = {"raw": network} | ({"ema": state.ema.module} if state.ema is not None else {})
@@ -99,15 +90,9 @@ def main(run_folder: RunFolder | None = None) -> None:
                 raise StopRequested
             for epoch in range(loop.next_epoch, length.epochs):
                 numbers = train_one_epoch(session, state, loop, task, board, saver.after_update)
-                results = {}
                 validates = (epoch + 1) % config.TRAIN.VAL_FREQ == 0 or length.is_last(epoch)
                 with saver.save_epoch_on_error():
-                    for weights, candidate in networks.items() if validates else ():
-                        logger.info(f"validating the {weights} weights")
-                        broadcast_batchnorm_stats(candidate, processes)
-                        results[weights] = validate(task, candidate)
-                        numbers_of_weights = ", ".join(f"{n} {value:.4g}" for n, value in results[weights].items())
-                        logger.info(f"{weights} weights: {numbers_of_weights}")
+                    results = validate_all(session, task, networks) if validates else {}
                 is_best = loop.record({w: r[task.decides] for w, r in results.items()}, task.higher_is_better)
                 if validates:
                     logger.info(f"Best {task.decides}: {loop.best_so_far}")
@@ -128,11 +113,7 @@ def main(run_folder: RunFolder | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ close
     logger.info(f"{length} done: best {task.decides} {loop.best_so_far}, run folder {folder}")
-    if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
-        logger.warning(
-            f"best {task.decides} {loop.best:.3f}: guessing reaches {task.by_chance:.3f}, so the network has learnt "
-            "nothing; look at the learning rate and its warm-up, and check the data with python -m tools.check"
-        )
+    warn_of_chance(session, task, loop)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from data import TRAINING_STEP, seed_everything
 
 from .optimizer import scheduled_lr
 from .precision import Precision
-from .processes import unwrap
+from .processes import broadcast_batchnorm_stats, unwrap
 from .run_log import ProgressLog, TensorBoard, peak_memory_mib
 from .schedule import RunLength, global_batch_size
 from .session import Session
@@ -227,6 +227,27 @@ def validate(task: Task, network: nn.Module) -> dict[str, float]:
     if task.decides not in numbers:
         raise UserError(f"Task.decides = {task.decides!r}: validate gives {', '.join(numbers)}; name one of these")
     return numbers
+
+
+def validate_all(session: Session, task: Task, networks: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
+    """`validate` for each network, by the name of its weights ('raw', 'ema'); running statistics are process 0's."""
+    results = {}
+    for weights, network in networks.items():
+        session.logger.info(f"validating the {weights} weights")
+        broadcast_batchnorm_stats(network, session.processes)
+        results[weights] = validate(task, network)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in results[weights].items())
+        session.logger.info(f"{weights} weights: {numbers}")
+    return results
+
+
+def warn_of_chance(session: Session, task: Task, loop: LoopState) -> None:
+    """Log one line where the best number of a run is what guessing reaches."""
+    if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
+        session.logger.warning(
+            f"best {task.decides} {loop.best:.3f}: guessing reaches {task.by_chance:.3f}, so the network has learnt "
+            "nothing; look at the learning rate and its warm-up, and check the data with python -m tools.check"
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

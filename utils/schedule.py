@@ -9,6 +9,8 @@ from yacs.config import CfgNode
 
 from configs import UserError
 
+from .session import Session
+
 
 @dataclass(frozen=True)
 class RunLength:
@@ -127,3 +129,16 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, rates: LearningRates,
         milestones = [round(milestone * unit) + 1 for milestone in schedule.MILESTONES]
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=schedule.DECAY_RATE, **common)
     raise ValueError(f"TRAIN.LR_SCHEDULER.NAME = {name!r}: has a name, but no schedule here")
+
+
+def report_recipe(session: Session, network: str, rates: LearningRates, length: RunLength) -> None:
+    """Log what a run computes with: `network` in a few words, learning rates, global batch, length; then warnings."""
+    config, world_size = session.config, session.processes.world_size
+    session.logger.info(
+        f"{config.MODEL.NAME}: {network}; learning rate {rates.base:g} (warm-up from {rates.warmup:g}, minimum "
+        f"{rates.minimum:g}) for global batch {global_batch_size(config, world_size)}: {config.DATA.BATCH_SIZE} images x "
+        f"{world_size} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {length.updates_per_epoch} updates per "
+        f"epoch, {length.updates} in all, {length.warmup_updates} of warm-up"
+    )
+    for line in unusual_settings(config, world_size, length):
+        session.logger.warning(line)

@@ -12,8 +12,9 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from configs.errors import one_line
-from data.datasets import decode_image
-from data.sources import is_folder, is_image_name
+from data import files
+from data.decoding import decode_image
+from data.files import is_image_name
 
 IGNORED = -1  # in class maps: a pixel that counts nowhere
 MASK_SUFFIX = ".png"
@@ -244,22 +245,5 @@ def _pairs(root: Path, images: Path, masks: Path, image_suffix: str, mask_suffix
 
 
 def files_below(folder: Path) -> list[str]:
-    """The files anywhere below a folder, relative to it; hidden ones are passed over. UserError where it is none."""
-    found: list[str] = []
-
-    def walk(path: Path, prefix: str) -> None:
-        try:
-            with os.scandir(path) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        for entry in listed:
-            if entry.name.startswith("."):
-                continue
-            if is_folder(entry):
-                walk(path / entry.name, f"{prefix}{entry.name}/")
-            else:
-                found.append(prefix + entry.name)
-
-    walk(folder, "")
-    return found
+    """The files anywhere below a folder, relative to it, without companions. UserError where it is none."""
+    return [os.path.relpath(path, folder) for path in files.files_below(folder)]

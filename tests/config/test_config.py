@@ -267,8 +267,13 @@ def test_every_rule_has_a_case():
     """A rule that nobody tries may refuse everything, or nothing."""
     tried = {id(rule) for key, _ in IMPOSSIBLE for rule in CARDS[key].rules}
     untried = {rule.demand for key in CARDS.values() for rule in key.rules if id(rule) not in tried}
-    generic = r"must (be (at least \d+|one of )|lie between \d)|needs TEST.CROP True"
+    generic = r"must (be (at least \d+|one of )|lie between \d)|needs TEST.CROP True|the compiler chooses"
     assert all(re.match(generic, demand) for demand in untried)
+
+
+def test_the_compiler_has_no_selective_checkpoints(empty):
+    message = error_of("--cfg", empty, "--compile", "--use-checkpoint", "selective")
+    assert message.startswith("TRAIN.USE_CHECKPOINT = 'selective': ") and message.endswith("set COMPILE_MEMORY instead")
 
 
 def test_five_crops_need_cropping(empty):

@@ -21,7 +21,7 @@ SMALL = ("MODEL.GMA.EMBEDDING_DIMS", "[10, 10, 10, 10]", "MODEL.GMA.SERIAL_DEPTH
 
 
 def extremes(key: Key) -> list[str]:
-    names = [name for rule in key.rules for name in rule.choices]
+    names = [str(name) for rule in key.rules for name in rule.choices]
     if names or isinstance(key.default, bool):
         return [*names, "True", "False", "1", "nonsense"]
     if isinstance(key.default, str):

@@ -14,6 +14,9 @@ import runs
 import torch
 from ranks import FAULT_TRAIN, Launched, Ranks, all_end, pid_of, report_in, run_ranks
 
+import tasks
+from configs import read_config
+from tasks.networks import build_model
 from utils import checkpoint, supervision
 from utils import processes as distributed
 from utils.checkpoint import load_file
@@ -112,8 +115,9 @@ def test_a_process_that_evaluates_other_images_is_named(data, tmp_path):
     image = other / "val" / "ant" / "0.png"
     image.rename(other / "val" / "bee" / "9.png")
     weights = tmp_path / "weights.pth"
-    torch.save({"model": {}}, weights)  # they end before they read it
     args = runs.arguments(data, tmp_path / "out", flags=["--eval", "--pretrained", str(weights)])
+    weights.touch()  # a file that is named must be there
+    torch.save(build_model(read_config(args, tasks.keys_of)).state_dict(), weights)
     result = run_ranks(FAULT_TRAIN, args, processes=2, env={"FAULT": f"differ:1:{data}:{other}"})
     assert result.returncode != 0 and " * Acc@1" not in result.stdout
     host = socket.gethostname()

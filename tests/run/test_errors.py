@@ -4,7 +4,6 @@ Most cases call the scripts' `main` in this process; what only a process can sho
 """
 
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -153,11 +152,11 @@ def test_missing_data(run, make_config, tmp_path, script):
 
 
 def test_classes_of_train_and_val_differ(run, make_config, image_folder, tmp_path):
-    shutil.rmtree(image_folder / "val" / "bee")
+    (image_folder / "val" / "bee").rename(image_folder / "val" / "wasp")
     weights = save_weights(make_config, tmp_path / "w.pth")
     for script, words in (("train", []), ("test", ["--pretrained", weights])):
         line = error_line(run(script, "--data-path", image_folder, *words), script)
-        assert "only in train: bee" in line and str(image_folder) in line
+        assert "wasp" in line and str(image_folder) in line
 
 
 def test_training_set_smaller_than_a_batch(run, image_folder):

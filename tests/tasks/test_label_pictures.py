@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from configs import UserError, read_config, with_num_classes
-from data.sources import open_source
+from data.splits import open_source
 from tasks import keys_of, networks
 from tasks.classification import evaluation as run
 from tasks.classification.class_names import class_names, in_words
