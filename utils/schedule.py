@@ -136,9 +136,9 @@ def report_recipe(session: Session, network: str, rates: LearningRates, length: 
     config, world_size = session.config, session.processes.world_size
     session.logger.info(
         f"{config.MODEL.NAME}: {network}; learning rate {rates.base:g} (warm-up from {rates.warmup:g}, minimum "
-        f"{rates.minimum:g}) for global batch {global_batch_size(config, world_size)}: {config.DATA.BATCH_SIZE} images x "
-        f"{world_size} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {length.updates_per_epoch} updates per "
-        f"epoch, {length.updates} in all, {length.warmup_updates} of warm-up"
+        f"{rates.minimum:g}) for global batch {global_batch_size(config, world_size)}: {config.DATA.BATCH_SIZE} images "
+        f"x {world_size} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated; {length.updates_per_epoch} updates "
+        f"per epoch, {length.updates} in all, {length.warmup_updates} of warm-up"
     )
     for line in unusual_settings(config, world_size, length):
         session.logger.warning(line)
