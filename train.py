@@ -130,8 +130,9 @@ def main(run_folder: RunFolder | None = None) -> None:
     logger.info(f"{length} done: best {task.decides} {loop.best_so_far}, run folder {folder}")
     if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
         logger.warning(
-            f"best {task.decides} {loop.best:.3f}: guessing reaches {task.by_chance:.3f}, so the network has learnt "
-            "nothing; look at the learning rate and its warm-up, and check the data with python -m tools.check"
+            f"best {task.decides} {loop.best:.3f}: guessing may reach {task.by_chance:.3f} on so many images, so "
+            "nothing shows that the network has learnt; look at the learning rate and its warm-up, and check the data "
+            "with python -m tools.check"
         )
 
 
