@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from configs import UserError
 from configs.errors import Fault
-from data.workers import init_worker, worker_error
+from data.workers import end_loader_workers, init_worker, worker_error
 from tools import check, pack
 from utils.failures import cause_of, is_communication_failure
 from utils.processes import Processes
@@ -65,6 +65,11 @@ def error_of(fault: str) -> Exception:
     """What the loader raises where its worker meets the fault."""
     with pytest.raises(Exception) as caught:
         list(DataLoader(Faulty(fault), num_workers=1, worker_init_fn=init_worker, collate_fn=lambda batch: batch[0]))
+    workers, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    end_loader_workers()  # as scripts do: the tests' process would wait without end for one that cannot open files
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
     return caught.value
 
 
