@@ -201,7 +201,7 @@ def test_names_can_not_fake_lines(root, capsys):
     name = "x\n    train: fine\x1b[2J\\\udcff.JPEG"
     (root / "train" / "cat" / name).write_bytes(b"")
     result = Result(root, capsys)
-    assert "    train/cat/x\\n    train: fine\\x1b[2J\\\\\\udcff.JPEG: 0 bytes\n" in result.console
+    assert "    train/cat/x\\n    train: fine\\x1b[2J\\\\udcff.JPEG: 0 bytes\n" in result.console
     assert ("empty", f"train/cat/{name}") in result.problems, "JSON holds the name as it is"
 
 
