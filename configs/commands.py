@@ -2,13 +2,14 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .arguments import OneLineParser
 from .errors import UserError
-from .text import escape_output
+from .text import escape_output, printable
 
 OUTPUT_FLAGS = ("--out", "--output", "--json")
 Main = Callable[[Sequence[str] | None], int | None]
@@ -40,7 +41,8 @@ class CommandParser(OneLineParser):
 
 
 def command(name: str) -> Callable[[Main], Callable[..., int]]:
-    """Decorate a command's `main(argv)`: UserError becomes one line on standard error and exit status 2.
+    """Decorate a command's `main(argv)`: UserError, or a file that the system refuses, becomes one line on standard
+    error and exit status 2.
 
     What it prints is escaped where the terminal lacks a character.
 
@@ -56,6 +58,11 @@ def command(name: str) -> Callable[[Main], Callable[..., int]]:
                 return main(argv) or 0
             except UserError as error:
                 print(f"{name}: error: {error.one_line()}", file=sys.stderr)
+                return 2
+            except OSError as error:
+                if not error.filename or not error.strerror:
+                    raise
+                print(f"{name}: error: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
                 return 2
 
         return run

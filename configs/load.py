@@ -224,14 +224,16 @@ def _card(setting: Setting, keys: Mapping[str, Key], task: str) -> Key:
 
 
 def _nearest(name: str, keys: Mapping[str, Key]) -> str:
-    """The key that may be meant: one that ends like the name (TRAIN.LR: TRAIN.BASE_LR), else one that looks like it."""
+    """The key that may be meant: one that ends like the name (TRAIN.LR: TRAIN.BASE_LR) or begins like it, else one that
+    looks like it.
+    """
     name = name.replace("LEARNING_RATE", "LR")
     if misspelt := difflib.get_close_matches(name, keys, n=1, cutoff=0.9):
         return misspelt[0]
     group, _, last = name.rpartition(".")
-    ends_alike = [key for key in keys if re.search(rf"[._]{re.escape(last)}$", key)]
-    ends_alike.sort(key=lambda key: not key.startswith(f"{group}."))  # stable: of several the first card
-    return next(iter(ends_alike or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)), "")
+    alike = [key for key in keys if re.search(rf"[._]{re.escape(last)}$", key) or key.startswith(f"{name}_")]
+    alike.sort(key=lambda key: not key.startswith(f"{group}."))  # stable: of several the first card
+    return next(iter(alike or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)), "")
 
 
 def _put(config: CfgNode, name: str, value: Any) -> None:

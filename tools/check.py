@@ -36,6 +36,7 @@ from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, coun
 from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
 from tasks import TASKS, keys_of
+from utils.shortages import named_shortages
 
 ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
@@ -248,8 +249,9 @@ def inspect_all(source: Source, workers: int) -> Iterator[Inspection]:
         timeout=SECONDS_PER_TASK,
         multiprocessing_context="fork",  # shares the source, which may be gigabytes, instead of copying it
     )
-    for found in loader:
-        yield from found
+    with named_shortages("lower --workers"):
+        for found in loader:
+            yield from found
 
 
 def _start_worker(worker_id: int) -> None:

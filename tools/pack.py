@@ -25,6 +25,7 @@ from data.datasets import ImageDataset, decode_image
 from data.sources import FolderSource
 from data.splits import open_source, with_classes, without_images
 from data.workers import available_cores
+from utils.shortages import named_shortages
 
 
 def shrink(encoded: bytes, short_side: int | None, quality: int) -> bytes:
@@ -64,7 +65,11 @@ def pack_split(
     unfinished = [path.with_name(f".{path.name}.partial") for path in (archive_path, map_path)]
     before = after = 0
     try:
-        with ZipFile(unfinished[0], "w", ZIP_STORED) as archive, open(unfinished[1], "w", encoding="utf-8") as lines:
+        with (
+            ZipFile(unfinished[0], "w", ZIP_STORED) as archive,
+            open(unfinished[1], "w", encoding="utf-8") as lines,
+            named_shortages("lower --workers"),
+        ):
             bar = tqdm(loader, desc=name, unit="image", disable=not sys.stderr.isatty())
             for (path, _), (content, label) in zip(source.samples, bar):
                 member = Path(path).relative_to(source.root).as_posix()

@@ -246,6 +246,8 @@ def _what_it_is(path: Path) -> str:
             members = zipfile.ZipFile(file).namelist()
     if not head:
         return "it is empty; copy or download it again"
+    if not any(head):
+        return "it begins with zeros, as a copy that was cut off does; copy or download it again"
     if any(name.endswith("constants.pkl") for name in members):
         return "a TorchScript program; save the state_dict() of its network"
     if members and not any(name.endswith("data.pkl") for name in members):

@@ -242,11 +242,12 @@ def validate_all(session: Session, task: Task, networks: dict[str, nn.Module]) -
 
 
 def warn_of_chance(session: Session, task: Task, loop: LoopState) -> None:
-    """Log one line where the best number of a run is what guessing reaches."""
+    """Log one line where the best number of a run is no better than guessing may be."""
     if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
         session.logger.warning(
-            f"best {task.decides} {loop.best:.3f}: guessing reaches {task.by_chance:.3f}, so the network has learnt "
-            "nothing; look at the learning rate and its warm-up, and check the data with python -m tools.check"
+            f"best {task.decides} {loop.best:.3f}: guessing may reach {task.by_chance:.3f} on so many images, so "
+            "nothing shows that the network has learnt; look at the learning rate and its warm-up, and check the data "
+            "with python -m tools.check"
         )
 
 

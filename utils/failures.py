@@ -27,9 +27,10 @@ from .shortages import shortage, space, space_everywhere
 
 STORE_SECONDS = 5  # how long the launcher's store may take to answer
 STORE_POLL_SECONDS = 0.1
-# What disks do to a program that is correct.
+# What disks, and names that are no files' names, do to a program that is correct.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 DISK_FAULTS = FULL_DISK | {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES}
+DISK_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def end_after(error: Exception, folder: Path, clean_up: Callable[[], None]) -> NoReturn:

@@ -1,11 +1,13 @@
 """What a machine, a container or a shell gives a run too little of: named in one line, with its size and what to do."""
 
+import contextlib
 import os
 import re
 import resource
 import shutil
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +20,20 @@ SHARED_MEMORY = Path("/dev/shm")
 FEWER = "lower DATA.NUM_WORKERS or --batch-size"
 
 
-def shortage(error: BaseException) -> str:
+@contextlib.contextmanager
+def named_shortages(fewer: str) -> Iterator[None]:
+    """Raise UserError, one line, for what is short; `fewer` says what to lower. Around a command's loader."""
+    try:
+        yield
+    except Exception as error:
+        if not (line := shortage(error, fewer)):
+            raise
+        with contextlib.redirect_stderr(None):  # torch's half-made iterator reports its own end
+            traceback.clear_frames(error.__traceback__)
+        raise UserError(line) from None
+
+
+def shortage(error: BaseException, fewer: str = FEWER) -> str:
     """The line for an error that says what is short, whoever raised it; '' for any other error.
 
     The same command meets such a limit again, as long as nothing else took what there is.
@@ -33,19 +48,19 @@ def shortage(error: BaseException) -> str:
         return f"{first_line(error)}: {advice}"
     if re.search(r"Too many open files|received \d+ items of ancdata", said):
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return f"too many open files for the limit of {limit}: raise it (ulimit -n {most}), or {FEWER}; {what}"
+        return f"too many open files for the limit of {limit}: raise it (ulimit -n {most}), or {fewer}; {what}"
     if re.search(r"\(shm\)|</torch_\d|shared memory segment|signal: Bus error", said) or _makes_semaphore(error):
         return (
             f"{SHARED_MEMORY}, by which loader workers and processes hand over data, is full or cannot be used, "
             f"{space(SHARED_MEMORY, sized=True)}: enlarge it (docker run --shm-size=16g, or --ipc=host), "
-            f"or {FEWER}; {what}"
+            f"or {fewer}; {what}"
         )
     if re.search(r"^MemoryError\b|[Cc]an(no|')t allocate memory", said):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        return f"out of memory, on a machine of {total:.1f} GiB (a container may allow less): {FEWER}; {what}"
+        return f"out of memory, on a machine of {total:.1f} GiB (a container may allow less): {fewer}; {what}"
     if re.search(r"can't start new thread|^BlockingIOError: (\[Errno 11\] )?Resource temporarily unavailable$", said):
         limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-        return f"no more processes or threads: raise the limit (ulimit -u is {limit}), or {FEWER}; {what}"
+        return f"no more processes or threads: raise the limit (ulimit -u is {limit}), or {fewer}; {what}"
     if "No usable temporary directory" in said:
         return f"{what}; set TMPDIR to a folder that can be written to"
     return ""

@@ -211,6 +211,7 @@ def test_wrong_type_is_told_with_file_key_and_value(tmp_path, key, value):
         ("SAVEFREQ", "SAVE_FREQ"),
         ("TRAIN.LR", "TRAIN.BASE_LR"),
         ("LEARNING_RATE", "TRAIN.BASE_LR"),
+        ("TRAIN.WARMUP", "TRAIN.WARMUP_EPOCHS"),
         ("TRAIN.BATCH_SIZE", "DATA.BATCH_SIZE"),
         ("MODEL.NUM_CLASSES", "MODEL.GMA.NUM_CLASSES"),
     ],

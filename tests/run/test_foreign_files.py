@@ -50,6 +50,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
     [
         (POINTER, r"begins with 'version https://git-lfs\.github\.com/spec/.*': a pointer .*; run git lfs pull"),
         (b"", "it is empty; copy or download it again"),
+        (bytes(5000), "it begins with zeros"),
         (b"<!DOCTYPE html>\n<html>", "begins with '<!DOCTYPE html>': a web page or a server's message; download"),
         (b'\n<?xml version="1.0"?><Error>', "a web page or a server's message"),
         (b"404: Not Found", "begins with '404: Not Found': text"),

@@ -145,4 +145,4 @@ def test_a_run_that_ends_at_chance_says_so(data, tmp_path, monkeypatch):
         args = runs.arguments(data, tmp_path / str(best), "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
         assert runs.train_here(monkeypatch, args) == 0
         log = (runs.run_folder(tmp_path / str(best)) / "log_rank0.txt").read_text()
-        assert ("best acc1 49.900: guessing reaches 51.000, so the network has learnt nothing" in log) == told
+        assert ("best acc1 49.900: guessing may reach 51.000 on so many images, so nothing shows" in log) == told

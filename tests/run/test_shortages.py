@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import multiprocessing.synchronize
 import os
 import resource
 import signal
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from image_data import png
 from ranks import in_fork, report_in, script
 from torch.utils.data import DataLoader
 
 from configs import UserError
 from configs.errors import Fault
-from data.workers import init_worker, worker_error
+from data.workers import end_loader_workers, init_worker, worker_error
+from tools import check, pack
 from utils.failures import cause_of, is_communication_failure
 from utils.processes import Processes
 from utils.shortages import shortage
@@ -62,6 +65,11 @@ def error_of(fault: str) -> Exception:
     """What the loader raises where its worker meets the fault."""
     with pytest.raises(Exception) as caught:
         list(DataLoader(Faulty(fault), num_workers=1, worker_init_fn=init_worker, collate_fn=lambda batch: batch[0]))
+    workers, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    end_loader_workers()  # as scripts do: the tests' process would wait without end for one that cannot open files
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
     return caught.value
 
 
@@ -86,6 +94,26 @@ def test_an_error_of_a_loader_worker_keeps_its_cause(tmp_path):
     assert worker_error(error) == "ConnectionResetError: a server of images"
     assert cause_of(error, tmp_path) == "", "no worker was lost"
     assert not is_communication_failure(RuntimeError(*error.args)), "its traceback names files of all kinds"
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP])
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path, number):
+    assert cause_of(OSError(number, os.strerror(number), "w.pth"), tmp_path) == f"w.pth: {os.strerror(number)}"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's half-made iterator
+@pytest.mark.parametrize("run", [check.main, pack.main])
+def test_a_command_names_what_is_short_for_its_loader(tmp_path, monkeypatch, capsys, run):
+    for number, name in enumerate(("train/a/x.png", "train/b/x.png", "val/a/x.png", "val/b/x.png")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(png(number))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", lambda *args: raise_error(full))
+    out = ["--out", str(tmp_path / "packed")] if run is pack.main else []
+    assert run(["--data-path", str(tmp_path), "--workers", "1", *out]) == 2
+    line = capsys.readouterr().err
+    assert "error: /dev/shm, by which loader workers" in line and "or lower --workers; OSError" in line
+    assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,9 @@ def test_a_changed_file_of_any_name_is_no_hindrance_to_git(monkeypatch, tmp_path
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert git_commit().endswith("+changes") and Path(fake).exists()
+
+
+def test_a_path_that_the_system_refuses_ends_a_command_in_one_line(capsys):
+    main = command("tools.example")(lambda argv: Path(argv[0]).stat() and None)
+    assert main(["x" * 600]) == 2
+    assert capsys.readouterr().err == f"tools.example: error: {'x' * 600}: File name too long\n"
