@@ -15,10 +15,13 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a launc
 SHOWN_GPUS = {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES",) if k in os.environ}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+# Shells start what runs in the background, and `nohup` all, with ignored signals. What the tests start must get them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # or processes that the tests start could not be interrupted
+        signal.SIGHUP, lambda *_: None
+    )  # the tests go on, and programs that they start begin with the default
 
 # The thread count changes bits, several tests run at a time, and forks of a process with more threads can hang.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -23,10 +23,10 @@ HELD_OUT_EVERY = 5
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """The digits as images (1797, 8, 8) of 0 to 16, and their classes (1797); UserError without scikit-learn."""
     try:
-        from sklearn import datasets  # needed here only
+        import sklearn.datasets  # needed here only
     except ImportError:
         raise UserError("scikit-learn, which has the digits, is not installed; pip install scikit-learn") from None
-    digits = datasets.load_digits()
+    digits = sklearn.datasets.load_digits()
     return digits.images, digits.target
 
 

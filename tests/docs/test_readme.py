@@ -153,6 +153,8 @@ def test_every_command_is_one_that_is_tested_or_named_here():
         "python -m tools.benchmark",  # tests/tools/test_benchmark.py
         "python -m tools.export",  # tests/tools/test_export.py
         "python multi_machine_start.py --machine_num",
+        "torchrun --nproc_per_node 8",  # test_detection_page.py
+        "torchrun --nproc_per_node 8",  # test_segmentation_page.py
     ]
     assert {command[2] for command in MODULE_COMMANDS} == set(QUICK_MODULES)
 
