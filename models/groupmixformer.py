@@ -190,7 +190,7 @@ class GroupAggregator(nn.Module):
                 number = int(name[-1])
                 maps[number] = layer(maps[number])
         # q, k and v in memory of their own: after its softmax, k is not needed any more.
-        thirds = [segment.chunk(3) for segment in maps]
+        thirds = [segment.view(3, B, s, size[0], size[1]).unbind(0) for segment in maps]
         proxies = [torch.cat([third[i] for third in thirds], dim=1).flatten(2).transpose(1, 2) for i in range(3)]
 
         # (B, N, 3, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
