@@ -129,12 +129,14 @@ def start_session(
     with rendezvous_errors(config.DIST_TIMEOUT_SECONDS):
         processes = init_processes(config.DIST_TIMEOUT_SECONDS)
 
-    def find_folder() -> Path:
+    def find_folder() -> Path | None:
         check_named_files(config, keys)
-        return configured_folder(config) if trains else results_folder(config)
+        return None if trains else results_folder(config)
 
     # By the main process: nodes need not share a disk, and only one of them needs the checkpoint to continue from.
     folder = run_on_main_and_broadcast(find_folder, processes)
+    if trains:
+        folder = configured_folder(config)  # each process may have an OUTPUT of its own
     # Before anything is logged: it may be another run's.
     (run_folder or RunFolder()).open(folder, processes, trains, notices.append)
     logger = create_logger(folder, processes, "log" if trains else "log_eval", to_stderr=args.json == "-")
