@@ -36,9 +36,9 @@ from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, coun
 from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
 from tasks import TASKS, keys_of
+from tasks.problems import ERROR, WARNING, Problem
 from utils.shortages import named_shortages
 
-ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
     "split": (ERROR, "split that training cannot open"),
@@ -59,12 +59,6 @@ KINDS = {
 LINES_PER_KIND = 10  # on the console
 FILES_PER_TASK = 16
 SECONDS_PER_TASK = 600  # then a decoder is stuck
-
-
-class Problem(NamedTuple):
-    kind: str  # key of KINDS
-    path: str  # below the data path; members of train.zip as train.zip/<member>
-    reason: str
 
 
 class Inspection(NamedTuple):

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
@@ -12,11 +11,11 @@ from configs import UserError
 from data import usable_workers
 from data.workers import init_worker
 
+from ..problems import ERROR, WARNING, Problem
 from .coco import CocoSplit, check_masks, match_classes, open_split
 from .images import TrainImages
 from .metrics import kinds_of
 
-ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
     "split": (ERROR, "split that training cannot open"),
@@ -31,12 +30,6 @@ KINDS = {
     "duplicate": (WARNING, "image that is in a split twice"),
     "note": (WARNING, "what is left out or counts otherwise"),
 }
-
-
-class Problem(NamedTuple):
-    kind: str  # key of KINDS
-    path: str  # below the data path
-    reason: str
 
 
 class _Inspections(Dataset):

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -13,9 +13,9 @@ from configs import UserError
 from data import usable_workers
 from data.workers import init_worker
 
+from ..problems import ERROR, WARNING, Problem
 from .folders import IGNORED, MASK_SUFFIX, MaskedImages, files_below, open_masks
 
-ERROR, WARNING = "error", "warning"
 # kind -> (level, what it means), in the order of the report
 KINDS = {
     "split": (ERROR, "split that training cannot open"),
@@ -26,12 +26,6 @@ KINDS = {
     "nothing-counts": (WARNING, "mask of ignored pixels alone"),
     "unused-mask": (WARNING, "mask without an image"),
 }
-
-
-class Problem(NamedTuple):
-    kind: str  # key of KINDS
-    path: str  # below the data path
-    reason: str
 
 
 class _Inspections(Dataset):
