@@ -6,7 +6,7 @@ nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 infinite:<rank>:<update> its loss becomes infinite, by a constant: no gradient shows it
 other-norm:<rank>:<update>  it finds another gradient norm than the others
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
-interrupt:<rank>:<update>  likewise SIGINT, twice
+interrupt:<rank>:<update>  likewise SIGINT, twice, while its loader workers hang, and torch would wait for them for an hour
 raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk', 'binary' or other words
 compiler:<rank>:<update>:<signal>  its compiler fails there; with a signal, which it has got too
 raise-alone:<rank>:<update>:<what>  likewise, and the others then wait without end, as they would in NCCL
@@ -21,6 +21,7 @@ frozen-norms             batch norms use their running statistics in training to
 import errno
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -78,9 +79,13 @@ def act(number, network):
         return spoil_gradients
     elif kind == "infinite":
         return lambda loss: loss + math.inf
-    elif kind in ("stop", "interrupt"):
-        for signal_number in [signal.SIGUSR1] if kind == "stop" else [signal.SIGINT] * 2:
-            signal.raise_signal(signal_number)
+    elif kind == "stop":
+        signal.raise_signal(signal.SIGUSR1)
+    elif kind == "interrupt":
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGSTOP)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
     elif kind in ("raise", "raise-alone"):
         raise {
             "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines."),
@@ -118,6 +123,8 @@ def signal_before(module, name):
 
 if kind in ("raise", "raise-alone"):
     supervision.GRACE_SECONDS = 1
+if kind == "interrupt":
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 3600
 if kind == "other-norm":
     agree_on_update = RunSupervisor.agree_on_update
     updates = itertools.count()

@@ -163,7 +163,7 @@ def test_a_failure_of_one_process_ends_those_that_wait_for_it(data, tmp_path):
     args = runs.arguments(data, tmp_path, "DATA.BATCH_SIZE", "2")
     with Ranks(FAULT_TRAIN, args, processes=2, env={"FAULT": "raise-alone:1:5:disk"}) as run:
         run.until(r"^fault_train.py: error on process 1 of 2: /a/disk: Read-only file system$")
-        assert all_end(run.pids, seconds=10)
+        assert all_end(run.pids)
         codes, output = run.finish(), run.text
     assert codes == [2, 2]
     cause = rf"process 1 on {socket.gethostname()} has failed: /a/disk: Read-only file system"

@@ -138,7 +138,7 @@ class Started:
             status = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"node {self.rank} has not ended after {seconds} s:\n{self.text}") from None
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while left := self.nodes.processes(self.rank):
             assert time.monotonic() < deadline, f"node {self.rank}: left behind: {left}"
             time.sleep(0.02)

@@ -126,7 +126,7 @@ def test_a_signal_to_every_process_of_a_run_saves(data, tmp_path, number):
     assert codes == [75], output
     update, path = re.search(r"stopped by request at update (\d+), saved (\S+);", output).groups()
     assert load_file(path)["num_updates"] == int(update)
-    assert all_end([pid, *workers], seconds=5)
+    assert all_end([pid, *workers])
 
 
 def test_a_signal_that_was_ignored_before_stays_so():
@@ -168,10 +168,10 @@ def test_an_interrupted_run_does_not_wait_for_its_loader_workers(data, tmp_path)
         pid = run.process.pid
         workers = workers_of(pid)
         run.until(r"Train: \[1/500\]\[3/4\]")
-        assert all_end([pid], seconds=4), "torch waits for its workers for 5 s, Python without end"
+        assert all_end([pid]), "torch waits for workers that hang (5 s, here an hour), Python without end"
         status, output = run.finish()
     assert status == 130 and "Traceback" not in output, output
-    assert workers and all_end(workers, seconds=5)
+    assert workers and all_end(workers)
 
 
 @pytest.mark.launch
