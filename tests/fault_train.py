@@ -6,7 +6,7 @@ nan-gradient:<rank>:<update>  its gradients do, while the loss stays finite
 infinite:<rank>:<update> its loss becomes infinite, by a constant: no gradient shows it
 other-norm:<rank>:<update>  it finds another gradient norm than the others
 stop:<rank>:<update>     that process gets SIGUSR1 in that update
-interrupt:<rank>:<update>  likewise SIGINT, twice, while its loader workers hang, and torch would wait for them for an hour
+interrupt:<rank>:<update>  likewise SIGINT, twice, while its loader workers hang; torch would wait an hour for those
 raise:<rank>:<update>:<what>  that process raises in that update: 'memory', 'disk', 'binary' or other words
 compiler:<rank>:<update>:<signal>  its compiler fails there; with a signal, which it has got too
 raise-alone:<rank>:<update>:<what>  likewise, and the others then wait without end, as they would in NCCL
