@@ -3,7 +3,7 @@
 #
 #     bash launch_scripts/run_tests.sh [--ci | --all] [arguments of pytest]
 #
-# --ci    also tests that launch processes, compile, or make network namespaces
+# --ci    also tests that take long, launch processes, compile, or make network namespaces
 # --all   everything: also repetitions and random kills, and GPUs where there are any
 #
 # Installs what is needed as setup_env.sh does (SETUP, PYTHON and NO_VENV=1 as there).

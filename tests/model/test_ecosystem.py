@@ -31,6 +31,7 @@ def squares(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return images + 3 * masks, masks
 
 
+@pytest.mark.long
 def test_segmentation_models_pytorch_trains_it_as_an_encoder() -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
@@ -63,6 +64,7 @@ class PyramidBackbone(nn.Module):
         return self.pyramid({str(i): maps for i, maps in enumerate(self.body(x))})
 
 
+@pytest.mark.long
 def test_a_torchvision_detector_trains_and_detects_at_sizes_that_are_no_multiples_of_32() -> None:
     torch.manual_seed(0)
     detector = FasterRCNN(

@@ -44,7 +44,7 @@ def test_the_state_dict_has_the_released_names_in_their_order_and_shapes(name: s
     assert [(key, tuple(value.shape)) for key, value in state.items()] == list(golden_numbers.layout(name).items())
 
 
-@pytest.fixture(scope="module", params=["miny", "small"])
+@pytest.fixture(scope="module", params=["miny", pytest.param("small", marks=pytest.mark.long)])
 def golden_run(request: pytest.FixtureRequest) -> SimpleNamespace:
     """The float64 computation behind the released numbers, done by this network, beside those numbers."""
     network = timm.create_model(f"groupmixformer_{request.param}", drop_path_rate=0.0).double()
@@ -119,7 +119,10 @@ PUBLISHED = {  # widths, depths, MLP ratios, drop path, parameters, GFLOPs at 22
 
 
 @pytest.mark.parametrize(
-    "name", ["miny", "small", *(pytest.param(n, marks=pytest.mark.chaos) for n in ("tiny", "base", "large"))]
+    "name",
+    ["miny"]
+    + [pytest.param("small", marks=pytest.mark.long)]
+    + [pytest.param(n, marks=pytest.mark.chaos) for n in ("tiny", "base", "large")],
 )
 def test_parameters_and_flops_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fvcore.nn.flop_count_table", lambda *args, **options: "")  # slow, and not looked at

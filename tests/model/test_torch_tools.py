@@ -145,6 +145,7 @@ def fresh_compiler() -> Iterable[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.compile
 def test_compile_breaks_no_graph(fresh_compiler: None) -> None:
     network, images = small_network(**SHALLOW).train(), golden_numbers.images(2, 33, 47)
     compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="eager")

@@ -100,6 +100,7 @@ def test_traceable_batch_norms_are_those_of_the_whole_batch(flags, graphs):
     assert (found["breaks"], found["graphs"]) == (0, graphs)
 
 
+@pytest.mark.long
 def test_three_processes_continue_with_the_same_bits(data, tmp_path):
     """DDP reorders its buckets after the first update of each start, which two processes cannot show: a + b = b + a."""
     opts = ("DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "2")
@@ -180,7 +181,7 @@ def test_one_process_with_a_nan_makes_all_skip_that_update(data, tmp_path, what,
     assert state["num_updates"] == 8 and state["optimizer"]["state"][0]["step"] == 7
 
 
-@pytest.mark.parametrize(("update", "left"), [(2, []), (7, ["ckpt_epoch_0.pth"])])
+@pytest.mark.parametrize(("update", "left"), [(2, []), pytest.param(7, ["ckpt_epoch_0.pth"], marks=pytest.mark.long)])
 def test_processes_that_disagree_on_the_gradients_end(data, tmp_path, update, left):
     """Else one would skip or clip where the other does not, and their weights would drift apart unseen.
 

@@ -255,6 +255,7 @@ def test_a_process_that_never_comes_back_ends_too(data, tmp_path):
     check_too_slow(tmp_path, output)
 
 
+@pytest.mark.long
 def test_a_process_slower_than_the_others_is_waited_for_and_named_in_the_log(data, tmp_path, two_processes):
     opts = ("DATA.BATCH_SIZE", "2", "DIST_TIMEOUT_SECONDS", "40")
     args, env = runs.arguments(data, tmp_path, *opts), {"FAULT": "hold:1:5"}

@@ -127,12 +127,14 @@ def prepare_folder(folder, save, before):
         save_update(folder, 5)
 
 
-ALIKE = (save_where_nothing_is, save_over_the_same_name, save_the_best_only)  # they show nothing that others do not
+MARKS = dict.fromkeys((save_in_an_epoch, save_where_nothing_links), pytest.mark.long)
+# These show nothing that others do not.
+MARKS |= dict.fromkeys((save_where_nothing_is, save_over_the_same_name, save_the_best_only), pytest.mark.chaos)
 
 
 @pytest.mark.parametrize(
     "save",
-    [pytest.param(save, marks=pytest.mark.chaos if save in ALIKE else ()) for save in SAVES],
+    [pytest.param(save, marks=MARKS.get(save, ())) for save in SAVES],
     ids=lambda save: save.__name__,
 )
 def test_killed_at_every_step_of_a_save(tmp_path, save):

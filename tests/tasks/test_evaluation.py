@@ -427,6 +427,7 @@ def evaluate(data, tmp_path, monkeypatch):
     return run_with
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_has_the_accuracy_that_its_run_told(tmp_path, monkeypatch, capsys):
     """Validation in training and test.py are two loops."""
     write_digits(tmp_path / "digits")

@@ -51,7 +51,7 @@ def test_a_run_validates_keeps_the_best_and_knows_its_classes(trained):
         assert line["train_loss"] == pytest.approx(line["train_main"] + 0.4 * line["train_auxiliary"], rel=1e-5)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_stopped_and_continued_run_ends_with_the_same_bits(folder, tmp_path, processes):
     batch = ("DATA.BATCH_SIZE", "3") if processes == 1 else ("MODEL.HEAD", "semantic_fpn", "DATA.BATCH_SIZE", "1")
 
@@ -96,6 +96,7 @@ def contents(written: Path) -> dict[str, bytes]:
     return {str(path.relative_to(written)): path.read_bytes() for path in written.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_numbers_have_the_same_bytes_on_any_number_of_processes(folder, trained, tmp_path):
     options = ("TEST.MODE", "slide", "TEST.SCALES", "[1.0, 1.5]", "TEST.FLIP", "True", "TEST.SAVE_MASKS", "True")
     written = [contents(evaluate(folder, trained, tmp_path / str(n), *options, processes=n)) for n in (1, 2, 3)]
