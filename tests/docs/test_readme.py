@@ -20,6 +20,7 @@ from configs.load import to_dict
 from tasks import keys_of
 from tasks.classification import evaluation as run
 from tasks.networks import build_model
+from tools import list_keys
 
 README = (runs.ROOT / "README.md").read_text()
 OWN_TESTS = ("detection.md", "segmentation.md")  # tests/docs/test_<task>_page.py
@@ -240,6 +241,11 @@ def test_every_promise_is_held_on_every_push():
     assert status == 0, text
     collected = {line.partition("[")[0] for line in text.splitlines()}
     assert set(named) <= collected, f"not collected: {sorted(set(named) - collected)}"
+
+
+def test_the_page_of_the_keys_is_that_of_the_cards():
+    written = (runs.ROOT / "docs" / "configuration.md").read_text()
+    assert written == list_keys.page(), "run: python -m tools.list_keys --out docs/configuration.md"
 
 
 @every_page
