@@ -168,9 +168,9 @@ with torch.inference_mode():
 
 
 @pytest.mark.launch
-def test_scripts_that_ask_timm_find_the_variants_by_the_readmes_command(data: Path, tmp_path: Path) -> None:
+def test_scripts_that_ask_timm_find_the_variants_by_the_documented_command(data: Path, tmp_path: Path) -> None:
     (tmp_path / "validate.py").write_text(SCRIPT)
-    (line,) = re.findall(r"^python -c .*runpy.*$", (runs.ROOT / "README.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^python -c .*runpy.*$", (runs.ROOT / "docs" / "backbone.md").read_text(), re.MULTILINE)
     code = shlex.split(line)[2].replace("<clone of timm>/validate.py", str(tmp_path / "validate.py"))
     command = [sys.executable, "-c", code, "--model", "groupmixformer_miny", "--data-dir", str(data)]
     result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
