@@ -37,7 +37,7 @@ Each key belongs to one of four things:
 RETIRED = """\
 ## Keys of released files
 
-Released YAML files work unchanged. These keys decide nothing any more; they are named and ignored:
+Released YAML files work unchanged. These keys decide nothing any more; they are named and ignored.
 """
 
 
@@ -48,8 +48,8 @@ def page() -> str:
         own = {name: key for name, key in keys_of(task).items() if KEYS.get(name) != key}
         about = "These it has beside those above, or with another default:\n"
         parts += [f"## Keys of {task}\n", about, *_table(own)]
-    retired = ", ".join(f"`{name}` ({reason})" for name, reason in RETIRED_KEYS.items())
-    return "\n".join([*parts, RETIRED, f"{retired}."]) + "\n"
+    retired = [f"- `{name}`: {reason}" for name, reason in RETIRED_KEYS.items()]
+    return "\n".join([*parts, RETIRED, *retired]) + "\n"
 
 
 def _flags() -> Iterator[str]:

@@ -120,9 +120,11 @@ PUBLISHED = {  # widths, depths, MLP ratios, drop path, parameters, GFLOPs at 22
 
 @pytest.mark.parametrize(
     "name",
-    ["miny"]
-    + [pytest.param("small", marks=pytest.mark.long)]
-    + [pytest.param(n, marks=pytest.mark.chaos) for n in ("tiny", "base", "large")],
+    [
+        "miny",
+        pytest.param("small", marks=pytest.mark.long),
+        *(pytest.param(n, marks=pytest.mark.chaos) for n in ("tiny", "base", "large")),
+    ],
 )
 def test_parameters_and_flops_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fvcore.nn.flop_count_table", lambda *args, **options: "")  # slow, and not looked at
