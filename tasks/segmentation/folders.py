@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from configs.errors import one_line
 from data import files
-from data.decoding import decode_image
+from data.decoding import decode_image, upright
 from data.files import is_image_name
 
 IGNORED = -1  # in class maps: a pixel that counts nowhere
@@ -62,13 +62,17 @@ class MaskedImages:
         return len(self.samples)
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The image, and its class map: int16 (H, W), class or IGNORED. UserError names the file that is at fault."""
+        """The image, upright where its mask is, and its class map: int16 (H, W), class or IGNORED.
+
+        UserError names the file that is at fault.
+        """
         path, mask_path = (self.root / name for name in self.samples[index])
         try:
             image = decode_image(path.read_bytes())
         except Exception as error:  # Pillow raises nearly anything on damaged files
             raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
         classes = self.read_mask(mask_path)
+        image = upright(image, classes.shape[::-1])
         if classes.shape != (image.height, image.width):
             raise UserError(
                 f"{mask_path}: is {classes.shape[1]} x {classes.shape[0]} pixels, its image {path.name} "

@@ -101,6 +101,18 @@ def test_masks_of_other_modes(folder, mode):
     assert np.array_equal(opened(folder).load(0)[1], values)
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_image_is_turned_as_its_mask_is(folder, orientation):
+    before, classes = opened(folder).load(0)
+    path = folder / "images" / "training" / "000.png"
+    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    before.transpose(stored).save(path, exif=exif)
+    image, again = opened(folder).load(0)
+    assert np.array_equal(image, before) and np.array_equal(again, classes)
+
+
 def test_the_fingerprint_covers_names_sizes_and_meanings(folder):
     before = fingerprint(opened(folder))
     assert fingerprint(opened(folder)) == before != fingerprint(opened(folder, split="val"))
