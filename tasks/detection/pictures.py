@@ -51,7 +51,9 @@ def draw(image: Image.Image, objects: Sequence[dict[str, Any]], names: dict[int,
     for number, entry in enumerate(objects):
         left, top, box_width, box_height = entry["bbox"]
         color = COLORS[number % len(COLORS)]
-        canvas.rectangle((left, top, left + box_width, top + box_height), outline=color, width=width)
+        # An annotation may have a width below 0, which evaluation never finds.
+        corners = (left, top, left + max(0, box_width), top + max(0, box_height))
+        canvas.rectangle(corners, outline=color, width=width)
         label = names.get(entry["category_id"], str(entry["category_id"]))
         label += f" {entry['score']:.2f}" if "score" in entry else ""
         text = canvas.textbbox((left, top), label, font=font)

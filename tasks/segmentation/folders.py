@@ -111,9 +111,10 @@ def read_raw_mask(path: Path) -> np.ndarray:
     """The values in a mask (H, W), of a palette its indices; UserError where it has colours or cannot be read."""
     try:
         with Image.open(path, formats=("PNG",)) as mask:
-            mask.load()
+            # Pillow spreads grey values of 2 and 4 bits over 0 to 255.
+            spread = {"L;2": 85, "L;4": 17}.get(mask.tile[0].args, 1)
             if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
-                return np.asarray(mask).astype(np.int32)
+                return np.asarray(mask).astype(np.int32) // spread
             mode = mask.mode
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise UserError(f"{path}: cannot be read as a PNG mask: {one_line(error)}") from None
@@ -223,9 +224,7 @@ def _classes(config: CfgNode, root: Path, mask_suffix: str) -> tuple[list[str], 
 
 def _pairs(root: Path, images: Path, masks: Path, image_suffix: str, mask_suffix: str) -> list[tuple[str, str]]:
     """(image, mask) below `root`, by name: the mask has the image's name but for the suffixes."""
-    of_masks = {
-        name.removesuffix(MASK_SUFFIX): name for name in files_below(masks) if name.lower().endswith(MASK_SUFFIX)
-    }
+    of_masks = {name[: -len(MASK_SUFFIX)]: name for name in files_below(masks) if name.lower().endswith(MASK_SUFFIX)}
     found: dict[str, str] = {}
     for name in filter(is_image_name, files_below(images)):
         stem = name.removesuffix(Path(name).suffix)

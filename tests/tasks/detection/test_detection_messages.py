@@ -22,6 +22,7 @@ WRONG = [
     ("annotations", {"bbox": [1, 2, float("nan"), 3]}, "four numbers"),
     ("annotations", {"bbox": None, "segmentation": None}, "bbox None"),
     ("annotations", {"category_id": 3}, "annotation 1: category_id 3 is not among the categories"),
+    ("annotations", {"category_id": [3]}, "category_id [3] is not among the categories"),
     ("annotations", {"iscrowd": "no"}, "iscrowd 'no' must be 0 or 1"),
     ("annotations", {"id": 2}, "id 2 is there twice"),
     ("annotations", {"id": "a"}, "annotations[0]: id 'a' must be a whole number"),

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_masks_of_other_modes(folder, mode):
         mask = Image.fromarray(values.astype(bool))
     mask.save(path)
     assert Image.open(path).mode == mode
+    assert np.array_equal(opened(folder).load(0)[1], values)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_values_of_few_bits_are_classes(folder, bits):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    per_byte = 8 // bits
+    values = np.arange(48 * 64).reshape(48, 64) % 3
+    packed = sum(values[:, place::per_byte] << (8 - bits * (place + 1)) for place in range(per_byte)).astype(np.uint8)
+    header = struct.pack(">IIBBBBB", 64, 48, bits, 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (folder / "annotations" / "training" / "000.png").unlink()
+    (folder / "annotations" / "training" / "000.PNG").write_bytes(encoded)
     assert np.array_equal(opened(folder).load(0)[1], values)
 
 
