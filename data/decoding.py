@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .files import IMAGE_FORMATS
 
@@ -18,6 +18,18 @@ def decode_image(encoded: bytes) -> Image.Image:
     """Decode to RGB as torchvision's default loader does; 16 bits a pixel become their upper 8 instead of white."""
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
         return _to_rgb(image)
+
+
+def upright(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """The image as its EXIF turns it, which is how programs show it; a damaged EXIF turns nothing.
+
+    With `size`, (width, height), only where it then has that size: some data sets describe what the file stores.
+    """
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        return image
+    return turned if size in (None, turned.size) else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """The pictures that `test.py --images` names, and where results go that lie beside them."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def find_pictures(arguments: Sequence[str], notify: Callable[[str], None] = lamb
     return list(pictures)
 
 
-def beside(path: Path, suffix: str, out: str | None) -> Path:
-    """The file for a result of a picture: next to the picture, or in the folder `out`."""
-    return Path(out or path.parent) / f"{path.name}{suffix}"
+def result_files(pictures: Sequence[Path], suffixes: Sequence[str], out: str | None) -> dict[Path, list[Path]]:
+    """The files for the results of each picture, one a suffix: next to it, or in the folder `out`.
+
+    Where pictures of several folders share a name, `out` gets their folders too, from the one above all of them on.
+    """
+    results = list(pictures)
+    if out:
+        names = [path.name for path in pictures]
+        if len(set(names)) < len(names):
+            folders = [path.parent.resolve() for path in pictures]
+            above = os.path.commonpath(folders)
+            names = [folder.relative_to(above) / path.name for folder, path in zip(folders, pictures)]
+        results = [Path(out, name) for name in names]
+    return {
+        picture: [result.with_name(f"{result.name}{suffix}") for suffix in suffixes]
+        for picture, result in zip(pictures, results)
+    }

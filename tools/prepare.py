@@ -2,10 +2,11 @@
 
     voc    Pascal VOC: one XML a picture, anywhere below DIR; splits by ImageSets/Main/{train,val}.txt where it has them
     yolo   YOLO: one text a picture, in labels/ or beside the pictures; boxes, or polygons as masks. Names come from
-           data.yaml or classes.txt; splits are folders named train and val (valid)
+           data.yaml or classes.txt; splits are folders named train, val (valid) and test
 
 Writes DIR/annotations/instances_{train,val}.json; the pictures stay where they are. Without splits of its own, every
-fifth picture is for validation. Train with --data-path DIR; MODEL.DETECTOR faster_rcnn where there are no masks.
+fifth picture is for validation. A split named test is for validation where there is no val, and else left out. Train
+with --data-path DIR; MODEL.DETECTOR faster_rcnn where there are no masks.
 """
 
 import json
@@ -13,21 +14,23 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import yaml
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from configs import UserError
 from configs.commands import CommandParser, command
 from configs.errors import one_line
+from data.decoding import upright
+from data.files import files_below, is_image_name
 from utils.files import write_file
 
 HELD_OUT_EVERY = 5
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 class Picture(NamedTuple):
@@ -46,20 +49,38 @@ def read_voc(root: Path) -> Iterator[tuple[str, Picture]]:
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
         if listed.is_file():
             splits |= {line.split()[0]: split for line in listed.read_text().splitlines() if line.strip()}
-    pictures = {path.stem: path for path in _pictures(root)}
-    for path in sorted(root.rglob("*.xml")):
+    pictures: dict[str, list[Path]] = {}
+    for path in _files(root, is_image_name):
+        pictures.setdefault(path.stem, []).append(path)
+    for path in _files(root, lambda name: name.endswith(".xml")):
         if splits and path.stem not in splits:
             continue
         try:
             tree = ElementTree.parse(path).getroot()
             named = tree.findtext("filename") or path.stem
             objects = [_voc_object(entry) for entry in tree.findall("object")]
+            size = tuple(int(float(tree.findtext(f"size/{edge}") or 0)) for edge in ("width", "height"))
         except (ElementTree.ParseError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not an annotation of Pascal VOC: {one_line(error)}") from None
-        picture = pictures.get(path.stem) or pictures.get(Path(named).stem)
-        if picture is None:
+        found = pictures.get(path.stem) or pictures.get(Path(named).stem)
+        if not found:
             raise UserError(f"{path}: its picture, {named}, is not below {root}")
-        yield splits.get(path.stem) or _split_of(picture, root), _picture(picture, objects)
+        picture = _nearest(path, named, found)
+        yield splits.get(path.stem) or _split_of(picture, root), _picture(picture, objects, size)
+
+
+def _nearest(path: Path, named: str, pictures: list[Path]) -> Path:
+    """Of pictures with the name of an XML, the one whose folder is most like the XML's; UserError where two are."""
+
+    def likeness(picture: Path) -> tuple[int, bool]:
+        ours, theirs = path.parent.parts, picture.parent.parts
+        ends = (zip(ours, theirs), zip(ours[::-1], theirs[::-1]))
+        return sum(len(list(takewhile(lambda pair: pair[0] == pair[1], end))) for end in ends), picture.name == named
+
+    first, *others = sorted(pictures, key=likeness, reverse=True)
+    if others and likeness(others[0]) == likeness(first):
+        raise UserError(f"{path}: its picture may be {first} or {others[0]}; give pictures names of their own")
+    return first
 
 
 def _voc_object(entry: ElementTree.Element) -> dict[str, Any]:
@@ -78,7 +99,7 @@ def read_yolo(root: Path) -> Iterator[tuple[str, Picture]]:
     """
     names = _yolo_names(root)
     found = False
-    for path in _pictures(root):
+    for path in _files(root, is_image_name):
         beside = path.with_suffix(".txt")
         parts = list(path.relative_to(root).parts)
         if "images" in parts:
@@ -128,16 +149,25 @@ def _yolo_object(where: str, line: str, picture: Picture, names: dict[int, str])
     return {"category": name, "bbox": [left, top, right - left, bottom - top], "segmentation": [scaled]}
 
 
-def _pictures(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+def _files(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    return sorted(Path(name) for name in files_below(root) if wanted(name))
 
 
-def _picture(path: Path, objects: list[dict[str, Any]]) -> Picture:
+def _picture(path: Path, objects: list[dict[str, Any]], said: tuple[int, ...] = (0, 0)) -> Picture:
+    """A picture as programs show it, turned as its EXIF says, or as it is stored where its annotations have that size.
+
+    `said` is the size that its annotations say, 0 for none. UserError where it has another, or cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            return Picture(path, image.width, image.height, objects)
+            stored = image.size
+            size = upright(image).size if "exif" in image.info else stored
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
+    if all(said) and said not in (size, stored):
+        has, says = (f"{width} x {height}" for width, height in (stored, said))
+        raise UserError(f"{path}: has {has} pixels, its annotations are of {says}; correct their size, or remove it")
+    return Picture(path, *(stored if said == stored else size), objects)
 
 
 def _split_of(path: Path, root: Path) -> str:
@@ -154,12 +184,15 @@ def convert(root: Path, reader: Callable[[Path], Iterator[tuple[str, Picture]]])
     found = list(reader(root))
     if not found:
         raise UserError(f"{root}: holds no annotations of this format")
+    # A test set that is not needed for validation stays unseen.
+    has_val = any(split == "val" for split, _ in found)
+    found = [("val" if split == "test" else split, p) for split, p in found if not (has_val and split == "test")]
     if not any(split == "val" for split, _ in found):
         found = [("val" if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train", p) for i, (_, p) in enumerate(found)]
     names = sorted({entry["category"] for _, picture in found for entry in picture.objects})
     ids = {name: number for number, name in enumerate(names, start=1)}
     contents: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
+    for split in ("train", "val"):
         content: dict[str, Any] = {"images": [], "annotations": []}
         content["categories"] = [{"id": number, "name": name} for name, number in ids.items()]
         for picture in (picture for own, picture in found if (own or "train") == split):

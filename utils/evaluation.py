@@ -1,12 +1,16 @@
-"""The loop that every evaluation runs over this process's batches."""
+"""The loop that every evaluation runs over this process's batches, and the folder of its results."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 
+from configs import UserError
 from configs.errors import StopRequested
 
 from .engine import to_device
+from .files import check_folder
 from .run_log import ProgressLog, peak_memory_mib
 from .session import Session
 from .task import Batch
@@ -47,3 +51,14 @@ def evaluation_batches(
     # Here too: a process that waits for a failed one on the GPU does not come back, and could not save any more.
     if supervisor.stop_agreed():
         raise StopRequested
+
+
+def check_results_folder(folder: Path, weights: str) -> None:
+    """Raise UserError where a folder cannot be written to, or its evaluation of another file would be lost."""
+    check_folder(folder)
+    try:
+        other = json.loads((folder / "metrics.json").read_text())["file"]
+    except (OSError, ValueError, KeyError):
+        return
+    if other != str(Path(weights).resolve()):
+        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")

@@ -107,6 +107,8 @@ def _check_images(
         if reason:
             yield Problem("image", path, reason)
             continue
-        first, where = seen.setdefault(digest, (name, path))
-        if where != path:
+        if digest not in seen:
+            seen[digest] = name, path
+        else:
+            first, where = seen[digest]
             yield Problem("duplicate" if first == name else "train-and-val", path, f"same content as {where}")

@@ -213,10 +213,11 @@ class _Reader:
             )
         strangers = 0
         for entry in entries:
-            if entry.get("image_id") not in by_id:
+            image_id = entry.get("image_id")
+            if not _is_number(image_id) or image_id not in by_id:
                 strangers += 1
                 continue
-            number, image = by_id[entry["image_id"]]
+            number, image = by_id[image_id]
             of_image[number].append(self.object(entry, image, categories))
         if strangers:
             self.notes.append(f"{self.path}: {strangers} annotations of images that it does not list are left out")
@@ -225,7 +226,8 @@ class _Reader:
     def object(self, entry: dict[str, Any], image: CocoImage, categories: dict[int, str]) -> dict[str, Any]:
         where = f"annotation {entry['id']}"
         category, box, crowd = entry.get("category_id"), entry.get("bbox"), entry.get("iscrowd", 0)
-        self.need(category in categories, f"{where}: category_id {category!r} is not among the categories")
+        known = _is_number(category) and category in categories
+        self.need(known, f"{where}: category_id {category!r} is not among the categories")
         self.need(crowd in (0, 1), f"{where}: iscrowd {crowd!r} must be 0 or 1")
         masks = self.mask(where, entry.get("segmentation"), image)
         if box is None and masks:

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from yacs.config import CfgNode
+
 from configs import UserError
 from data import usable_workers
 from utils.checkpoint import find_weights
+from utils.evaluation import check_results_folder
 from utils.files import check_json_target, write_file, write_json, write_rows
 from utils.precision import build_precision
 from utils.processes import run_on_main_and_broadcast
@@ -55,8 +58,8 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
         f"{len(split)} images, {split.num_objects} objects of {len(known['classes'])} classes, {precision}, "
         f"{usable_workers(config)} workers"
     )
-    folder = session.folder / "evaluation" / f"{Path(path).stem}-{split.path.stem}"
-    run_on_main_and_broadcast(lambda: _check_weights(folder, path), processes)
+    folder = session.folder / "evaluation" / _name(config, path, split)
+    run_on_main_and_broadcast(lambda: check_results_folder(folder, path), processes)
     results = predict(session, network, split, eval_loader(session, EvalImages(split, config)), precision, categories)
     about = {
         "weights": loaded,
@@ -75,6 +78,13 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
         write_json(session.args.json, content)
     logger.info(summary(content))
     return content
+
+
+def _name(config: CfgNode, weights: str, split: CocoSplit) -> str:
+    """The folder of an evaluation: what was evaluated, on what, and how."""
+    parts = [Path(weights).stem, Path(config.DATA.DATA_PATH).resolve().name, split.path.stem]
+    parts += [config.TEST.WEIGHTS] * (config.TEST.WEIGHTS != "best")
+    return "-".join([*parts, str(config.TEST.MIN_SIZE)])
 
 
 def _conclude(
@@ -109,13 +119,3 @@ def _write_classes(path: Path, split: CocoSplit, scores: dict[str, Scores]) -> N
         # NaN, of a class without objects, is an empty field.
         rows.append([name, category, split.counts[category], *(f"{v:.4f}" if v == v else "" for v in values)])
     write_rows(path, ["class", "category_id", "objects", *names], rows)
-
-
-def _check_weights(folder: Path, weights: str) -> None:
-    """Raise UserError where the folder holds an evaluation of another file, which would be lost."""
-    try:
-        other = json.loads((folder / "metrics.json").read_text())["file"]
-    except (OSError, ValueError, KeyError):
-        return
-    if other != str(Path(weights).resolve()):
-        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as run_length
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import clip_boxes_to_image
@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from configs.errors import one_line
 from data import ImageDataset
+from data.decoding import upright
 from data.sources import PictureSource
 
 from .coco import CocoSplit, encode_mask
@@ -97,11 +98,10 @@ def files_of(split: CocoSplit) -> ImageDataset:
 
 
 def read_image(split: CocoSplit, files: ImageDataset, index: int) -> Image.Image:
-    """An image, upright where its annotations are so: some programs annotate photographs as their EXIF turns them."""
-    image, expected = files.load(index), split.images[index]
+    """An image, upright where its size is then that of its annotations, else as it is stored."""
+    expected = split.images[index]
     size = (expected.width, expected.height)
-    if image.size != size:
-        image = ImageOps.exif_transpose(image)
+    image = upright(files.load(index), size)
     if image.size != size:
         raise UserError(
             f"{files.name(index)}: has {image.width} x {image.height} pixels, {split.path} says {size[0]} x {size[1]}"

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from configs import UserError
 from configs.text import printable
 from data import ImageDataset
+from data.decoding import upright
 from data.sources import PictureSource
-from tasks.pictures import DETECTIONS, beside, find_pictures
+from tasks.pictures import DETECTIONS, find_pictures, result_files
 from utils.checkpoint import find_weights
 from utils.files import write_json
 from utils.precision import build_precision
@@ -50,7 +51,9 @@ def draw(image: Image.Image, objects: Sequence[dict[str, Any]], names: dict[int,
     for number, entry in enumerate(objects):
         left, top, box_width, box_height = entry["bbox"]
         color = COLORS[number % len(COLORS)]
-        canvas.rectangle((left, top, left + box_width, top + box_height), outline=color, width=width)
+        # An annotation may have a width below 0, which evaluation never finds.
+        corners = (left, top, left + max(0, box_width), top + max(0, box_height))
+        canvas.rectangle(corners, outline=color, width=width)
         label = names.get(entry["category_id"], str(entry["category_id"]))
         label += f" {entry['score']:.2f}" if "score" in entry else ""
         text = canvas.textbbox((left, top), label, font=font)
@@ -84,22 +87,22 @@ def draw_pictures(session: Session) -> None:
     logger.info(f"{len(paths)} pictures, {loaded}, {len(known['classes'])} classes, {precision}")
     categories = dict(enumerate(known["category_ids"]))
     names = dict(zip(known["category_ids"], known["classes"]))
-    out = session.args.out
+    files_of = result_files(paths, DETECTIONS, session.args.out)
     files = ImageDataset(PictureSource(paths), lambda image: image)
     results, faults = [], 0
     for index, path in enumerate(tqdm(paths, unit="picture", disable=None, leave=False)):
         try:
-            image = ImageOps.exif_transpose(files.load(index))
+            image = upright(files.load(index))
             view = eval_view(image, config).to(processes.device)
             found = results_of(detect(network, view, (image.height, image.width), precision), 0, categories)
             objects = [{**entry, "name": names[entry["category_id"]]} for entry in found]
             for entry in objects:
                 del entry["image_id"]
-            numbers, drawing = (beside(path, suffix, out) for suffix in DETECTIONS)
+            numbers, drawing = files_of[path]
             shown = [entry for entry in objects if entry["score"] >= config.TEST.DRAW_SCORE]
             result = {"picture": str(path), "width": image.width, "height": image.height, "detections": objects}
+            save_picture(draw(image, shown, names), drawing)  # first: it makes the folder
             write_json(str(numbers), {"weights": loaded, **result})
-            save_picture(draw(image, shown, names), drawing)
             logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {drawing}"))
         except UserError as error:
             logger.error(printable(error.one_line()))

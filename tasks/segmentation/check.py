@@ -87,8 +87,10 @@ def _check_split(
             continue
         if not pixels.any():
             yield Problem("nothing-counts", mask, "has no pixel of any class")
-        first_split, first = seen.setdefault(digest, (split, path))
-        if first != path:
+        if digest not in seen:
+            seen[digest] = split, path
+        else:
+            first_split, first = seen[digest]
             kind = "duplicate" if first_split == split else "train-and-val"
             yield Problem(kind, path, f"same content as {first}")
     for name, count in zip(images.classes, total):

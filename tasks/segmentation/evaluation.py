@@ -1,6 +1,5 @@
 """What test.py does, and train.py with --eval, --throughput, --flops or --images."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from configs import UserError, with_num_classes
 from data import usable_workers
 from tasks.measurement import measure_throughput
 from utils.checkpoint import find_weights
+from utils.evaluation import check_results_folder
 from utils.files import check_json_target, write_json
 from utils.precision import build_precision
 from utils.processes import gather_on_main, run_on_main_and_broadcast
@@ -59,7 +59,7 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
         f"{' and '.join(_how(config))}"
     )
     folder = session.folder / "evaluation" / _name(config, weights)
-    run_on_main_and_broadcast(lambda: _prepare(folder, weights), processes)
+    run_on_main_and_broadcast(lambda: check_results_folder(folder, weights), processes)
 
     rows: list[Tensor] = []  # of each image: correct pixels, pixels that count, its mIoU
 
@@ -128,21 +128,6 @@ def _name(config: CfgNode, weights: str) -> str:
     parts += ["slide"] * (test.MODE == "slide")
     parts += ["x".join(f"{x:g}" for x in test.SCALES)] * (list(test.SCALES) != [1.0])
     return "-".join(parts + ["flip"] * test.FLIP)
-
-
-def _prepare(folder: Path, weights: str) -> None:
-    """Make the folder; UserError where it holds an evaluation of another file, which would be lost."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        other = json.loads((folder / "metrics.json").read_text())["file"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError):
-        return
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    if other != str(Path(weights).resolve()):
-        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement

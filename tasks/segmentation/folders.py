@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from configs.errors import one_line
 from data import files
-from data.decoding import decode_image
+from data.decoding import decode_image, upright
 from data.files import is_image_name
 
 IGNORED = -1  # in class maps: a pixel that counts nowhere
@@ -62,13 +62,17 @@ class MaskedImages:
         return len(self.samples)
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The image, and its class map: int16 (H, W), class or IGNORED. UserError names the file that is at fault."""
+        """The image, upright where its mask is, and its class map: int16 (H, W), class or IGNORED.
+
+        UserError names the file that is at fault.
+        """
         path, mask_path = (self.root / name for name in self.samples[index])
         try:
             image = decode_image(path.read_bytes())
         except Exception as error:  # Pillow raises nearly anything on damaged files
             raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
         classes = self.read_mask(mask_path)
+        image = upright(image, classes.shape[::-1])
         if classes.shape != (image.height, image.width):
             raise UserError(
                 f"{mask_path}: is {classes.shape[1]} x {classes.shape[0]} pixels, its image {path.name} "
@@ -107,9 +111,10 @@ def read_raw_mask(path: Path) -> np.ndarray:
     """The values in a mask (H, W), of a palette its indices; UserError where it has colours or cannot be read."""
     try:
         with Image.open(path, formats=("PNG",)) as mask:
-            mask.load()
+            # Pillow spreads grey values of 2 and 4 bits over 0 to 255.
+            spread = {"L;2": 85, "L;4": 17}.get(mask.tile[0].args, 1)
             if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
-                return np.asarray(mask).astype(np.int32)
+                return np.asarray(mask).astype(np.int32) // spread
             mode = mask.mode
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise UserError(f"{path}: cannot be read as a PNG mask: {one_line(error)}") from None
@@ -219,9 +224,7 @@ def _classes(config: CfgNode, root: Path, mask_suffix: str) -> tuple[list[str], 
 
 def _pairs(root: Path, images: Path, masks: Path, image_suffix: str, mask_suffix: str) -> list[tuple[str, str]]:
     """(image, mask) below `root`, by name: the mask has the image's name but for the suffixes."""
-    of_masks = {
-        name.removesuffix(MASK_SUFFIX): name for name in files_below(masks) if name.lower().endswith(MASK_SUFFIX)
-    }
+    of_masks = {name[: -len(MASK_SUFFIX)]: name for name in files_below(masks) if name.lower().endswith(MASK_SUFFIX)}
     found: dict[str, str] = {}
     for name in filter(is_image_name, files_below(images)):
         stem = name.removesuffix(Path(name).suffix)

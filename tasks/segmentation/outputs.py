@@ -59,7 +59,7 @@ def write_outputs(
     """Write everything about one evaluation to its folder; returns what metrics.json holds.
 
     Args:
-        folder: is there.
+        folder: is made.
         config, network, precision: predict the images that are shown, again.
         images: that were evaluated.
         confusion: int64 (K, K), rows are true classes.
@@ -77,6 +77,7 @@ def write_outputs(
         "miou_with_absent_classes_as_zero": numbers.miou if config.TEST.ABSENT_CLASSES == "zero" else other.miou,
     }
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / "per_class.csv", PER_CLASS, _class_rows(numbers, names))
         cells = confusion.nonzero().tolist()
         rows = [(i, names[i], j, names[j], int(confusion[i, j])) for i, j in cells]

@@ -1,5 +1,6 @@
 """`test.py --images`: the class map of pictures that nobody has labelled."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from PIL import Image
 from configs import UserError, with_num_classes
 from configs.errors import one_line
 from configs.text import printable
-from data.decoding import decode_image
+from data.decoding import decode_image, upright
 from utils.files import atomic_write, write_json
 from utils.precision import build_precision
 from utils.session import Session
 
-from ..pictures import CLASS_MAPS, beside, find_pictures
+from ..pictures import CLASS_MAPS, find_pictures, result_files
 from .drawing import overlay, palette, with_legend
 from .inference import predict_classes
 from .transforms import evaluation_views
@@ -22,7 +23,7 @@ from .weights import load_segmenter
 
 
 def segment_pictures(session: Session, weights: str) -> None:
-    """Write the class map of every picture beside it, or to the folder --out.
+    """Write the class map of every picture, turned upright as its EXIF says, beside it or to the folder --out.
 
     <picture>.classes.png shows it over the picture, with the share of each class; <picture>.mask.png has the class
     index of each pixel; <picture>.classes.json the shares. Pictures that cannot be read, and folders that cannot be
@@ -38,7 +39,7 @@ def segment_pictures(session: Session, weights: str) -> None:
     network.to(processes.device)
     precision = build_precision(config, processes.device)
     logger.info(f"{len(paths)} pictures, {loaded}, {len(names)} classes, {precision}")
-    out = session.args.out
+    files_of = result_files(paths, CLASS_MAPS, session.args.out)
     results, faults = [], 0
     for path in paths:
         result: dict[str, Any] = {"picture": str(path)}
@@ -52,7 +53,7 @@ def segment_pictures(session: Session, weights: str) -> None:
             result["classes"] = [
                 {"class": i, "name": names[i], "share": float(f"{pixels[i] / pixels.sum():.6g}")} for i in order
             ]
-            _write(path, out, picture, classes, names, result, {"weights": loaded})
+            _write(files_of[path], picture, classes, names, {"weights": loaded} | result)
         except UserError as error:
             logger.error(printable(error.one_line()))
             result["error"] = error.one_line()
@@ -70,19 +71,13 @@ def segment_pictures(session: Session, weights: str) -> None:
 
 def _read(path: Path) -> Image.Image:
     try:
-        return decode_image(path.read_bytes())
+        return upright(decode_image(path.read_bytes()))
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 
 
 def _write(
-    path: Path,
-    out: str | None,
-    picture: Image.Image,
-    classes: np.ndarray,
-    names: list[str],
-    result: dict[str, Any],
-    about: dict[str, Any],
+    files: Sequence[Path], picture: Image.Image, classes: np.ndarray, names: list[str], result: dict[str, Any]
 ) -> None:
     """The three files of a picture; UserError where they cannot be written."""
     shown = [(entry["class"], f"{100 * entry['share']:.1f} %") for entry in result["classes"]]
@@ -90,7 +85,7 @@ def _write(
     mask = Image.fromarray(classes.astype(np.uint8 if len(names) <= 256 else np.uint16))
     if mask.mode == "L":
         mask.putpalette(palette(len(names)).ravel().tolist())
-    numbers, *drawings = (beside(path, suffix, out) for suffix in CLASS_MAPS)
+    numbers, *drawings = files
     for path, image in zip(drawings, (drawn, mask)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,4 +93,4 @@ def _write(
                 image.save(partial, format="PNG")
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    write_json(str(numbers), about | result)
+    write_json(str(numbers), result)

@@ -11,8 +11,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 from yacs.config import CfgNode
 
@@ -38,10 +37,11 @@ class TrainingTransform:
 
     def __call__(self, picture: Image.Image, classes: np.ndarray) -> tuple[Tensor, Tensor]:
         aug = self.config.AUG
-        image, mask = tv_tensors.Image(F.pil_to_tensor(picture)), tv_tensors.Mask(torch.from_numpy(classes)[None])
+        image, mask = F.pil_to_tensor(picture), torch.from_numpy(classes)[None]
         low, high = aug.SCALE
         size = resized(self.config, mask.shape[1:], low + (high - low) * torch.rand(()).item())
-        image, mask = F.resize(image, size), F.resize(mask, size)
+        # torchvision's own for masks takes the pixel before the centre: the mask would move by up to half a pixel.
+        image, mask = F.resize(image, size), F.resize(mask, size, InterpolationMode.NEAREST_EXACT)
         image, mask = self._crop(image, mask)
         if torch.rand(()).item() < aug.HFLIP:
             image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
@@ -51,7 +51,7 @@ class TrainingTransform:
         if below or right:
             image = _pad_image(image, right, below)
             mask = F.pad(mask, [0, 0, right, below], fill=IGNORED)
-        return as_pixels(image), mask[0].as_subclass(Tensor)
+        return as_pixels(image), mask[0]
 
     def _crop(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """A crop in which no class has more than AUG.MAX_SHARE, else the last of ten."""
@@ -81,7 +81,7 @@ def resized(config: CfgNode, size: tuple[int, int], factor: float = 1.0) -> list
 
 def as_pixels(image: Tensor) -> Tensor:
     """(3, H, W) -> (H, W, 3), as `data.normalize` takes it."""
-    return image.as_subclass(Tensor).permute(1, 2, 0).contiguous()
+    return image.permute(1, 2, 0).contiguous()
 
 
 def _pad_image(image: Tensor, right: int, below: int) -> Tensor:

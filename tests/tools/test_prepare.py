@@ -89,6 +89,53 @@ def test_what_cannot_be_converted_is_one_line(voc, tmp_path):
     assert "holds no annotations" in message_of(convert, voc / "empty", read_voc)
 
 
+def test_boxes_are_of_the_picture_as_programs_show_it(voc, yolo):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for path in (voc / "JPEGImages" / "0.jpg", yolo / "train" / "images" / "a.png"):
+        Image.new("RGB", (40, 30)).save(path, exif=turned)
+
+    def sizes(reader):
+        images = convert(voc, reader)["train"]["images"]
+        return {image["file_name"]: (image["width"], image["height"]) for image in images}
+
+    assert sizes(read_yolo)["train/images/a.png"] == (30, 40)
+    path = voc / "Annotations" / "0.xml"
+    size = "<annotation><size><width>{}</width><height>{}</height></size>"
+    for width, height, expected in ((0, 0, (30, 40)), (30, 40, (30, 40)), (40, 30, (40, 30))):
+        path.write_text(VOC.format(name="0").replace("<annotation>", size.format(width, height)))
+        assert sizes(read_voc)["JPEGImages/0.jpg"] == expected
+    path.write_text(VOC.format(name="0").replace("<annotation>", size.format(80, 60)))
+    assert "0.jpg: has 40 x 30 pixels, its annotations are of 80 x 60" in message_of(convert, voc, read_voc)
+
+
+def test_pictures_of_one_name_keep_their_own_boxes(tmp_path):
+    (tmp_path / "c").mkdir()
+    for number, folders in enumerate(
+        (("train", "train"), ("val", "val"), ("marks/a", "shots/a"), ("marks/b", "shots/b"))
+    ):
+        marks, shots = (tmp_path / folder for folder in folders)
+        picture(shots / "1.jpg", (40 + number, 30))
+        marks.mkdir(parents=True, exist_ok=True)
+        (marks / "1.xml").write_text(VOC.format(name="1").replace("cat", folders[1]))
+    contents = convert(tmp_path, read_voc)
+    for content in contents.values():
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        for image, annotation in zip(content["images"], content["annotations"], strict=True):
+            assert image["file_name"] == f"{names[annotation['category_id']]}/1.jpg"
+    (tmp_path / "c" / "1.xml").write_text(VOC.format(name="1"))
+    assert "c/1.xml: its picture may be" in message_of(convert, tmp_path, read_voc)
+
+
+def test_test_pictures_validate_only_where_nothing_else_does(yolo, capsys):
+    (yolo / "valid").rename(yolo / "test")
+    (yolo / "train" / "images" / "._a.png").write_bytes(b"what macOS leaves")
+    assert [image["file_name"][:4] for image in convert(yolo, read_yolo)["val"]["images"]] == ["test"] * 2
+    picture(yolo / "valid" / "images" / "c.png")
+    contents = convert(yolo, read_yolo)
+    assert [len(contents[split]["images"]) for split in ("train", "val")] == [2, 1]
+
+
 def test_wrong_use_is_one_line(tmp_path, capsys):
     assert main(["voc", "--data-path", str(tmp_path / "gone")]) == 2
     assert main(["coco", "--data-path", str(tmp_path)]) == 2

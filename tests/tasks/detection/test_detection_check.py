@@ -20,6 +20,15 @@ def test_good_data_are_ready(tmp_path, capsys):
     assert "0 errors, 0 warnings: ready" in capsys.readouterr().out
 
 
+def test_an_image_that_is_listed_twice_is_found(tmp_path, capsys):
+    data = detection_data.make_data(tmp_path / "data", train=4, val=3)
+    content = json.loads((data / "annotations" / "instances_train.json").read_text())
+    content["images"].append({**content["images"][0], "id": 999})
+    detection_data.write(data, "train", content)
+    assert run(data) == 0
+    assert "train/1.png: same content as train/1.png" in capsys.readouterr().out
+
+
 def test_every_kind_of_fault_is_found(tmp_path, capsys):
     data = detection_data.make_data(tmp_path / "data", train=4, val=3)
     content = json.loads((data / "annotations" / "instances_train.json").read_text())

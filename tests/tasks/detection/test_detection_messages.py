@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import detection_data
 import pytest
+import torch
 from image_data import message_of
+from PIL import Image
 
 from tasks.backbone import check_frozen_norms
 from tasks.detection.coco import check_masks, match_classes, open_split, read_json
@@ -20,6 +22,7 @@ WRONG = [
     ("annotations", {"bbox": [1, 2, float("nan"), 3]}, "four numbers"),
     ("annotations", {"bbox": None, "segmentation": None}, "bbox None"),
     ("annotations", {"category_id": 3}, "annotation 1: category_id 3 is not among the categories"),
+    ("annotations", {"category_id": [3]}, "category_id [3] is not among the categories"),
     ("annotations", {"iscrowd": "no"}, "iscrowd 'no' must be 0 or 1"),
     ("annotations", {"id": 2}, "id 2 is there twice"),
     ("annotations", {"id": "a"}, "annotations[0]: id 'a' must be a whole number"),
@@ -153,8 +156,6 @@ def test_a_split_without_objects_is_refused(tmp_path, content):
 
 
 def test_an_image_of_another_size_is_named_unless_exif_turns_it(tmp_path, content):
-    from PIL import Image
-
     shape = content["images"][0]
     shape["width"], shape["height"] = shape["height"], shape["width"]
     for annotation in content["annotations"]:
@@ -166,6 +167,16 @@ def test_an_image_of_another_size_is_named_unless_exif_turns_it(tmp_path, conten
     exif[0x0112] = 6
     Image.open(path).save(path, exif=exif)
     assert images[0][0].shape == (3, shape["height"], shape["width"])
+
+
+def test_an_image_that_exif_turns_upside_down_is_upright_as_programs_show_it(tmp_path, content):
+    images = TrainImages(read(tmp_path, content), {2: 1, 7: 2}, lambda *sample: sample, with_masks=False)
+    before = images[0][0]
+    path = tmp_path / "train" / "1.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=exif)
+    assert torch.equal(images[0][0], before)
 
 
 @pytest.mark.parametrize(

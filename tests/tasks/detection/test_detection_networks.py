@@ -159,6 +159,7 @@ def test_drawing_changes_boxes_and_masks_alone():
     drawn = draw(image, objects, {3: "a name"})
     assert drawn.getpixel((10, 30)) != (255, 255, 255)  # the mask
     assert drawn.getpixel((40, 40)) == (230, 25, 75)  # the box
+    assert draw(image, [{"bbox": [40, 20, -30, 30], "category_id": 3}], {3: "a name"}).size == image.size
     assert drawn.getpixel((5, 55)) == image.getpixel((5, 55)) == (255, 255, 255)
 
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 
 import detection_data
 import pytest
 import runs
 import torch
+from image_data import message_of
 from ranks import run_ranks, train_in_fork
 
+import tasks
 import train
 from utils.checkpoint import load_file
 from utils.optimizer import build_optimizer
-from utils.session import run_script
+from utils.session import run_script, start_session
 
 RUN = ("tiny", "run")
 
@@ -83,6 +86,24 @@ def test_results_have_the_same_bytes_on_any_number_of_processes(scenes, trained,
     assert set(json.loads(written[0][1])[0]) == {"image_id", "category_id", "score", "segmentation"}
     page = (folder / "report.html").read_text()
     assert "Worst pictures" in page and "<td>bar</td>" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_no_evaluation_overwrites_one_of_other_weights(scenes, trained, tmp_path, monkeypatch):
+    def evaluate(weights, which):
+        arguments = [
+            *detection_data.arguments(scenes, tmp_path / "out", "TEST.WEIGHTS", which),
+            "--resume",
+            str(weights),
+        ]
+        monkeypatch.setattr("sys.argv", ["test.py", *arguments])
+        tasks.evaluate(start_session("", tasks.keys_of))
+
+    evaluate(trained / "ckpt_best.pth", "raw")
+    evaluate(trained / "ckpt_best.pth", "ema")
+    names = {path.name for path in (tmp_path / "out").joinpath(*RUN, "evaluation").iterdir()}
+    assert names == {f"ckpt_best-data-instances_val-{which}-32" for which in ("raw", "ema")}
+    other = shutil.copy(trained / "ckpt_best.pth", tmp_path)
+    assert "holds the evaluation of" in message_of(evaluate, other, "raw")
 
 
 @pytest.mark.launch

@@ -10,8 +10,8 @@ from segmentation_data import CLASSES, small_config, write_folder
 from tasks.segmentation.check import ERROR, KINDS, check
 
 
-def found(root) -> list[tuple[str, str, str]]:
-    return [tuple(problem) for problem in check(small_config("DATA.DATA_PATH", str(root)))]
+def found(root, *opts) -> list[tuple[str, str, str]]:
+    return [tuple(problem) for problem in check(small_config("DATA.DATA_PATH", str(root), *opts))]
 
 
 @pytest.fixture
@@ -50,6 +50,13 @@ def test_every_kind_of_problem_is_found(folder):
     reasons = [reason for *_, reason in problems]
     assert "the value 9 is no class" in reasons[0] and "is 5 x 5 pixels" in reasons[1]
     assert reasons[3] == "same content as images/training/005.png" and reasons[4] == "no pixel of 'ghost'"
+
+
+def test_one_folder_for_both_splits_is_found(folder):
+    keys = [f"DATA.{split}_{what}" for split in ("TRAIN", "VAL") for what in ("IMAGES", "MASKS")]
+    folders = ["images/training", "annotations/training"] * 2
+    problems = found(folder, *(word for pair in zip(keys, folders) for word in pair))
+    assert [kind for kind, *_ in problems] == ["train-and-val"] * 6
 
 
 def test_a_split_that_cannot_be_opened_is_a_problem(folder):

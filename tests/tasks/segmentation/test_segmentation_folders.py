@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -99,6 +101,34 @@ def test_masks_of_other_modes(folder, mode):
     mask.save(path)
     assert Image.open(path).mode == mode
     assert np.array_equal(opened(folder).load(0)[1], values)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_values_of_few_bits_are_classes(folder, bits):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    per_byte = 8 // bits
+    values = np.arange(48 * 64).reshape(48, 64) % 3
+    packed = sum(values[:, place::per_byte] << (8 - bits * (place + 1)) for place in range(per_byte)).astype(np.uint8)
+    header = struct.pack(">IIBBBBB", 64, 48, bits, 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (folder / "annotations" / "training" / "000.png").unlink()
+    (folder / "annotations" / "training" / "000.PNG").write_bytes(encoded)
+    assert np.array_equal(opened(folder).load(0)[1], values)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_image_is_turned_as_its_mask_is(folder, orientation):
+    before, classes = opened(folder).load(0)
+    path = folder / "images" / "training" / "000.png"
+    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    before.transpose(stored).save(path, exif=exif)
+    image, again = opened(folder).load(0)
+    assert np.array_equal(image, before) and np.array_equal(again, classes)
 
 
 def test_the_fingerprint_covers_names_sizes_and_meanings(folder):

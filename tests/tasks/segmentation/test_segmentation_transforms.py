@@ -38,6 +38,17 @@ def test_image_and_mask_stay_together(seed, crop):
         assert (image[~inside] == torch.tensor([124, 116, 104], dtype=torch.uint8)).all() and (~inside).any()
 
 
+@pytest.mark.parametrize("factor", [1 / 3, 0.6])
+def test_a_resized_mask_stays_in_its_place(factor):
+    """Then the mirrored mask becomes the mirrored one; of these factors no pixel's centre is on an edge."""
+    size = round(120 * factor)
+    scale = ("AUG.SCALE", f"[{factor}, {factor}]", "AUG.CROP", f"[{size}, {size}]", "AUG.MAX_SHARE", "1.0")
+    transform = TrainingTransform(small_config(*PLAIN, *scale, "AUG.HFLIP", "0.0"))
+    classes = np.random.default_rng(0).integers(0, 9, (120, 120)).astype(np.int16)
+    image = Image.new("RGB", (120, 120))
+    assert torch.equal(transform(image, classes[:, ::-1].copy())[1], transform(image, classes)[1].flip(1))
+
+
 def test_a_flip_mirrors_both():
     both = [
         TrainingTransform(small_config(*PLAIN, "AUG.SCALE", "[1.0, 1.0]", "AUG.CROP", "[90, 70]", "AUG.HFLIP", chance))
