@@ -164,6 +164,10 @@ _NOT_COMPILED = Rule(
     lambda value, config: value != "selective" or not config.COMPILE,
     "the compiler chooses what to keep by itself; set COMPILE_MEMORY instead",
 )
+_FROZEN_PART = Rule(
+    lambda part, config: part in {"", "backbone", *map(str, range(1, config.MODEL.GMA.NUM_STAGES + 1))},
+    "must be '', 'backbone' or a number of stages from 1 to MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
+)
 _HAS_MILESTONES = Rule(
     lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
     "needs TRAIN.LR_SCHEDULER.MILESTONES",
@@ -240,6 +244,9 @@ KEYS: dict[str, Key] = {
     "TRAIN.LAYER_DECAY": recipe(
         1.0, "factor on the learning rate from each block to the one before it", between(0.01, 1)),
     "TRAIN.HEAD_LR_SCALE": recipe(1.0, "factor on the learning rate of the head", POSITIVE),
+    "TRAIN.FREEZE": recipe(
+        "", "frozen, running statistics included: 'backbone' for all but the head, n for the stem and n stages",
+        _FROZEN_PART),
     "TRAIN.CLIP_GRAD": recipe(5.0, "largest L2 norm of all gradients together; 0: no clipping", at_least(0)),
     "TRAIN.AUTO_RESUME": process(True, "continue from the newest checkpoint of the run folder"),
     "TRAIN.ACCUMULATION_STEPS": launch(
