@@ -168,6 +168,14 @@ _FROZEN_PART = Rule(
     lambda part, config: part in {"", "backbone", *map(str, range(1, config.MODEL.GMA.NUM_STAGES + 1))},
     "must be '', 'backbone' or a number of stages from 1 to MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
 )
+_OWN_ARGUMENTS = Rule(
+    lambda name, config: (
+        name in ("adamw", "sgd")
+        or all(config.TRAIN.OPTIMIZER[key] == KEYS[f"TRAIN.OPTIMIZER.{key}"].default for key in _OF_ADAMW_AND_SGD)
+    ),
+    "EPS and BETAS are AdamW's and MOMENTUM is SGD's; leave them out and give what it takes in TRAIN.OPTIMIZER.ARGS",
+)
+_OF_ADAMW_AND_SGD = ("EPS", "BETAS", "MOMENTUM")
 _HAS_MILESTONES = Rule(
     lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
     "needs TRAIN.LR_SCHEDULER.MILESTONES",
@@ -268,7 +276,10 @@ KEYS: dict[str, Key] = {
         _MILESTONES_BEFORE_THE_END, kind="numbers"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step' and 'multistep'", POSITIVE),
     "TRAIN.LR_SCHEDULER.POWER": recipe(1.0, "exponent of 'poly'", POSITIVE),
-    "TRAIN.OPTIMIZER.NAME": recipe("adamw", "optimizer; 'sgd' has Nesterov momentum", one_of("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.NAME": recipe(
+        "adamw", "'adamw', 'sgd' with Nesterov momentum, or any other of timm's, such as 'lamb', 'lion', 'muon'",
+        _OWN_ARGUMENTS),
+    "TRAIN.OPTIMIZER.ARGS": recipe("", "further arguments of the optimizer, such as 'trust_clip=True, eps=1e-6'"),
     "TRAIN.OPTIMIZER.EPS": recipe(1e-8, "epsilon of AdamW", POSITIVE),
     "TRAIN.OPTIMIZER.BETAS": recipe((0.9, 0.999), "betas of AdamW", _BETAS),
     "TRAIN.OPTIMIZER.MOMENTUM": recipe(0.9, "momentum of SGD", BELOW_ONE),
