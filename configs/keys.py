@@ -60,8 +60,8 @@ class Key:
         rules: what a value of that type must be.
         scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number', 'number or None', 'pair or None', 'numbers', 'switch' (True, False or a name) or 'file' (one
-            that must exist), where the default does not show the type.
+        kind: 'number', 'number or None', 'pair or None', 'numbers', 'name or numbers', 'switch' (True, False or a name)
+            or 'file' (one that must exist), where the default does not show the type.
         follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
