@@ -310,6 +310,8 @@ KEYS: dict[str, Key] = {
     "SAVE_EVERY_UPDATES": process(0, "updates between checkpoints within an epoch; 0: none", at_least(0)),
     "SAVE_EVERY_MINUTES": process(0.0, "minutes between checkpoints within an epoch; 0: none", at_least(0)),
     "LOG_SAMPLES": process(False, "write the images of every update to samples_rank<r>.txt in the run folder"),
+    "LOG_WANDB": process("", "project of Weights & Biases that gets the numbers of the run; '': none; needs wandb"),
+    "LOG_MLFLOW": process("", "experiment of MLflow that gets the numbers of the run; '': none; needs mlflow"),
     "PRINT_FREQ": process(10, "updates between log lines", at_least(1)),
     "SEED": recipe(0, "of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth", _SEED),
     "DETERMINISTIC": process(False, "on GPUs, only kernels that give the same bits every time; slower"),
