@@ -25,7 +25,7 @@ from utils.resume import (
     quarantine_checkpoints,
     restore,
 )
-from utils.run_log import EpochLog, TensorBoard
+from utils.run_log import EpochLog, open_board
 from utils.schedule import build_scheduler, report_recipe, run_length, scaled_learning_rates
 from utils.session import RunFolder, describe_run, run_script, start_session
 
@@ -77,7 +77,7 @@ def main(run_folder: RunFolder | None = None) -> None:
         quarantine_checkpoints(session, resume_path, loop)
         describe_run(config, folder)
     saver = Saver(session, state, loop, identity)
-    board = TensorBoard(folder, processes.is_main, state.num_updates)
+    board = open_board(config, folder, processes, state.num_updates, logger)
     epochs = EpochLog(folder, processes.is_main, loop.next_epoch if resume_path else 0)
     curves = RunCurves(folder, processes.is_main, logger)
     report_recipe(session, f"{sum(p.numel() for p in network.parameters()):,} parameters, {precision}", rates, length)

@@ -60,8 +60,8 @@ class Key:
         rules: what a value of that type must be.
         scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number', 'number or None', 'pair or None', 'numbers', 'switch' (True, False or a name) or 'file' (one
-            that must exist), where the default does not show the type.
+        kind: 'number', 'number or None', 'pair or None', 'numbers', 'name or numbers', 'switch' (True, False or a name)
+            or 'file' (one that must exist), where the default does not show the type.
         follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
@@ -164,6 +164,18 @@ _NOT_COMPILED = Rule(
     lambda value, config: value != "selective" or not config.COMPILE,
     "the compiler chooses what to keep by itself; set COMPILE_MEMORY instead",
 )
+_FROZEN_PART = Rule(
+    lambda part, config: part in {"", "backbone", *map(str, range(1, config.MODEL.GMA.NUM_STAGES + 1))},
+    "must be '', 'backbone' or a number of stages from 1 to MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
+)
+_OWN_ARGUMENTS = Rule(
+    lambda name, config: (
+        name in ("adamw", "sgd")
+        or all(config.TRAIN.OPTIMIZER[key] == KEYS[f"TRAIN.OPTIMIZER.{key}"].default for key in _OF_ADAMW_AND_SGD)
+    ),
+    "EPS and BETAS are AdamW's and MOMENTUM is SGD's; leave them out and give what it takes in TRAIN.OPTIMIZER.ARGS",
+)
+_OF_ADAMW_AND_SGD = ("EPS", "BETAS", "MOMENTUM")
 _HAS_MILESTONES = Rule(
     lambda name, config: name != "multistep" or config.TRAIN.LR_SCHEDULER.MILESTONES,
     "needs TRAIN.LR_SCHEDULER.MILESTONES",
@@ -240,6 +252,9 @@ KEYS: dict[str, Key] = {
     "TRAIN.LAYER_DECAY": recipe(
         1.0, "factor on the learning rate from each block to the one before it", between(0.01, 1)),
     "TRAIN.HEAD_LR_SCALE": recipe(1.0, "factor on the learning rate of the head", POSITIVE),
+    "TRAIN.FREEZE": recipe(
+        "", "frozen, running statistics included: 'backbone' for all but the head, n for the stem and n stages",
+        _FROZEN_PART),
     "TRAIN.CLIP_GRAD": recipe(5.0, "largest L2 norm of all gradients together; 0: no clipping", at_least(0)),
     "TRAIN.AUTO_RESUME": process(True, "continue from the newest checkpoint of the run folder"),
     "TRAIN.ACCUMULATION_STEPS": launch(
@@ -261,7 +276,10 @@ KEYS: dict[str, Key] = {
         _MILESTONES_BEFORE_THE_END, kind="numbers"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": recipe(0.1, "factor of each step of 'step' and 'multistep'", POSITIVE),
     "TRAIN.LR_SCHEDULER.POWER": recipe(1.0, "exponent of 'poly'", POSITIVE),
-    "TRAIN.OPTIMIZER.NAME": recipe("adamw", "optimizer; 'sgd' has Nesterov momentum", one_of("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.NAME": recipe(
+        "adamw", "'adamw', 'sgd' with Nesterov momentum, or any other of timm's, such as 'lamb', 'lion', 'muon'",
+        _OWN_ARGUMENTS),
+    "TRAIN.OPTIMIZER.ARGS": recipe("", "further arguments of the optimizer, such as 'trust_clip=True, eps=1e-6'"),
     "TRAIN.OPTIMIZER.EPS": recipe(1e-8, "epsilon of AdamW", POSITIVE),
     "TRAIN.OPTIMIZER.BETAS": recipe((0.9, 0.999), "betas of AdamW", _BETAS),
     "TRAIN.OPTIMIZER.MOMENTUM": recipe(0.9, "momentum of SGD", BELOW_ONE),
@@ -292,6 +310,8 @@ KEYS: dict[str, Key] = {
     "SAVE_EVERY_UPDATES": process(0, "updates between checkpoints within an epoch; 0: none", at_least(0)),
     "SAVE_EVERY_MINUTES": process(0.0, "minutes between checkpoints within an epoch; 0: none", at_least(0)),
     "LOG_SAMPLES": process(False, "write the images of every update to samples_rank<r>.txt in the run folder"),
+    "LOG_WANDB": process("", "project of Weights & Biases that gets the numbers of the run; '': none; needs wandb"),
+    "LOG_MLFLOW": process("", "experiment of MLflow that gets the numbers of the run; '': none; needs mlflow"),
     "PRINT_FREQ": process(10, "updates between log lines", at_least(1)),
     "SEED": recipe(0, "of initial weights (SEED + rank), order, augmentation, mixup and stochastic depth", _SEED),
     "DETERMINISTIC": process(False, "on GPUs, only kernels that give the same bits every time; slower"),

@@ -254,7 +254,10 @@ def _convert(setting: Setting, key: Key) -> Any:
 def _coerce(value: Any, key: Key) -> Any:
     """Bring a value from YAML or the command line to the type of a key; ValueError says what it must be."""
     default = key.default
-    if isinstance(default, str):
+    may_be_list = key.kind == "name or numbers"
+    if may_be_list and isinstance(value, str) and value.startswith("["):
+        value = _parse_literal(value)
+    if isinstance(default, str) and not (may_be_list and isinstance(value, list | tuple)):
         if isinstance(value, dict | list | tuple):
             raise ValueError("must be text")
         return "" if value is None else str(value)

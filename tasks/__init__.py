@@ -12,6 +12,7 @@ import torch
 
 from configs import UserError
 from configs.keys import Key
+from utils.freezing import freeze
 from utils.session import Session
 from utils.task import Task
 
@@ -31,9 +32,14 @@ def keys_of(task: str) -> Mapping[str, Key]:
 
 
 def build(session: Session) -> Task:
-    """The data, network, loss and validation of the configured task; weights are drawn from SEED + rank."""
+    """The data, network, loss and validation of the configured task; weights are drawn from SEED + rank.
+
+    What TRAIN.FREEZE names of the network is frozen.
+    """
     torch.manual_seed(session.config.SEED + session.processes.rank)
-    return _module(session.config.TASK).build(session)
+    task = _module(session.config.TASK).build(session)
+    freeze(session.config, task.network)
+    return task
 
 
 def evaluate(session: Session) -> None:

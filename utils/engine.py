@@ -19,6 +19,7 @@ from configs import UserError
 from configs.errors import StopRequested
 from data import TRAINING_STEP, seed_everything
 
+from .freezing import set_training_mode
 from .optimizer import scheduled_lr
 from .precision import Precision
 from .processes import broadcast_batchnorm_stats, unwrap
@@ -185,7 +186,7 @@ def train_one_epoch(
         seed_everything(TRAINING_STEP, config.SEED, session.processes.rank, 0, 0)  # as `train_step` does
         board.images("train/images", task.preview(first), 0)
         batches = itertools.chain([first], batches)
-    state.model.train()
+    set_training_mode(state.model)
     for update in range(loop.next_update, updates):
         status = train_step(session, state, task, batches, snapshot)
         loop.count(status)

@@ -33,6 +33,7 @@ from .checkpoint import (
     stored_config,
 )
 from .engine import LoopState, TrainState
+from .optimizer import load_optimizer
 from .processes import run_on_main_and_broadcast
 from .session import Session
 from .task import Task
@@ -266,14 +267,8 @@ def restore(
     load_exactly(state.network, select_weights(saved, "raw", path)[0], path)
     if state.ema is not None:
         _restore_ema(session, state.ema, saved, path)
-    groups = state.optimizer.param_groups
-    options = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
     try:
-        saved_groups = [dict(group) for group in saved["optimizer"]["param_groups"]]
-        # The recipe is the configuration's. Before loading, because `fused` decides on which device torch puts `step`.
-        for group, own in zip(saved_groups, options):
-            group.update(own)
-        state.optimizer.load_state_dict({**saved["optimizer"], "param_groups": saved_groups})
+        load_optimizer(state.optimizer, saved["optimizer"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     if saved.get("scaler") and state.scaler.is_enabled():

@@ -1,4 +1,4 @@
-"""The records of a run: log file of every process, console, metrics.jsonl, TensorBoard, provenance."""
+"""The records of a run: log file of every process, console, metrics.jsonl, TensorBoard and trackers, provenance."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from configs.text import printable
 from data.normalization import denormalize
@@ -29,6 +30,7 @@ from data.normalization import denormalize
 from .failures import unwritable
 from .files import atomic_write, finite_numbers
 from .processes import Processes
+from .trackers import Tracker, open_trackers
 
 GRID_IMAGES = 16
 METRICS_NAME = "metrics.jsonl"
@@ -181,10 +183,22 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-class TensorBoard:
-    """Event files in the run folder, written by the main process; everywhere else it does nothing."""
+def open_board(
+    config: CfgNode, folder: Path, processes: Processes, num_updates: int, logger: logging.Logger
+) -> "TensorBoard":
+    """TensorBoard, and the trackers that LOG_WANDB and LOG_MLFLOW name, from this update on."""
+    trackers = open_trackers(config, folder, num_updates > 0, logger) if processes.is_main else []
+    return TensorBoard(folder, processes.is_main, num_updates, trackers)
 
-    def __init__(self, folder: Path, enabled: bool, num_updates: int = 0) -> None:
+
+class TensorBoard:
+    """Event files in the run folder, written by the main process; everywhere else it does nothing.
+
+    Trackers get the same numbers.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, num_updates: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        self.trackers = trackers
         # What a run wrote after the checkpoint that it continues from, at later steps, is hidden, not shown twice.
         purge = num_updates + 1 if num_updates else None
         # The suffix keeps a run that is continued within the second from overwriting its own file.
@@ -214,10 +228,12 @@ class TensorBoard:
         events.flush = partial(attempt, events.flush)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.writer is not None:
-            for name, value in values.items():
-                if math.isfinite(value):  # of others tensorboardX warns without a name
-                    self.writer.add_scalar(name, value, step)
+            for name, value in finite.items():  # of others tensorboardX warns without a name
+                self.writer.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.scalars(finite, step)
 
     def epoch(self, train_loss: float, validation: dict[str, float], num_updates: int) -> None:
         """Numbers of an epoch, written to disk now: epoch/train_loss, val/acc1_raw and so on."""
@@ -235,6 +251,8 @@ class TensorBoard:
         if self.writer is not None:
             with contextlib.suppress(OSError):  # a full disk is reported already
                 self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 class EpochLog:

@@ -10,6 +10,18 @@ _CROPS_ONLY_IF_CROPPED = Rule(
     lambda value, config: config.TEST.CROP or value not in ("five-crop", "ten-crop"),
     "needs TEST.CROP True: nothing is cropped without it",
 )
+_WEIGHTS = Rule(
+    lambda value, _: (
+        value in ("", "balanced", "effective")
+        or (isinstance(value, list) and any(value) and all(0 <= weight <= 1e6 for weight in value))
+    ),
+    "must be '', 'balanced', 'effective' or a list of weights from 0 to 1e6, one for each class",
+)
+_OF_BCE = Rule(lambda value, config: value is None or config.LOSS.NAME == "bce", "is for LOSS.NAME 'bce'; set that")
+_THRESHOLD = Rule(lambda value, _: value is None or 0 <= value < 1, "must be None or lie between 0 and below 1")
+_HAS_WEIGHTS = Rule(
+    lambda name, config: not name or config.DISTILL.WEIGHTS, "needs a file of its weights in DISTILL.WEIGHTS"
+)
 
 # fmt: off
 KEYS: dict[str, Key] = {
@@ -25,6 +37,24 @@ KEYS: dict[str, Key] = {
         "", "names of the classes for --images: a text file, line i: that of class i; or imagenet, its 1000",
         flag="--class-names"),
     "MODEL.LABEL_SMOOTHING": recipe(0.1, "probability mass moved from the label to all classes", BELOW_ONE),
+    # ------------------------------------------------------------------------------------------------------------ loss
+    "LOSS.NAME": recipe(
+        "ce", "cross-entropy, or binary cross-entropy of each class, the mean over classes (timm's)",
+        one_of("ce", "bce")),
+    "LOSS.BCE_THRESHOLD": recipe(
+        None, "targets above it become 1, others 0, mixed ones too; None: as they are", _THRESHOLD, _OF_BCE,
+        kind="number or None"),
+    "LOSS.CLASS_WEIGHTS": recipe(
+        "", "factor on the loss of each class: 'balanced', 'effective' (number of images) or a list; '': none",
+        _WEIGHTS, kind="name or numbers"),
+    "LOSS.EFFECTIVE_BETA": recipe(0.999, "beta of CLASS_WEIGHTS 'effective'", BELOW_ONE),
+    "DISTILL.TEACHER": recipe(
+        "", "timm's name of a trained network whose outputs are learnt beside the labels; '': none", _HAS_WEIGHTS),
+    "DISTILL.WEIGHTS": recipe("", "file of the teacher's weights, for the classes of the data", kind="file"),
+    "DISTILL.KIND": recipe(
+        "soft", "learn the teacher's probabilities, or its most probable class", one_of("soft", "hard")),
+    "DISTILL.WEIGHT": recipe(0.5, "the teacher's share of the loss; the labels' is the rest", SHARE),
+    "DISTILL.TEMPERATURE": recipe(1.0, "divides logits of 'soft' before their softmax", between(0.1, 100)),
     # ---------------------------------------------------------------------------------------------------- augmentation
     "AUG.COLOR_JITTER": recipe(0.4, "strength of colour jitter; only without AUTO_AUGMENT", at_least(0)),
     "AUG.AUTO_AUGMENT": recipe("rand-m9-mstd0.5-inc1", "timm's policy string; 'none': off"),
@@ -40,6 +70,7 @@ KEYS: dict[str, Key] = {
         kind="pair or None"),
     "AUG.MIXUP_PROB": recipe(1.0, "probability that a batch is mixed at all", SHARE),
     "AUG.MIXUP_SWITCH_PROB": recipe(0.5, "probability of cutmix where both are on", SHARE),
+    "AUG.MIXUP_OFF_EPOCH": recipe(0, "epoch, counted from 0, from which nothing is mixed; 0: none", at_least(0)),
     "AUG.MIXUP_MODE": recipe("batch", "one draw for each batch, pair or image", one_of("batch", "pair", "elem")),
     # ------------------------------------------------------------------------------------------------------ evaluation
     "TEST.CROP": network(

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from configs import with_num_classes, with_values
@@ -19,8 +17,10 @@ from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
+from .distillation import Teacher, distillation_loss
 from .images import eval_dataset, open_split, open_validation, train_dataset
 from .inference import run_network
+from .losses import build_criterion
 from .transforms import build_mixup
 from .weights import load_pretrained
 
@@ -54,7 +54,11 @@ def build(session: Session) -> Task:
     if processes.device.type == "cpu":
         use_fast_gradients(network)
     mixup = build_mixup(config)
-    criterion = build_criterion(mixup, config.MODEL.LABEL_SMOOTHING)
+    labels = Counter(label for _, label in train_source.samples)
+    criterion = build_criterion(config, mixup is not None, [labels[number] for number in range(len(classes))])
+    criterion.to(processes.device)
+    # After the network: its initial weights are the same with a teacher and without.
+    teacher = Teacher(config, processes.device) if config.DISTILL.TEACHER else None
     precision = build_precision(config, processes.device)
 
     def inputs_and_targets(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -62,11 +66,19 @@ def build(session: Session) -> Task:
         pixels, labels = batch
         # With DATA.FAST_LOADING, batches are uint8: they are normalised and erased on their device.
         pixels = images.transform.normalize_batch(pixels) if pixels.dtype == torch.uint8 else pixels
-        return (pixels, labels) if mixup is None else mixup(pixels, labels)
+        if mixup is None:
+            return pixels, labels
+        mixup.mixup_enabled = not config.AUG.MIXUP_OFF_EPOCH or data.order.epoch < config.AUG.MIXUP_OFF_EPOCH
+        return mixup(pixels, labels)
 
     def loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, targets = inputs_and_targets(batch)
-        return criterion(model(inputs), targets), {}
+        logits = model(inputs)
+        of_labels = criterion(logits, targets)
+        if teacher is None:
+            return of_labels, {}
+        of_teacher, share = distillation_loss(config, logits, teacher(inputs)), config.DISTILL.WEIGHT
+        return (1 - share) * of_labels + share * of_teacher, {"labels": of_labels, "teacher": of_teacher}
 
     def validate(network: nn.Module) -> dict[str, float]:
         # COMPILE compiles training: validation would compile everything again, and differ by rounding.
@@ -110,10 +122,3 @@ def accuracy_by_chance(labels: Sequence[int]) -> float | None:
     share = max(Counter(labels).values()) / len(labels)
     bound = 100 * (share + 2 * math.sqrt(share * (1 - share) / len(labels)))
     return bound if bound < 100 else None
-
-
-def build_criterion(mixup: Mixup | None, label_smoothing: float) -> nn.Module:
-    """The loss that fits the targets: soft ones where mixup or cutmix make them (smoothing included), else labels."""
-    if mixup is not None:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(label_smoothing) if label_smoothing > 0 else nn.CrossEntropyLoss()

@@ -25,7 +25,7 @@ def extremes(key: Key) -> list[str]:
     if names or isinstance(key.default, bool):
         return [*names, "True", "False", "1", "nonsense"]
     if isinstance(key.default, str):
-        return TEXTS
+        return TEXTS + LISTS * (key.kind == "name or numbers")
     if isinstance(key.default, int | float) or key.kind == "number or None":
         return WHOLE + NUMBERS
     return LISTS

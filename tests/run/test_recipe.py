@@ -11,7 +11,7 @@ from torch import nn
 
 from configs import UserError, with_num_classes
 from models.groupmixformer import prefixed_matcher
-from tasks.classification.task import build_criterion
+from tasks.classification.losses import build_criterion
 from tasks.classification.transforms import build_mixup
 from tasks.networks import build_model
 from utils.optimizer import build_optimizer, scheduled_lr
@@ -333,7 +333,7 @@ MIXUP_OFF, CUTMIX_OFF = ("AUG.MIXUP", 0.0), ("AUG.CUTMIX", 0.0)
 def test_loss_fits_what_is_switched_on(recipe, opts, loss):
     config = with_num_classes(recipe(*opts), 7)
     mixup = build_mixup(config)
-    criterion = build_criterion(mixup, config.MODEL.LABEL_SMOOTHING)
+    criterion = build_criterion(config, mixup is not None, counts=[1] * 7)
     assert type(criterion) is loss
     assert (mixup is not None) == (loss is SoftTargetCrossEntropy)
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 6, 2])
@@ -348,10 +348,10 @@ def test_loss_fits_what_is_switched_on(recipe, opts, loss):
 def test_label_smoothing_by_hand(recipe):
     logits, label = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
     log_p = logits.log_softmax(1)[0]
-    for smoothing in (0.1, 0.3):
+    for smoothing in (0.1, 0.3, 0.0):
+        criterion = build_criterion(recipe("MODEL.LABEL_SMOOTHING", smoothing), mixed=False, counts=[1] * 3)
         expected = -((1 - smoothing) * log_p[0] + smoothing * log_p.mean())
-        assert build_criterion(None, smoothing)(logits, label).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert build_criterion(None, 0.0)(logits, label).item() == pytest.approx(-log_p[0].item(), rel=1e-6)
+        assert criterion(logits, label).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_mixup_arguments(recipe):
