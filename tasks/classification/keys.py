@@ -6,6 +6,15 @@ _MINMAX = Rule(
     lambda values, _: values is None or (len(values) == 2 and 0 <= values[0] <= values[1] <= 1),
     "must be None or two shares, the smaller first",
 )
+
+
+def _rising_pair(low: float, high: float) -> Rule:
+    return Rule(
+        lambda values, _: len(values) == 2 and low <= values[0] <= values[1] <= high,
+        f"must be two numbers between {low} and {high}, the smaller first",
+    )
+
+
 _CROPS_ONLY_IF_CROPPED = Rule(
     lambda value, config: config.TEST.CROP or value not in ("five-crop", "ten-crop"),
     "needs TEST.CROP True: nothing is cropped without it",
@@ -26,9 +35,18 @@ KEYS: dict[str, Key] = {
         flag="--class-names"),
     "MODEL.LABEL_SMOOTHING": recipe(0.1, "probability mass moved from the label to all classes", BELOW_ONE),
     # ---------------------------------------------------------------------------------------------------- augmentation
-    "AUG.COLOR_JITTER": recipe(0.4, "strength of colour jitter; only without AUTO_AUGMENT", at_least(0)),
-    "AUG.AUTO_AUGMENT": recipe("rand-m9-mstd0.5-inc1", "timm's policy string; 'none': off"),
+    "AUG.CROP_SCALE": recipe(
+        [0.08, 1.0], "area of the random crop, as share of the image: [smallest, largest]", _rising_pair(0.001, 1)),
+    "AUG.CROP_RATIO": recipe(
+        [3 / 4, 4 / 3], "width / height of the random crop: [smallest, largest]", _rising_pair(0.01, 100)),
+    "AUG.COLOR_JITTER": recipe(0.4, "strength of colour jitter; only without AUTO_AUGMENT, or with 3a", at_least(0)),
+    "AUG.AUTO_AUGMENT": recipe(
+        "rand-m9-mstd0.5-inc1",
+        "timm's policy string: RandAugment (rand-...), 3-Augment (3a), AugMix (augmix-m3-w3), ...; 'none': off"),
     "AUG.HFLIP": recipe(0.5, "probability of a horizontal flip", SHARE),
+    "AUG.VFLIP": recipe(0.0, "probability of a vertical flip", SHARE),
+    "AUG.GRAYSCALE_PROB": recipe(0.0, "probability that an image loses its colours", SHARE),
+    "AUG.GAUSSIAN_BLUR_PROB": recipe(0.0, "probability of a blur", SHARE),
     "AUG.REPROB": recipe(0.25, "probability of random erasing", SHARE),
     "AUG.REMODE": recipe(
         "pixel", "erased areas: noise per pixel, one random colour, or zeros", one_of("pixel", "rand", "const")),
