@@ -96,10 +96,10 @@ class AugmentedSample(NamedTuple):
 
 
 class AugmentedDataset(Dataset):
-    """The training view of any dataset: `dataset[SampleKey(epoch, index)]` -> AugmentedSample.
+    """The training view of any dataset: `dataset[SampleKey(epoch, index, view)]` -> AugmentedSample.
 
-    Augmentation depends on (seed, epoch, index) alone, so the same sample of the same epoch looks the same whichever
-    process, worker or restarted run loads it.
+    Augmentation depends on (seed, epoch, index, view) alone. So a view looks the same whichever process, worker or
+    restarted run loads it.
 
     A sample that cannot be read (UserError) is replaced by the next readable one of the data set. The index that is
     returned says which one it is; the caller reports it. In the first epoch, `dataset.remark(index)` is asked, where
@@ -114,10 +114,11 @@ class AugmentedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> AugmentedSample:
-        epoch, index = key
+        epoch, index, view = key
+        view_key = (view,) if view else ()  # without one: the bits of runs in which an image has one view
         for attempt in range(MAX_SUBSTITUTES):
             candidate = (index + attempt) % len(self.dataset)
-            seed_everything(AUGMENTATION, self.seed, epoch, candidate)
+            seed_everything(AUGMENTATION, self.seed, epoch, candidate, *view_key)
             try:
                 sample = self.dataset[candidate]
             except UserError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from configs import SPLIT_NAMES, with_values
-from data import ImageDataset, Source, class_folders
+from data import ClassBalance, ImageDataset, Source, class_folders
 from data.fast.decoding import decode_to_tensor
 from data.splits import open_source, with_classes, without_images
 
@@ -57,6 +57,12 @@ def open_for_evaluation(config: CfgNode, trained_on: Sequence[str], notify: Call
     if few := without_images(source):
         notify(f"{config.DATA.DATA_PATH}: {few}")
     return source
+
+
+def class_balance(config: CfgNode, source: Source) -> ClassBalance | None:
+    """How DATA.CLASS_BALANCE draws the training images; None where it is off."""
+    strength = config.DATA.CLASS_BALANCE
+    return ClassBalance(source.samples.labels, strength) if strength else None
 
 
 def train_dataset(config: CfgNode, source: Source) -> ImageDataset:

@@ -1,6 +1,19 @@
 """The configuration keys that classification has beside those of `configs.keys`; defaults are the released recipe."""
 
-from configs.keys import BELOW_ONE, SHARE, Key, Rule, at_least, between, launch, network, one_of, process, recipe
+from configs.keys import (
+    BELOW_ONE,
+    SHARE,
+    Key,
+    Rule,
+    at_least,
+    between,
+    in_one_order,
+    launch,
+    network,
+    one_of,
+    process,
+    recipe,
+)
 
 _MINMAX = Rule(
     lambda values, _: values is None or (len(values) == 2 and 0 <= values[0] <= values[1] <= 1),
@@ -28,6 +41,9 @@ KEYS: dict[str, Key] = {
     "DATA.FAST_LOADING": recipe(
         "no", "decode, crop and resize uint8 tensors, erase batches, to train or always; other bits",
         one_of("no", "train", "all")),
+    "DATA.CLASS_BALANCE": recipe(
+        0.0, "how evenly training sees the classes: 0 as there are images, 0.5 by square roots, 1 equally often", SHARE,
+        in_one_order(off=0)),
     "MODEL.CLASS_MAP": process(
         "", "text file, line i: the row of an ImageNet-21k head (21841) that is class i here", kind="file"),
     "DATA.CLASS_NAMES": process(

@@ -19,7 +19,7 @@ from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
-from .images import eval_dataset, open_split, open_validation, train_dataset
+from .images import class_balance, eval_dataset, open_split, open_validation, train_dataset
 from .inference import run_network
 from .transforms import build_mixup
 from .weights import load_pretrained
@@ -43,7 +43,8 @@ def build(session: Session) -> Task:
     pin_memory = processes.device.type == "cuda"
     samples_log = session.folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
     images = train_dataset(config, train_source)
-    data = TrainingData(config, images, *share, pin_memory, logger.warning, samples_log=samples_log)
+    balance = class_balance(config, train_source)
+    data = TrainingData(config, images, *share, pin_memory, logger.warning, samples_log=samples_log, balance=balance)
     # Validation in training is of one view, whatever test.py does later.
     single = with_values(config, {"TEST.TTA": "none"})
     val_images = eval_dataset(single, val_source)
