@@ -20,7 +20,7 @@ from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.session import Session
 
-from .images import open_for_evaluation
+from .images import holds_out, open_for_evaluation
 from .inference import predict
 from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
@@ -59,7 +59,13 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     read = read_weights(weights, config.TEST.WEIGHTS)
     trained_on = read.checkpoint.get("classes")
     images = _open_images(session, trained_on if isinstance(trained_on, list) else [])
-    check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
+    found = fingerprint(images.source)
+    check_same_everywhere(session, {"val_fingerprint": found})
+    if holds_out(config) and read.checkpoint.get("val_fingerprint", found) != found:
+        logger.warning(
+            f"{config.DATA.DATA_PATH}: the images that DATA.VAL_SHARE holds out are not those of the run; {weights} "
+            "may have been trained on some of them, so accuracies may be too high"
+        )
     num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
     config = with_num_classes(config, num_outputs)
 

@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 from configs import SPLIT_NAMES, with_values
 from data import ClassBalance, ImageDataset, Source, class_folders
 from data.fast.decoding import decode_to_tensor
+from data.holdout import has_validation, open_parts
 from data.splits import open_source, with_classes, without_images
 
 from .transforms import fast_train_transform, fast_views_transform, train_transform, views_transform
@@ -17,7 +18,36 @@ def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Sourc
     """The images of 'train' or 'val' as configured; UserError where something is missing."""
     data = config.DATA
     block = data.BATCH_SIZE if split == "val" else 1  # samples that `data.loaders` deals to a process at a time
+    if holds_out(config):
+        return _open_parts(config, rank, world_size)[split]
     return open_source(data.DATA_PATH, data.DATASET, split, data.ZIP_MODE, data.CACHE_MODE, rank, world_size, block)
+
+
+def holds_out(config: CfgNode) -> bool:
+    """Whether a share of the training images validates: where DATA.VAL_SHARE says so and there are no others."""
+    data = config.DATA
+    return data.VAL_SHARE > 0 and not has_validation(data.DATA_PATH, data.DATASET, data.ZIP_MODE)
+
+
+def _open_parts(config: CfgNode, rank: int, world_size: int) -> dict[str, Source]:
+    data = config.DATA
+    how = (data.ZIP_MODE, data.CACHE_MODE, rank, world_size, data.BATCH_SIZE)
+    return open_parts(data.DATA_PATH, data.DATASET, data.VAL_SHARE, *how)
+
+
+def open_train_and_val(
+    config: CfgNode, rank: int, world_size: int, notify: Callable[[str], None]
+) -> tuple[Source, Source]:
+    """The training and the validation images; `notify` and UserError are as in `open_validation`."""
+    if holds_out(config):
+        train, val = _open_parts(config, rank, world_size).values()
+        if few := without_images(val):
+            notify(f"{config.DATA.DATA_PATH}: {few}")
+        return train, val
+    if config.DATA.VAL_SHARE:
+        notify(f"DATA.VAL_SHARE = {config.DATA.VAL_SHARE}: is not used, the data have a validation set")
+    train = open_split(config, "train", rank, world_size)
+    return train, open_validation(config, train.classes, rank, world_size, notify)
 
 
 def open_validation(

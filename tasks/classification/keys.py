@@ -41,6 +41,9 @@ KEYS: dict[str, Key] = {
     "DATA.FAST_LOADING": recipe(
         "no", "decode, crop and resize uint8 tensors, erase batches, to train or always; other bits",
         one_of("no", "train", "all")),
+    "DATA.VAL_SHARE": network(
+        0.0, "share of the training images that validates, chosen by content, where there are no others; 0: none",
+        BELOW_ONE),
     "DATA.CLASS_BALANCE": recipe(
         0.0, "how evenly training sees the classes: 0 as there are images, 0.5 by square roots, 1 equally often", SHARE,
         in_one_order(off=0)),

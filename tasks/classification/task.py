@@ -19,7 +19,7 @@ from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
-from .images import class_balance, eval_dataset, open_split, open_validation, train_dataset
+from .images import class_balance, eval_dataset, open_train_and_val, train_dataset
 from .inference import run_network
 from .transforms import build_mixup
 from .weights import load_pretrained
@@ -31,9 +31,8 @@ def build(session: Session) -> Task:
     if config.MODEL.CLASS_MAP and not config.MODEL.PRETRAINED:
         logger.warning(f"MODEL.CLASS_MAP {config.MODEL.CLASS_MAP} is not used: no --pretrained is named")
     share = (processes.rank, processes.world_size)
-    train_source = open_split(config, "train", *share)
+    train_source, val_source = open_train_and_val(config, *share, logger.warning)
     classes = train_source.classes
-    val_source = open_validation(config, classes, *share, logger.warning)
     for split, source in (("training", train_source), ("validation", val_source)):
         if source.left_out:
             logger.info(f"left out of the {split} images: {source.left_out}")
