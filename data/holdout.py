@@ -8,7 +8,7 @@ import numpy as np
 
 from configs import SPLIT_NAMES, UserError
 
-from .sources import FolderSource, Source, ZipSource, count_images, list_names
+from .sources import FileSource, Source, ZipSource, count_images, list_names
 from .splits import open_source
 
 
@@ -44,7 +44,7 @@ def open_parts(
 
 
 def split_by_content(
-    source: FolderSource | ZipSource,
+    source: FileSource | ZipSource,
     share: float,
     cache_mode: str = "no",
     rank: int = 0,

@@ -56,9 +56,24 @@ class SampleList(Sequence):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        label = int(self.labels[index])  # raises IndexError as a list does
+        self.labels[index]  # raises IndexError as a list does
         index %= len(self)
-        return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), label
+        return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), self._label(index)
+
+    def _label(self, index: int) -> Any:
+        return int(self.labels[index])
+
+    def counts(self, num_classes: int) -> list[int]:
+        """The number of samples of every class."""
+        return np.bincount(self.labels, minlength=num_classes).tolist()
+
+    def renumbered(self, numbers: Sequence[int]) -> "SampleList":
+        """The same samples, with numbers[i] for class index i."""
+        return SampleList((path, numbers[label]) for path, label in self)
+
+    def part(self, chosen: np.ndarray) -> "SampleList":
+        """The samples that `chosen`, (N,) bool, names."""
+        return type(self)(self[index] for index in np.flatnonzero(chosen))
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
@@ -76,7 +91,36 @@ class Source(Protocol):
         ...
 
 
-class FolderSource:
+class FileSource:
+    """Images that are files; `samples` and `classes` are the subclass's."""
+
+    classes: list[str]
+    samples: SampleList
+
+    def read(self, index: int) -> bytes:
+        return Path(self.samples[index][0]).read_bytes()
+
+    def contents(self) -> np.ndarray:
+        """(N, 2) int64: size in bytes, and CRC-32, of every encoded image; two zeros where it cannot be read."""
+
+        def content(index: int) -> tuple[int, int]:
+            try:
+                encoded = self.read(index)
+            except OSError:
+                return 0, 0
+            return len(encoded), zlib.crc32(encoded)
+
+        with ThreadPoolExecutor(_READERS) as readers:  # a file server answers many at a time
+            return np.array([*readers.map(content, range(len(self.samples)))], dtype=np.int64)
+
+    def part(self, chosen: np.ndarray) -> "FileSource":
+        """The source of the images that `chosen`, (N,) bool, names; the classes stay."""
+        part = copy.copy(self)
+        part.samples = self.samples.part(chosen)
+        return part
+
+
+class FolderSource(FileSource):
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
     What is an image and what a class, `data.files` decides: a companion must not shift every label after it.
@@ -106,28 +150,6 @@ class FolderSource:
         empty = [name for name, count in zip(self.classes, counts) if not count]
         if empty and not (gaps and any(counts)):
             raise UserError(f"{self.root}: no images ({', '.join(IMAGE_SUFFIXES)}) in class {list_names(empty)}")
-
-    def read(self, index: int) -> bytes:
-        return Path(self.samples[index][0]).read_bytes()
-
-    def contents(self) -> np.ndarray:
-        """(N, 2) int64: size in bytes, and CRC-32, of every encoded image; two zeros where it cannot be read."""
-
-        def content(index: int) -> tuple[int, int]:
-            try:
-                encoded = self.read(index)
-            except OSError:
-                return 0, 0
-            return len(encoded), zlib.crc32(encoded)
-
-        with ThreadPoolExecutor(_READERS) as readers:  # a file server answers many at a time
-            return np.array([*readers.map(content, range(len(self.samples)))], dtype=np.int64)
-
-    def part(self, chosen: np.ndarray) -> "FolderSource":
-        """The source of the images that `chosen`, (N,) bool, names; the classes stay."""
-        part = copy.copy(self)
-        part.samples = SampleList(self.samples[index] for index in np.flatnonzero(chosen))
-        return part
 
 
 class ZipSource:
@@ -221,13 +243,13 @@ class ZipSource:
         return samples
 
     def contents(self) -> np.ndarray:
-        """As that of FolderSource; the archive says it."""
+        """As that of FileSource; the archive says it."""
         return self._records[:, [_SIZE, _CRC]]
 
     def part(self, chosen: np.ndarray) -> "ZipSource":
-        """As that of FolderSource, with nothing in memory."""
+        """As that of FileSource, with nothing in memory."""
         part = copy.copy(self)
-        part.samples = SampleList(self.samples[index] for index in np.flatnonzero(chosen))
+        part.samples = self.samples.part(chosen)
         part._records = self._records[chosen]
         part.fill_cache("no", 0, 1)
         return part
@@ -327,7 +349,7 @@ def fingerprint(source: Source) -> str:
 
 def count_images(source: Source) -> list[int]:
     """The number of images of every class."""
-    return np.bincount(source.samples.labels, minlength=len(source.classes)).tolist()
+    return source.samples.counts(len(source.classes))
 
 
 def list_names(names: Sequence[str], limit: int = 5) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
-from .sources import FolderSource, SampleList, Source, ZipSource, count_images, list_names
+from .sources import UNLABELLED, FolderSource, Source, ZipSource, count_images, list_names
 
 
 def open_source(
@@ -113,7 +113,7 @@ def with_classes(source: Source, classes: Sequence[str], where: str = "") -> Sou
         missing = [name for name in classes if name not in has]
         also = f"; only in train: {list_names(missing)}" if missing else ""
         raise UserError(f"{where}: train and val differ in their classes; only in val: {list_names(unknown)}{also}")
-    mapped.samples = SampleList((path, index_of[source.classes[label]]) for path, label in source.samples)
+    mapped.samples = source.samples.renumbered([index_of.get(name, UNLABELLED) for name in source.classes])
     return mapped
 
 

@@ -28,6 +28,10 @@ def _rising_pair(low: float, high: float) -> Rule:
     )
 
 
+_NOT_ZIPPED = Rule(
+    lambda value, config: not value or not config.DATA.ZIP_MODE,
+    "images of label files are read from folders; leave --zip out",
+)
 _CROPS_ONLY_IF_CROPPED = Rule(
     lambda value, config: config.TEST.CROP or value not in ("five-crop", "ten-crop"),
     "needs TEST.CROP True: nothing is cropped without it",
@@ -41,6 +45,10 @@ KEYS: dict[str, Key] = {
     "DATA.FAST_LOADING": recipe(
         "no", "decode, crop and resize uint8 tensors, erase batches, to train or always; other bits",
         one_of("no", "train", "all")),
+    "DATA.TRAIN_LABELS": process(
+        "", "CSV or Parquet file of the training images instead of folders: columns path (below --data-path), class",
+        _NOT_ZIPPED, kind="file"),
+    "DATA.VAL_LABELS": process("", "the same of the validation images", _NOT_ZIPPED, kind="file"),
     "DATA.VAL_SHARE": network(
         0.0, "share of the training images that validates, chosen by content, where there are no others; 0: none",
         BELOW_ONE),
