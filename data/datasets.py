@@ -4,10 +4,12 @@ import contextlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from configs import UserError
@@ -38,6 +40,8 @@ MAX_SUBSTITUTES = 16  # neighbours tried in place of an unreadable image
 class ImageDataset(Dataset):
     """Images of a source, decoded and transformed: `dataset[index]` -> (transformed image, class index).
 
+    Where images have several classes, a tuple, it gives (K,) float32 instead: 1 for these classes and 0 for others.
+
     Args:
         source: the files and their classes.
         transform: from what `decode` returns to what the loader is to collate.
@@ -59,7 +63,8 @@ class ImageDataset(Dataset):
         return len(self.source.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.load(index)), self.source.samples[index][1]
+        image, label = self.transform(self.load(index)), self.source.samples[index][1]
+        return image, multi_hot(label, len(self.classes)) if isinstance(label, tuple) else label
 
     def load(self, index: int) -> Any:
         """The decoded image, before any transform."""
@@ -85,6 +90,11 @@ class ImageDataset(Dataset):
     def name(self, index: int) -> str:
         """The path of an image, for messages."""
         return self.source.samples[index][0]
+
+
+def multi_hot(labels: Sequence[int], num_classes: int) -> Tensor:
+    """Class indices -> (K,) float32, 1 for these and 0 for others."""
+    return torch.zeros(num_classes).index_fill_(0, torch.tensor(labels, dtype=torch.int64), 1.0)
 
 
 class AugmentedSample(NamedTuple):

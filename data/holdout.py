@@ -8,7 +8,7 @@ import numpy as np
 
 from configs import SPLIT_NAMES, UserError
 
-from .sources import FileSource, Source, ZipSource, count_images, list_names
+from .sources import UNLABELLED, FileSource, Source, ZipSource, count_images, list_names
 from .splits import open_source
 
 
@@ -55,9 +55,12 @@ def split_by_content(
 
     Raises UserError where a class is left without training images, or no image can be held out.
     """
-    chosen = held_out(source.samples.labels, source.contents(), share)
+    labels = source.samples.labels
+    several = bool((labels == UNLABELLED).all())  # images of several classes: split as if they were of one
+    chosen = held_out(np.zeros_like(labels) if several else labels, source.contents(), share)
     parts = {"train": source.part(~chosen), "val": source.part(chosen)}
-    if empty := [name for name, count in zip(source.classes, count_images(parts["train"])) if not count]:
+    empty = [name for name, count in zip(source.classes, count_images(parts["train"])) if not count]
+    if empty and not several:
         raise UserError(
             f"DATA.VAL_SHARE = {share}: leaves no training image of class {list_names(empty)}, whose images "
             "other classes have too; python -m tools.check names them"

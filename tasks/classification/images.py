@@ -21,29 +21,36 @@ def open_split(config: CfgNode, split: str, rank: int, world_size: int) -> Sourc
     block = data.BATCH_SIZE if split == "val" else 1  # samples that `data.loaders` deals to a process at a time
     if holds_out(config):
         return _open_parts(config, rank, world_size)[split]
-    if file := {"train": data.TRAIN_LABELS, "val": data.VAL_LABELS}[split]:
-        return _open_label_file(config, file)
-    if split == "val" and data.TRAIN_LABELS:
+    file = {"train": data.TRAIN_LABELS, "val": data.VAL_LABELS}[split]
+    if split == "val" and data.TRAIN_LABELS and not file:
         raise UserError(f"DATA.TRAIN_LABELS = {data.TRAIN_LABELS!r}: needs DATA.VAL_LABELS too, or DATA.VAL_SHARE 0.1")
+    if file or data.MULTI_LABEL:
+        return _open_label_file(config, file)
     return open_source(data.DATA_PATH, data.DATASET, split, data.ZIP_MODE, data.CACHE_MODE, rank, world_size, block)
 
 
 def holds_out(config: CfgNode) -> bool:
     """Whether a share of the training images validates: where DATA.VAL_SHARE says so and there are no others."""
     data = config.DATA
-    by_folders = not data.TRAIN_LABELS and has_validation(data.DATA_PATH, data.DATASET, data.ZIP_MODE)
+    by_folders = (
+        not data.MULTI_LABEL and not data.TRAIN_LABELS and has_validation(data.DATA_PATH, data.DATASET, data.ZIP_MODE)
+    )
     return data.VAL_SHARE > 0 and not data.VAL_LABELS and not by_folders
 
 
 def _open_label_file(config: CfgNode, file: str) -> LabelFileSource:
+    if not file:
+        raise UserError(
+            "DATA.MULTI_LABEL: needs files with the classes of the images, DATA.TRAIN_LABELS and VAL_LABELS"
+        )
     if not config.DATA.DATA_PATH:
         raise UserError(f"DATA.DATA_PATH is empty: give the folder that the paths in {file} lie below with --data-path")
-    return LabelFileSource(config.DATA.DATA_PATH, file)
+    return LabelFileSource(config.DATA.DATA_PATH, file, several=config.DATA.MULTI_LABEL)
 
 
 def _open_parts(config: CfgNode, rank: int, world_size: int) -> dict[str, Source]:
     data = config.DATA
-    if data.TRAIN_LABELS:
+    if data.TRAIN_LABELS or data.MULTI_LABEL:
         return split_by_content(_open_label_file(config, data.TRAIN_LABELS), data.VAL_SHARE)
     how = (data.ZIP_MODE, data.CACHE_MODE, rank, world_size, data.BATCH_SIZE)
     return open_parts(data.DATA_PATH, data.DATASET, data.VAL_SHARE, *how)

@@ -49,6 +49,8 @@ KEYS: dict[str, Key] = {
         "", "CSV or Parquet file of the training images instead of folders: columns path (below --data-path), class",
         _NOT_ZIPPED, kind="file"),
     "DATA.VAL_LABELS": process("", "the same of the validation images", _NOT_ZIPPED, kind="file"),
+    "DATA.MULTI_LABEL": network(
+        False, "images have several classes or none, with | between their names in label files; mAP decides"),
     "DATA.VAL_SHARE": network(
         0.0, "share of the training images that validates, chosen by content, where there are no others; 0: none",
         BELOW_ONE),

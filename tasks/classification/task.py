@@ -19,6 +19,7 @@ from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
+from . import multi_label
 from .images import class_balance, eval_dataset, open_train_and_val, train_dataset
 from .inference import run_network
 from .transforms import build_mixup
@@ -30,6 +31,9 @@ def build(session: Session) -> Task:
     config, processes, logger = session.config, session.processes, session.logger
     if config.MODEL.CLASS_MAP and not config.MODEL.PRETRAINED:
         logger.warning(f"MODEL.CLASS_MAP {config.MODEL.CLASS_MAP} is not used: no --pretrained is named")
+    several = config.DATA.MULTI_LABEL
+    if several:
+        multi_label.check_recipe(config)
     share = (processes.rank, processes.world_size)
     train_source, val_source = open_train_and_val(config, *share, logger.warning)
     classes = train_source.classes
@@ -47,14 +51,14 @@ def build(session: Session) -> Task:
     # Validation in training is of one view, whatever test.py does later.
     single = with_values(config, {"TEST.TTA": "none"})
     val_images = eval_dataset(single, val_source)
-    val_loader, _ = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
+    val_loader, val_batches = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
 
     check_batch_norms(config, synchronised=1 if processes.device.type == "cpu" else processes.world_size)
     network = build_model(config).to(processes.device)
     if processes.device.type == "cpu":
         use_fast_gradients(network)
     mixup = build_mixup(config)
-    criterion = build_criterion(mixup, config.MODEL.LABEL_SMOOTHING)
+    criterion = nn.BCEWithLogitsLoss() if several else build_criterion(mixup, config.MODEL.LABEL_SMOOTHING)
     precision = build_precision(config, processes.device)
 
     def inputs_and_targets(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,6 +75,8 @@ def build(session: Session) -> Task:
     def validate(network: nn.Module) -> dict[str, float]:
         # COMPILE compiles training: validation would compile everything again, and differ by rounding.
         with torch.compiler.set_stance("force_eager") if config.COMPILE else nullcontext():
+            if several:
+                return multi_label.validate(session, single, network, val_loader, val_batches, precision)
             sums = run_network(session, single, network, val_loader, precision)
         if not math.isfinite(sums.loss_sum):
             logger.warning(f"outputs are not finite: loss {sums.loss_sum} over {sums.count} images")
@@ -87,13 +93,13 @@ def build(session: Session) -> Task:
         data=data,
         loss=loss,
         validate=validate,
-        decides="acc1",
+        decides="map" if several else "acc1",
         identity={
             "data_fingerprint": fingerprint(train_source),
             "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
             "classes": classes,  # names, for pictures that are labelled later
         },
-        by_chance=accuracy_by_chance([label for _, label in val_source.samples]),
+        by_chance=None if several else accuracy_by_chance([label for _, label in val_source.samples]),
         load_pretrained=start_from,
         about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
         f"{len(classes)} classes, {usable_workers(config)} loader workers per process",
