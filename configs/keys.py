@@ -137,6 +137,16 @@ _PER_STAGE = Rule(
     lambda values, config: len(values) == config.MODEL.GMA.NUM_STAGES,
     "needs one value per stage, MODEL.GMA.NUM_STAGES = {MODEL.GMA.NUM_STAGES}",
 )
+
+
+def in_one_order(off: float) -> Rule:
+    """For a key that needs one order over all images, unless its value is `off`."""
+    return Rule(
+        lambda value, config: value == off or not (config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part"),
+        "needs every image in every process; set DATA.CACHE_MODE 'no' or 'full'",
+    )
+
+
 # Where TRAIN.UPDATES decides, the data say how many epochs that is: `utils.schedule.run_length` checks.
 _BEFORE_THE_END = Rule(
     lambda epoch, config: config.TRAIN.UPDATES or epoch < config.TRAIN.EPOCHS,
@@ -206,6 +216,9 @@ KEYS: dict[str, Key] = {
         one_of("no", "full", "part"), flag="--cache-mode"),
     "DATA.PIN_MEMORY": process(True, "page-locked batches, for faster copies to the GPU; nothing without a GPU"),
     "DATA.MAX_UNREADABLE": process(10, "unreadable training images a process may skip in a run", at_least(0)),
+    "DATA.REPEATS": recipe(
+        1, "augmented views of an image in one update; an epoch has as many updates, of fewer images", at_least(1),
+        in_one_order(off=1)),
     "DATA.NUM_WORKERS": process(32, "loader processes per process, at most its share of the CPU cores", at_least(0)),
     # ----------------------------------------------------------------------------------------------------------- model
     "MODEL.TYPE": network(

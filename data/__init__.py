@@ -5,11 +5,13 @@ from .files import class_folders
 from .loaders import TrainingData, build_eval_loader
 from .normalization import denormalize, normalize
 from .randomness import TRAINING_STEP, seed_everything
+from .samplers import ClassBalance
 from .sources import Source, fingerprint
 from .workers import end_loader_workers, lost_loader_worker, usable_workers
 
 __all__ = [
     "TRAINING_STEP",
+    "ClassBalance",
     "ImageDataset",
     "Source",
     "TrainingData",

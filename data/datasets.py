@@ -4,10 +4,12 @@ import contextlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from configs import UserError
@@ -38,6 +40,8 @@ MAX_SUBSTITUTES = 16  # neighbours tried in place of an unreadable image
 class ImageDataset(Dataset):
     """Images of a source, decoded and transformed: `dataset[index]` -> (transformed image, class index).
 
+    Where images have several classes, a tuple, it gives (K,) float32 instead: 1 for these classes and 0 for others.
+
     Args:
         source: the files and their classes.
         transform: from what `decode` returns to what the loader is to collate.
@@ -59,7 +63,8 @@ class ImageDataset(Dataset):
         return len(self.source.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.load(index)), self.source.samples[index][1]
+        image, label = self.transform(self.load(index)), self.source.samples[index][1]
+        return image, multi_hot(label, len(self.classes)) if isinstance(label, tuple) else label
 
     def load(self, index: int) -> Any:
         """The decoded image, before any transform."""
@@ -87,6 +92,11 @@ class ImageDataset(Dataset):
         return self.source.samples[index][0]
 
 
+def multi_hot(labels: Sequence[int], num_classes: int) -> Tensor:
+    """Class indices -> (K,) float32, 1 for these and 0 for others."""
+    return torch.zeros(num_classes).index_fill_(0, torch.tensor(labels, dtype=torch.int64), 1.0)
+
+
 class AugmentedSample(NamedTuple):
     """What `AugmentedDataset` gives."""
 
@@ -96,10 +106,10 @@ class AugmentedSample(NamedTuple):
 
 
 class AugmentedDataset(Dataset):
-    """The training view of any dataset: `dataset[SampleKey(epoch, index)]` -> AugmentedSample.
+    """The training view of any dataset: `dataset[SampleKey(epoch, index, view)]` -> AugmentedSample.
 
-    Augmentation depends on (seed, epoch, index) alone, so the same sample of the same epoch looks the same whichever
-    process, worker or restarted run loads it.
+    Augmentation depends on (seed, epoch, index, view) alone. So a view looks the same whichever process, worker or
+    restarted run loads it.
 
     A sample that cannot be read (UserError) is replaced by the next readable one of the data set. The index that is
     returned says which one it is; the caller reports it. In the first epoch, `dataset.remark(index)` is asked, where
@@ -114,10 +124,11 @@ class AugmentedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> AugmentedSample:
-        epoch, index = key
+        epoch, index, view = key
+        view_key = (view,) if view else ()  # without one: the bits of runs in which an image has one view
         for attempt in range(MAX_SUBSTITUTES):
             candidate = (index + attempt) % len(self.dataset)
-            seed_everything(AUGMENTATION, self.seed, epoch, candidate)
+            seed_everything(AUGMENTATION, self.seed, epoch, candidate, *view_key)
             try:
                 sample = self.dataset[candidate]
             except UserError:

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from configs import UserError
 
 from .datasets import AugmentedDataset, AugmentedSample
-from .samplers import TrainingOrder
+from .samplers import ClassBalance, TrainingOrder
 from .workers import init_worker, usable_workers
 
 Collate = Callable[[list[Any]], Any]  # from samples to a batch
@@ -35,8 +35,9 @@ class TrainingData:
         notify: is called with one line for every sample that cannot be read, and for the first remark and their count.
         collate: from a list of samples to a batch; torch's default_collate by default.
         samples_log: file that gets a line for every batch: epoch, update, sample indices; None: no such log.
+        balance: the classes of the samples, where they are to be seen more evenly than there are.
 
-    Raises UserError where the training set cannot fill one update.
+    Raises UserError where the training set cannot fill one update, or DATA.REPEATS does not divide one.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TrainingData:
         notify: Callable[[str], None],
         collate: Collate = default_collate,
         samples_log: Path | None = None,
+        balance: ClassBalance | None = None,
     ) -> None:
         self.dataset = dataset
         self.order = TrainingOrder(
@@ -58,6 +60,8 @@ class TrainingData:
             world_size=world_size,
             seed=config.SEED,
             sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
+            repeats=config.DATA.REPEATS,
+            balance=balance,
         )
         workers = usable_workers(config)
         self.loader = DataLoader(

@@ -12,10 +12,39 @@ from .randomness import ORDER, derive_seed
 
 
 class SampleKey(NamedTuple):
-    """A training sample: the image and the epoch in which it is seen, which decides its augmentation."""
+    """A training sample: the image, and the epoch and view in which it is seen, which decide its augmentation."""
 
     epoch: int
     index: int
+    view: int = 0  # counted from 0 where an image is seen several times in an epoch
+
+
+class ClassBalance(NamedTuple):
+    """Classes that are seen more evenly than the data set holds them (Kang et al. 2020, eq. 1, with q = 1 - strength).
+
+    A class of n images gets a part of every epoch in proportion to n ** (1 - strength).
+    """
+
+    labels: np.ndarray  # (N,) class index of every image
+    strength: float  # from 0, the shares of the data set, to 1, equal shares
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`count` images in random order, and for each how often it came before: (count,) each.
+
+        A class gets its part, rounded up or down; so does each of its images. (Systematic sampling.)
+        """
+        counts = np.bincount(self.labels)
+        weights = np.where(counts > 0, np.maximum(counts, 1.0) ** (1 - self.strength), 0)
+        times = count * (weights / weights.sum() / np.maximum(counts, 1))[self.labels]  # of each image, on average
+        shuffled = rng.permutation(len(self.labels))
+        by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
+        # Whole numbers, 2**32 to an image: sums are exact, the same on every machine.
+        ends = np.cumsum(np.rint(times[by_class] * 2**32).astype(np.int64)).clip(max=count << 32)
+        ends[-1] = count << 32
+        picks = np.diff((ends + rng.integers(2**32)) >> 32, prepend=0)
+        copies = np.arange(count) - np.repeat(np.cumsum(picks) - picks, picks)
+        mixed = rng.permutation(count)
+        return np.repeat(by_class, picks)[mixed], copies[mixed]
 
 
 class TrainingOrder(Sampler[SampleKey]):
@@ -24,6 +53,9 @@ class TrainingOrder(Sampler[SampleKey]):
     Update u of an epoch sees samples [u * global_batch, (u + 1) * global_batch) of the permutation, dealt out to the
     processes one by one. So the images of an update do not depend on the number of processes, and continuing at
     update u needs no replay. What is left after the last whole update is not seen in that epoch.
+
+    The number of updates in an epoch is always num_samples // global_batch. With `repeats` n, an epoch sees one of n
+    images, n times each. Views of an image are neighbours in the order, and in the same update.
 
     Args:
         num_samples: images in the data set.
@@ -37,7 +69,15 @@ class TrainingOrder(Sampler[SampleKey]):
     """
 
     def __init__(
-        self, num_samples: int, global_batch: int, rank: int, world_size: int, seed: int, sharded: bool = False
+        self,
+        num_samples: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        sharded: bool = False,
+        repeats: int = 1,
+        balance: ClassBalance | None = None,
     ) -> None:
         self.updates_per_epoch = num_samples // global_batch
         if self.updates_per_epoch == 0:
@@ -45,9 +85,15 @@ class TrainingOrder(Sampler[SampleKey]):
                 f"the training set has {num_samples} images, fewer than one global batch of {global_batch} "
                 "(batch size * processes * accumulation steps): lower --batch-size"
             )
+        if global_batch % repeats:
+            raise UserError(
+                f"DATA.REPEATS = {repeats}: a global batch of {global_batch} images is no multiple of it; "
+                "choose another --batch-size"
+            )
         self.num_samples, self.global_batch = num_samples, global_batch
         self.rank, self.world_size = rank, world_size
         self.seed, self.sharded = seed, sharded
+        self.repeats, self.balance = repeats, balance
         self.set_position(epoch=0, update=0)
 
     def set_position(self, epoch: int, update: int = 0) -> None:
@@ -59,18 +105,26 @@ class TrainingOrder(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch, per_update = self.epoch, self.global_batch // self.world_size
-        mine = self._permutation()[self.update * per_update : self.updates_per_epoch * per_update]
-        return (SampleKey(epoch, int(index)) for index in mine)
+        mine = slice(self.update * per_update, self.updates_per_epoch * per_update)
+        images, views = self._order()
+        return (SampleKey(epoch, int(index), int(view)) for index, view in zip(images[mine], views[mine]))
 
     def indices_of(self, update: int) -> list[int]:
         """The images of this process in that update of the current epoch, for messages."""
         per_update = self.global_batch // self.world_size
-        return self._permutation()[update * per_update : (update + 1) * per_update].tolist()
+        return self._order()[0][update * per_update : (update + 1) * per_update].tolist()
 
-    def _permutation(self) -> np.ndarray:
-        """This process's part of the epoch's order."""
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """This process's part of the epoch's order: images, and which view of each."""
         rng = np.random.default_rng(derive_seed(ORDER, self.seed, self.epoch))
         if self.sharded:
             shares = [rng.permutation(np.arange(r, self.num_samples, self.world_size)) for r in range(self.world_size)]
-            return shares[self.rank]
-        return rng.permutation(self.num_samples)[self.rank :: self.world_size]
+            return shares[self.rank], np.zeros_like(shares[self.rank])
+        count = self.updates_per_epoch * self.global_batch // self.repeats
+        if self.balance is None:
+            images, copies = rng.permutation(self.num_samples)[:count], np.zeros(count, dtype=np.int64)
+        else:
+            images, copies = self.balance.draw(rng, count)
+        views = (self.repeats * copies[:, None] + np.arange(self.repeats)).ravel()
+        mine = slice(self.rank, None, self.world_size)
+        return np.repeat(images, self.repeats)[mine], views[mine]

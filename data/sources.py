@@ -1,5 +1,6 @@
 """Where labelled images come from: class folders or zip files. A source lists its samples and hands out their bytes."""
 
+import copy
 import hashlib
 import os
 import struct
@@ -7,6 +8,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -28,6 +30,7 @@ from .files import (
 
 UNLABELLED = -1  # the class index of an image whose class is not known
 MAX_CLASSES = 10**6  # a class index beyond is a mistake
+_READERS = 16  # threads
 MAX_MEMBER_BYTES = 512 * 2**20  # what a member of a zip file may unpack to
 
 
@@ -53,9 +56,24 @@ class SampleList(Sequence):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        label = int(self.labels[index])  # raises IndexError as a list does
+        self.labels[index]  # raises IndexError as a list does
         index %= len(self)
-        return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), label
+        return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]), self._label(index)
+
+    def _label(self, index: int) -> Any:
+        return int(self.labels[index])
+
+    def counts(self, num_classes: int) -> list[int]:
+        """The number of samples of every class."""
+        return np.bincount(self.labels, minlength=num_classes).tolist()
+
+    def renumbered(self, numbers: Sequence[int]) -> "SampleList":
+        """The same samples, with numbers[i] for class index i."""
+        return SampleList((path, numbers[label]) for path, label in self)
+
+    def part(self, chosen: np.ndarray) -> "SampleList":
+        """The samples that `chosen`, (N,) bool, names."""
+        return type(self)(self[index] for index in np.flatnonzero(chosen))
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
@@ -73,7 +91,36 @@ class Source(Protocol):
         ...
 
 
-class FolderSource:
+class FileSource:
+    """Images that are files; `samples` and `classes` are the subclass's."""
+
+    classes: list[str]
+    samples: SampleList
+
+    def read(self, index: int) -> bytes:
+        return Path(self.samples[index][0]).read_bytes()
+
+    def contents(self) -> np.ndarray:
+        """(N, 2) int64: size in bytes, and CRC-32, of every encoded image; two zeros where it cannot be read."""
+
+        def content(index: int) -> tuple[int, int]:
+            try:
+                encoded = self.read(index)
+            except OSError:
+                return 0, 0
+            return len(encoded), zlib.crc32(encoded)
+
+        with ThreadPoolExecutor(_READERS) as readers:  # a file server answers many at a time
+            return np.array([*readers.map(content, range(len(self.samples)))], dtype=np.int64)
+
+    def part(self, chosen: np.ndarray) -> "FileSource":
+        """The source of the images that `chosen`, (N,) bool, names; the classes stay."""
+        part = copy.copy(self)
+        part.samples = self.samples.part(chosen)
+        return part
+
+
+class FolderSource(FileSource):
     """`<root>/<class>/**/*.JPEG`; classes are numbered in the order of their names, as torchvision's ImageFolder does.
 
     What is an image and what a class, `data.files` decides: a companion must not shift every label after it.
@@ -103,9 +150,6 @@ class FolderSource:
         empty = [name for name, count in zip(self.classes, counts) if not count]
         if empty and not (gaps and any(counts)):
             raise UserError(f"{self.root}: no images ({', '.join(IMAGE_SUFFIXES)}) in class {list_names(empty)}")
-
-    def read(self, index: int) -> bytes:
-        return Path(self.samples[index][0]).read_bytes()
 
 
 class ZipSource:
@@ -162,11 +206,7 @@ class ZipSource:
         self.named = bool(names)
         self.classes = [names.get(label, str(label)) for label in range(num_classes)]
 
-        share = np.flatnonzero(np.arange(len(self.samples)) // block % world_size == rank)
-        cached = {"no": range(0), "full": range(len(self.samples)), "part": share}
-        self._spans = np.full((len(self.samples), 2), -1, np.int64)  # begin and end in the cache
-        self._cache = np.empty(0, np.uint8)
-        self._fill_cache(cached[cache_mode])
+        self.fill_cache(cache_mode, rank, world_size, block)
 
     def _members(self) -> dict[str, zipfile.ZipInfo]:
         try:
@@ -202,7 +242,23 @@ class ZipSource:
             raise UserError(f"{map_path}: names no images{self.left_out and '; left out: '}{self.left_out}")
         return samples
 
-    def _fill_cache(self, indices: Sequence[int]) -> None:
+    def contents(self) -> np.ndarray:
+        """As that of FileSource; the archive says it."""
+        return self._records[:, [_SIZE, _CRC]]
+
+    def part(self, chosen: np.ndarray) -> "ZipSource":
+        """As that of FileSource, with nothing in memory."""
+        part = copy.copy(self)
+        part.samples = self.samples.part(chosen)
+        part._records = self._records[chosen]
+        part.fill_cache("no", 0, 1)
+        return part
+
+    def fill_cache(self, cache_mode: str, rank: int, world_size: int, block: int = 1) -> None:
+        """Read into memory what the arguments of the class say."""
+        share = np.flatnonzero(np.arange(len(self.samples)) // block % world_size == rank)
+        indices = {"no": range(0), "full": range(len(self.samples)), "part": share}[cache_mode]
+        self._spans = np.full((len(self.samples), 2), -1, np.int64)  # begin and end in the cache
         self._cache = np.empty(self._records[indices, _SIZE].sum(), np.uint8)
         position = 0
         for index in indices:
@@ -243,7 +299,7 @@ class ZipSource:
 
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip member; the lengths of its name and extra field come last
-_SIZE = 2
+_SIZE, _CRC = 2, 3  # columns of a record
 _UNUSUAL = -1
 
 
@@ -293,7 +349,7 @@ def fingerprint(source: Source) -> str:
 
 def count_images(source: Source) -> list[int]:
     """The number of images of every class."""
-    return np.bincount(source.samples.labels, minlength=len(source.classes)).tolist()
+    return source.samples.counts(len(source.classes))
 
 
 def list_names(names: Sequence[str], limit: int = 5) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
-from .sources import FolderSource, SampleList, Source, ZipSource, count_images, list_names
+from .sources import UNLABELLED, FolderSource, Source, ZipSource, count_images, list_names
 
 
 def open_source(
@@ -21,8 +21,11 @@ def open_source(
     rank: int,
     world_size: int,
     block: int = 1,
+    train_may_be_root: bool = False,
 ) -> Source:
     """Open `split` ('train' or 'val') of the data set below `data_path`.
+
+    With `train_may_be_root`, `data_path` itself may hold the classes, where it has no folder of that split.
 
     Raises UserError where it is not there, where all its images are of one class, and in training where a class has
     none.
@@ -33,12 +36,16 @@ def open_source(
     name, gaps = names[split], split == "val"
     if not root.is_dir():
         raise UserError(f"--data-path {data_path}: no such folder; give the one that holds {name}{'.zip' * zip_mode}")
-    if not zip_mode and not (root / name).is_dir():
-        raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name)}")
+    folder = root / name
+    if not zip_mode and not folder.is_dir():
+        if not train_may_be_root:
+            share = "; or set DATA.VAL_SHARE 0.1, a share of train/" * (gaps and (root / names["train"]).is_dir())
+            raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name)}{share}")
+        folder = root
     if zip_mode:
         source = ZipSource(root, name, cache_mode, rank, world_size, block, gaps)
     else:
-        source = FolderSource(root / name, gaps)
+        source = FolderSource(folder, gaps)
     if len(labels := np.unique(source.samples.labels)) == 1:
         raise UserError(_one_class(source, int(labels[0]), list(names.values())))
     return source
@@ -106,7 +113,7 @@ def with_classes(source: Source, classes: Sequence[str], where: str = "") -> Sou
         missing = [name for name in classes if name not in has]
         also = f"; only in train: {list_names(missing)}" if missing else ""
         raise UserError(f"{where}: train and val differ in their classes; only in val: {list_names(unknown)}{also}")
-    mapped.samples = SampleList((path, index_of[source.classes[label]]) for path, label in source.samples)
+    mapped.samples = source.samples.renumbered([index_of.get(name, UNLABELLED) for name in source.classes])
     return mapped
 
 

@@ -20,7 +20,8 @@ from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.session import Session
 
-from .images import open_for_evaluation
+from . import multi_label
+from .images import holds_out, open_for_evaluation
 from .inference import predict
 from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
@@ -38,6 +39,8 @@ def evaluate(session: Session) -> None:
     if config.DATA.CLASS_NAMES and not session.args.images:
         session.logger.warning(f"--class-names {config.DATA.CLASS_NAMES} is not used: it is for --images")
     shape = (config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    if config.DATA.MULTI_LABEL:
+        multi_label.check_evaluation(config, bool(session.args.images))
     if session.args.flops:
         report_flops(session, build_model(config), shape, config.MODEL.GMA.NUM_CLASSES)
     elif config.THROUGHPUT_MODE:
@@ -59,7 +62,13 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     read = read_weights(weights, config.TEST.WEIGHTS)
     trained_on = read.checkpoint.get("classes")
     images = _open_images(session, trained_on if isinstance(trained_on, list) else [])
-    check_same_everywhere(session, {"val_fingerprint": fingerprint(images.source)})
+    found = fingerprint(images.source)
+    check_same_everywhere(session, {"val_fingerprint": found})
+    if holds_out(config) and read.checkpoint.get("val_fingerprint", found) != found:
+        logger.warning(
+            f"{config.DATA.DATA_PATH}: the images that DATA.VAL_SHARE holds out are not those of the run; {weights} "
+            "may have been trained on some of them, so accuracies may be too high"
+        )
     num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
     config = with_num_classes(config, num_outputs)
 
@@ -88,7 +97,6 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for size, sized, folder in zip(sizes, sized_configs, folders):
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
-        predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
         about = {
             "weights": loaded,
             "file": str(Path(weights).resolve()),
@@ -103,19 +111,28 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             "compiled": config.COMPILE,
             "fast_loading": config.DATA.FAST_LOADING == "all",
         }
+        if config.DATA.MULTI_LABEL:
+            how = (precision, about, folder, title)
+            results.append(multi_label.evaluate(session, sized, network, images.source, *how))
+            continue
+        predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
         results.append(
             run_on_main_and_broadcast(
                 lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes
             )
         )
-    if len(results) > 1:
+    if len(results) > 1 and not config.DATA.MULTI_LABEL:
         logger.info(f"{'size':>5} {'Acc@1':>8} {'Acc@5':>8} {'NLL':>8} {'ECE':>7}")
         for row in results:
             numbers = f"{row['acc1']:8.3f} {row['acc5']:8.3f} {row['nll']:8.4f} {row['ece']:7.4f}"
             logger.info(f"{row['image_size']:5d} {numbers}")
     if session.args.json and processes.is_main:
         write_json(session.args.json, results if config.TEST.SIZES else results[0])
-    logger.info(f" * Acc@1 {results[-1]['acc1']:.3f} Acc@5 {results[-1]['acc5']:.3f}")
+    last = results[-1]
+    if config.DATA.MULTI_LABEL:
+        logger.info(f" * mAP {last['map']:.3f}")
+    else:
+        logger.info(f" * Acc@1 {last['acc1']:.3f} Acc@5 {last['acc5']:.3f}")
     return results
 
 

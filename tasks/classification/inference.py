@@ -16,7 +16,7 @@ from data import Source, build_eval_loader, normalize
 from data.sources import UNLABELLED
 from utils.evaluation import evaluation_batches
 from utils.precision import Precision
-from utils.processes import gather_on_main, sum_over_processes
+from utils.processes import Processes, gather_on_main, sum_over_processes
 from utils.session import Session
 
 from .images import eval_dataset
@@ -166,20 +166,34 @@ def _gather(
     session: Session, source: Source, parts: list[dict[str, Tensor]], batches: list[range]
 ) -> Predictions | None:
     """Bring the processes' rows together on the main one, in the order of the data set."""
-    processes, world_size = session.processes, session.processes.world_size
-    # The images of each process, in the order in which it saw them.
-    shares = [[i for batch in batches[rank::world_size] for i in batch] for rank in range(world_size)]
-    order = torch.tensor([index for share in shares for index in share])
+    processes = session.processes
     columns: dict[str, np.ndarray] = {}
     for name in list(parts[0]):
-        own = torch.cat([part.pop(name) for part in parts])
-        gathered = gather_on_main(own, [len(share) for share in shares], processes)
-        if gathered is not None:
-            columns[name] = torch.empty_like(gathered).index_copy_(0, order, gathered).numpy()
+        rows = gather_in_order(torch.cat([part.pop(name) for part in parts]), batches, processes)
+        if rows is not None:
+            columns[name] = rows.numpy()
     if not processes.is_main:
         return None
     paths = [relative_path(source, index) for index in range(len(source.samples))]
     return Predictions(paths, classes=list(source.classes), **columns)
+
+
+def gather_in_order(own: Tensor, batches: Sequence[range], processes: Processes) -> Tensor | None:
+    """A row of every image, on the main process in the order of the data set; None elsewhere.
+
+    Args:
+        own: this process's rows, on the CPU.
+        batches: those of all processes, from `build_eval_loader`.
+        processes: this process among all.
+    """
+    size = processes.world_size
+    # The images of each process, in the order in which it saw them.
+    shares = [[i for batch in batches[rank::size] for i in batch] for rank in range(size)]
+    gathered = gather_on_main(own, [len(share) for share in shares], processes)
+    if gathered is None:
+        return None
+    order = torch.tensor([index for share in shares for index in share])
+    return torch.empty_like(gathered).index_copy_(0, order, gathered)
 
 
 def relative_path(source: Source, index: int) -> str:

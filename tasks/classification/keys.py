@@ -1,10 +1,36 @@
 """The configuration keys that classification has beside those of `configs.keys`; defaults are the released recipe."""
 
-from configs.keys import BELOW_ONE, SHARE, Key, Rule, at_least, between, launch, network, one_of, process, recipe
+from configs.keys import (
+    BELOW_ONE,
+    SHARE,
+    Key,
+    Rule,
+    at_least,
+    between,
+    in_one_order,
+    launch,
+    network,
+    one_of,
+    process,
+    recipe,
+)
 
 _MINMAX = Rule(
     lambda values, _: values is None or (len(values) == 2 and 0 <= values[0] <= values[1] <= 1),
     "must be None or two shares, the smaller first",
+)
+
+
+def _rising_pair(low: float, high: float) -> Rule:
+    return Rule(
+        lambda values, _: len(values) == 2 and low <= values[0] <= values[1] <= high,
+        f"must be two numbers between {low} and {high}, the smaller first",
+    )
+
+
+_NOT_ZIPPED = Rule(
+    lambda value, config: not value or not config.DATA.ZIP_MODE,
+    "images of label files are read from folders; leave --zip out",
 )
 _CROPS_ONLY_IF_CROPPED = Rule(
     lambda value, config: config.TEST.CROP or value not in ("five-crop", "ten-crop"),
@@ -31,6 +57,18 @@ KEYS: dict[str, Key] = {
     "DATA.FAST_LOADING": recipe(
         "no", "decode, crop and resize uint8 tensors, erase batches, to train or always; other bits",
         one_of("no", "train", "all")),
+    "DATA.TRAIN_LABELS": process(
+        "", "CSV or Parquet file of the training images instead of folders: columns path (below --data-path), class",
+        _NOT_ZIPPED, kind="file"),
+    "DATA.VAL_LABELS": process("", "the same of the validation images", _NOT_ZIPPED, kind="file"),
+    "DATA.MULTI_LABEL": network(
+        False, "images have several classes or none, with | between their names in label files; mAP decides"),
+    "DATA.VAL_SHARE": network(
+        0.0, "share of the training images that validates, chosen by content, where there are no others; 0: none",
+        BELOW_ONE),
+    "DATA.CLASS_BALANCE": recipe(
+        0.0, "how evenly training sees the classes: 0 as there are images, 0.5 by square roots, 1 equally often", SHARE,
+        in_one_order(off=0)),
     "MODEL.CLASS_MAP": process(
         "", "text file, line i: the row of an ImageNet-21k head (21841) that is class i here", kind="file"),
     "DATA.CLASS_NAMES": process(
@@ -56,9 +94,18 @@ KEYS: dict[str, Key] = {
     "DISTILL.WEIGHT": recipe(0.5, "the teacher's share of the loss; the labels' is the rest", SHARE),
     "DISTILL.TEMPERATURE": recipe(1.0, "divides logits of 'soft' before their softmax", between(0.1, 100)),
     # ---------------------------------------------------------------------------------------------------- augmentation
-    "AUG.COLOR_JITTER": recipe(0.4, "strength of colour jitter; only without AUTO_AUGMENT", at_least(0)),
-    "AUG.AUTO_AUGMENT": recipe("rand-m9-mstd0.5-inc1", "timm's policy string; 'none': off"),
+    "AUG.CROP_SCALE": recipe(
+        [0.08, 1.0], "area of the random crop, as share of the image: [smallest, largest]", _rising_pair(0.001, 1)),
+    "AUG.CROP_RATIO": recipe(
+        [3 / 4, 4 / 3], "width / height of the random crop: [smallest, largest]", _rising_pair(0.01, 100)),
+    "AUG.COLOR_JITTER": recipe(0.4, "strength of colour jitter; only without AUTO_AUGMENT, or with 3a", at_least(0)),
+    "AUG.AUTO_AUGMENT": recipe(
+        "rand-m9-mstd0.5-inc1",
+        "timm's policy string: RandAugment (rand-...), 3-Augment (3a), AugMix (augmix-m3-w3), ...; 'none': off"),
     "AUG.HFLIP": recipe(0.5, "probability of a horizontal flip", SHARE),
+    "AUG.VFLIP": recipe(0.0, "probability of a vertical flip", SHARE),
+    "AUG.GRAYSCALE_PROB": recipe(0.0, "probability that an image loses its colours", SHARE),
+    "AUG.GAUSSIAN_BLUR_PROB": recipe(0.0, "probability of a blur", SHARE),
     "AUG.REPROB": recipe(0.25, "probability of random erasing", SHARE),
     "AUG.REMODE": recipe(
         "pixel", "erased areas: noise per pixel, one random colour, or zeros", one_of("pixel", "rand", "const")),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs import with_num_classes, with_values
 from data import TrainingData, build_eval_loader, fingerprint, usable_workers
+from data.sources import count_images
 from data.splits import one_level_too_many
 from models.cpu.depthwise import use_fast_gradients
 from tasks.networks import build_model, check_batch_norms, compile_for_training
@@ -17,8 +18,9 @@ from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
+from . import multi_label
 from .distillation import Teacher, distillation_loss
-from .images import eval_dataset, open_split, open_validation, train_dataset
+from .images import class_balance, eval_dataset, open_train_and_val, train_dataset
 from .inference import run_network
 from .losses import build_criterion
 from .transforms import build_mixup
@@ -30,10 +32,12 @@ def build(session: Session) -> Task:
     config, processes, logger = session.config, session.processes, session.logger
     if config.MODEL.CLASS_MAP and not config.MODEL.PRETRAINED:
         logger.warning(f"MODEL.CLASS_MAP {config.MODEL.CLASS_MAP} is not used: no --pretrained is named")
+    several = config.DATA.MULTI_LABEL
+    if several:
+        multi_label.check_recipe(config)
     share = (processes.rank, processes.world_size)
-    train_source = open_split(config, "train", *share)
+    train_source, val_source = open_train_and_val(config, *share, logger.warning)
     classes = train_source.classes
-    val_source = open_validation(config, classes, *share, logger.warning)
     for split, source in (("training", train_source), ("validation", val_source)):
         if source.left_out:
             logger.info(f"left out of the {split} images: {source.left_out}")
@@ -43,19 +47,20 @@ def build(session: Session) -> Task:
     pin_memory = processes.device.type == "cuda"
     samples_log = session.folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
     images = train_dataset(config, train_source)
-    data = TrainingData(config, images, *share, pin_memory, logger.warning, samples_log=samples_log)
+    balance = class_balance(config, train_source)
+    data = TrainingData(config, images, *share, pin_memory, logger.warning, samples_log=samples_log, balance=balance)
     # Validation in training is of one view, whatever test.py does later.
     single = with_values(config, {"TEST.TTA": "none"})
     val_images = eval_dataset(single, val_source)
-    val_loader, _ = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
+    val_loader, val_batches = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
 
     check_batch_norms(config, synchronised=1 if processes.device.type == "cpu" else processes.world_size)
     network = build_model(config).to(processes.device)
     if processes.device.type == "cpu":
         use_fast_gradients(network)
     mixup = build_mixup(config)
-    labels = Counter(label for _, label in train_source.samples)
-    criterion = build_criterion(config, mixup is not None, [labels[number] for number in range(len(classes))])
+    counts = count_images(train_source)
+    criterion = nn.BCEWithLogitsLoss() if several else build_criterion(config, mixup is not None, counts)
     criterion.to(processes.device)
     # After the network: its initial weights are the same with a teacher and without.
     teacher = Teacher(config, processes.device) if config.DISTILL.TEACHER else None
@@ -83,6 +88,8 @@ def build(session: Session) -> Task:
     def validate(network: nn.Module) -> dict[str, float]:
         # COMPILE compiles training: validation would compile everything again, and differ by rounding.
         with torch.compiler.set_stance("force_eager") if config.COMPILE else nullcontext():
+            if several:
+                return multi_label.validate(session, single, network, val_loader, val_batches, precision)
             sums = run_network(session, single, network, val_loader, precision)
         if not math.isfinite(sums.loss_sum):
             logger.warning(f"outputs are not finite: loss {sums.loss_sum} over {sums.count} images")
@@ -99,13 +106,13 @@ def build(session: Session) -> Task:
         data=data,
         loss=loss,
         validate=validate,
-        decides="acc1",
+        decides="map" if several else "acc1",
         identity={
             "data_fingerprint": fingerprint(train_source),
             "val_fingerprint": fingerprint(val_source),  # the best accuracy is one of these images
             "classes": classes,  # names, for pictures that are labelled later
         },
-        by_chance=accuracy_by_chance([label for _, label in val_source.samples]),
+        by_chance=None if several else accuracy_by_chance([label for _, label in val_source.samples]),
         load_pretrained=start_from,
         about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
         f"{len(classes)} classes, {usable_workers(config)} loader workers per process",

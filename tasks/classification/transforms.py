@@ -16,6 +16,8 @@ from configs.errors import one_line
 from data.fast.shearing import policy_ops
 from data.fast.transforms import FastEvalTransform, FastTrainTransform
 
+from .keys import KEYS
+
 SMALL_IMAGE = 32  # pixels; up to here training pads and crops, as for CIFAR, instead of cropping and resizing
 SMALL_IMAGE_PADDING = 4
 CROP_RATIO = 224 / 256  # edge of the centre crop over the short side of the resized image
@@ -28,9 +30,14 @@ def train_transform(config: CfgNode) -> transforms.Compose:
         transform = create_transform(
             input_size=size,
             is_training=True,
+            scale=aug.CROP_SCALE,
+            ratio=aug.CROP_RATIO,
             color_jitter=aug.COLOR_JITTER or None,
             auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT not in ("", "none") else None,
             hflip=aug.HFLIP,
+            vflip=aug.VFLIP,
+            grayscale_prob=aug.GRAYSCALE_PROB,
+            gaussian_blur_prob=aug.GAUSSIAN_BLUR_PROB,
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
@@ -44,6 +51,12 @@ def train_transform(config: CfgNode) -> transforms.Compose:
             if op.kwargs.get("resample") == Image.Resampling.LANCZOS:  # for Pillow, no way to turn or shear an image
                 op.kwargs["resample"] = Image.Resampling.BICUBIC
     if size <= SMALL_IMAGE:
+        for name, value in (("AUG.CROP_SCALE", aug.CROP_SCALE), ("AUG.CROP_RATIO", aug.CROP_RATIO)):
+            if value != KEYS[name].default:
+                raise UserError(
+                    f"{name} = {value}: images of up to {SMALL_IMAGE} pixels are padded and cropped, never resized; "
+                    "leave it out, or raise DATA.IMG_SIZE"
+                )
         transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING, pad_if_needed=True)
     return transform
 

@@ -268,7 +268,8 @@ def test_every_rule_has_a_case():
     """A rule that nobody tries may refuse everything, or nothing."""
     tried = {id(rule) for key, _ in IMPOSSIBLE for rule in CARDS[key].rules}
     untried = {rule.demand for key in CARDS.values() for rule in key.rules if id(rule) not in tried}
-    generic = r"must (be (at least \d+|one of )|lie between \d)|needs TEST.CROP True|the compiler chooses"
+    generic = r"must (be (at least \d+|one of |two numbers between)|lie between \d)|needs (TEST.CROP True|every image)"
+    generic += r"|the compiler chooses|images of label files"
     assert all(re.match(generic, demand) for demand in untried)
 
 
