@@ -210,6 +210,8 @@ KEYS: dict[str, Key] = {
     "MODEL.GMA.SERIAL_DEPTHS": network([2, 4, 12, 4], "blocks of each stage", between(1, 1000), _PER_STAGE),
     "MODEL.GMA.NUM_HEADS": network(8, "attention heads in every block", between(1, 2**14)),
     "MODEL.GMA.GROUP_SIZES": network([3, 5, 7], "edges of the token groups, tokens", _ODD),
+    "MODEL.GMA.LOCAL_BRANCH": network(True, "one segment of the channels is a local branch; False: all attend"),
+    "MODEL.GMA.RELATIVE_POSITION": network(True, "convolutional relative position beside the attention"),
     "MODEL.GMA.MLP_RATIOS": network(
         [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", between(0.1, 100), _PER_STAGE,
         kind="numbers"),

@@ -15,7 +15,8 @@ from .groupmixformer import GROUP_SIZES, VARIANTS, GroupMixFormer, unwrap
 
 HEAD_KEYS = ("head.weight", "head.bias")
 _FIRST_MLP_LAYER = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
-_GROUP_CONVOLUTION = re.compile(r"groupmixformer_backbone\.0\.gma_stage\.0\.att\.aggregator\.agg(\d)\.conv1\.weight")
+_ATTENTION = "groupmixformer_backbone.0.gma_stage.0.att."
+_GROUP_CONVOLUTION = re.compile(re.escape(_ATTENTION) + r"aggregator\.agg(\d)\.conv1\.weight")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Architecture:
     depths: tuple[int, ...]
     mlp_dims: tuple[int, ...]  # hidden channels of the MLP, of each stage
     group_sizes: tuple[int, ...]
+    local_branch: bool = True
+    relative_position: bool = True
 
     @classmethod
     def of(
@@ -34,10 +37,13 @@ class Architecture:
         depths: Sequence[int],
         mlp_ratios: Sequence[float],
         group_sizes: Sequence[int] = GROUP_SIZES,
+        local_branch: bool = True,
+        relative_position: bool = True,
     ) -> "Architecture":
         """From the arguments of `GroupMixFormer`."""
         mlp_dims = (int(dim * ratio) for dim, ratio in zip(embed_dims, mlp_ratios))
-        return cls(tuple(embed_dims), tuple(depths), tuple(mlp_dims), tuple(group_sizes))
+        sizes = map(tuple, (embed_dims, depths, mlp_dims, group_sizes))
+        return cls(*sizes, local_branch, relative_position)
 
     @property
     def mlp_ratios(self) -> tuple[float, ...]:
@@ -54,7 +60,10 @@ class Architecture:
 
     def __str__(self) -> str:
         sizes = ("embed_dims", "depths", "mlp_ratios") + ("group_sizes",) * (self.group_sizes != GROUP_SIZES)
-        return self.variant or "GroupMixFormer " + ", ".join(f"{size} {getattr(self, size)}" for size in sizes)
+        words = [f"{size} {getattr(self, size)}" for size in sizes]
+        words += ["without the local branch"] * (not self.local_branch)
+        words += ["without the relative position"] * (not self.relative_position)
+        return self.variant or "GroupMixFormer " + ", ".join(words)
 
 
 def normalize(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -86,11 +95,14 @@ def architecture_of(state: dict[str, Tensor]) -> Architecture:
     if not blocks or any((stage, 0) not in blocks for stage in range(num_stages)):
         raise ValueError("holds no weights of a GroupMixFormer")
     groups = {int(m[1]): state[name] for name in state if (m := _GROUP_CONVOLUTION.fullmatch(name))}
+    attends = f"{_ATTENTION}proj.weight" in state  # else what is missing there says nothing
     return Architecture(
         embed_dims=tuple(blocks[stage, 0][1] for stage in range(num_stages)),
         depths=tuple(sum(stage == s for s, _ in blocks) for stage in range(num_stages)),
         mlp_dims=tuple(blocks[stage, 0][0] for stage in range(num_stages)),
         group_sizes=tuple(groups[number].shape[-1] for number in sorted(groups) if groups[number].ndim == 4),
+        local_branch=not attends or f"{_ATTENTION}aggregator.agg0.conv.conv1.weight" in state,
+        relative_position=not attends or f"{_ATTENTION}crpe.conv_list.0.weight" in state,
     )
 
 
@@ -109,7 +121,10 @@ def network_of(state: dict[str, Tensor]) -> GroupMixFormer:
             embed_dims=sizes.embed_dims,
             depths=sizes.depths,
             mlp_ratios=sizes.mlp_ratios,
+            num_heads=1,  # whatever it is, the shapes are these
             group_sizes=sizes.group_sizes,
+            local_branch=sizes.local_branch,
+            relative_position=sizes.relative_position,
             qkv_bias="groupmixformer_backbone.0.gma_stage.0.att.qkv.bias" in state,
         )
 

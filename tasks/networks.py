@@ -24,6 +24,8 @@ def build_model(config: CfgNode) -> GroupMixFormer:
             mlp_ratios=gma.MLP_RATIOS,
             num_heads=gma.NUM_HEADS,
             group_sizes=gma.GROUP_SIZES,
+            local_branch=gma.LOCAL_BRANCH,
+            relative_position=gma.RELATIVE_POSITION,
             qkv_bias=gma.QKV_BIAS,
             qk_scale=gma.QKV_SCALE,
             proj_drop_rate=gma.DROP_RATE,

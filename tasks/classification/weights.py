@@ -188,6 +188,7 @@ def fitting_config(state: dict[str, Tensor]) -> str:
     for file in sorted(CONFIGS_FOLDER.glob("*.yaml"), key=lambda file: (file.stem not in VARIANTS, file.stem)):
         with contextlib.suppress(UserError):  # a half-written file of the user's
             gma = read_config(["--cfg", str(file)], keys_of, lambda line: None).MODEL.GMA
-            if sizes == Architecture.of(gma.EMBEDDING_DIMS, gma.SERIAL_DEPTHS, gma.MLP_RATIOS, gma.GROUP_SIZES):
+            shape = (gma.EMBEDDING_DIMS, gma.SERIAL_DEPTHS, gma.MLP_RATIOS, gma.GROUP_SIZES)
+            if sizes == Architecture.of(*shape, gma.LOCAL_BRANCH, gma.RELATIVE_POSITION):
                 return file.stem
     return ""
