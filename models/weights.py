@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timm.models import adapt_input_conv
+
 from .groupmixformer import GROUP_SIZES, VARIANTS, GroupMixFormer, unwrap
 
+FIRST_CONVOLUTION = "conv_stem.proj1.weight"
 HEAD_KEYS = ("head.weight", "head.bias")
 _FIRST_MLP_LAYER = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
 _ATTENTION = "groupmixformer_backbone.0.gma_stage.0.att."
@@ -111,7 +114,7 @@ def network_of(state: dict[str, Tensor]) -> GroupMixFormer:
 
     Its sizes follow from some of the entries: the state dict may lack others, or have more.
     """
-    sizes, stem = architecture_of(state), state.get("conv_stem.proj1.weight")
+    sizes, stem = architecture_of(state), state.get(FIRST_CONVOLUTION)
     if stem is None or stem.ndim != 4:
         raise ValueError("holds no weights of a GroupMixFormer")
     with torch.device("meta"):
@@ -148,6 +151,15 @@ def map_head(state: dict[str, Tensor], rows: Sequence[int], num_classes: int) ->
 def take_head(state: dict[str, Tensor], network: GroupMixFormer) -> None:
     """Replace the head in a state dict by that of a network, in place."""
     state.update({key: value for key, value in network.state_dict().items() if key in HEAD_KEYS})
+
+
+def sum_colours(state: dict[str, Tensor], network: GroupMixFormer) -> bool:
+    """Fit the stem of a state dict for colour to a network for grey images, in place, as timm does; whether it did."""
+    weight = state.get(FIRST_CONVOLUTION)
+    if network.in_chans != 1 or weight is None or weight.ndim != 4 or weight.shape[1] != 3:
+        return False
+    state[FIRST_CONVOLUTION] = adapt_input_conv(1, weight)
+    return True
 
 
 def take_last_norm(state: dict[str, Tensor], network: GroupMixFormer) -> bool:

@@ -239,7 +239,7 @@ def visualize(
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
     result = explain(network, views[0])
     chosen = choose_block(result.branches, stage, block)
-    shown = denormalize(views[:1])[0].clamp(0, 1).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+    shown = denormalize(views[:1])[0].clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()  # -> (H, W, 3), grey too
     draw(out, in_picture(f"{config.MODEL.NAME} on {image.name}"), shown, names, result, chosen)
     order = np.argsort(-result.probabilities, kind="stable")[:TOP].tolist()
     return {
