@@ -9,8 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 batch (B, H, W, 3) -> normalised float32 (B, 3, H, W), on its device; float batches pass, as they are that.
 
-    Views (B, views, H, W, 3) become (B, views, 3, H, W). Grey images have 1 channel instead of 3. The arithmetic is that
-    of torchvision's ToTensor and Normalize, bit for bit.
+    Views (B, views, H, W, 3) become (B, views, 3, H, W). Grey images have 1 channel instead of 3. The arithmetic is
+    that of torchvision's ToTensor and Normalize, bit for bit.
     """
     if images.dtype != torch.uint8:
         return images

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from timm.models import adapt_input_conv
+from torch import Tensor
 
 from .groupmixformer import GROUP_SIZES, VARIANTS, GroupMixFormer, unwrap
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs import UserError, read_command
+from configs import UserError, image_size, read_command
 from configs.commands import CommandParser, command
 from configs.errors import existing_file, first_line
 from tasks import keys_of
@@ -50,7 +50,9 @@ class StageMaps(nn.Module):
         return tuple(self.network.forward_stages(x))
 
 
-def export(network: nn.Module, path: Path, to: str, size: int, report: Report = lambda line: None) -> dict[str, float]:
+def export(
+    network: nn.Module, path: Path, to: str, size: tuple[int, int], report: Report = lambda line: None
+) -> dict[str, float]:
     """Export a network to a file, after comparing what the file computes with the network.
 
     Args:
@@ -230,7 +232,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
     if args.img_size is not None:
-        args.opts += ["DATA.IMG_SIZE", str(args.img_size)]
+        args.opts += ["DATA.IMG_SIZE", str(args.img_size)]  # a list of one or two
     return args
 
 
