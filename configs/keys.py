@@ -60,8 +60,9 @@ class Key:
         rules: what a value of that type must be.
         scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
-        kind: 'number', 'number or None', 'pair or None', 'numbers', 'name or numbers', 'switch' (True, False or a name)
-            or 'file' (one that must exist), where the default does not show the type.
+        kind: 'number', 'number or None', 'pair or None', 'numbers', 'name or numbers', 'size' (a whole number, or two:
+            [height, width]), 'switch' (True, False or a name) or 'file' (one that must exist), where the default does
+            not show the type.
         follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 
@@ -125,7 +126,10 @@ FILE_NAME = Rule(
     ),
     "names a folder or file: it must not be empty, hold a slash or have more than 200 bytes",
 )
-_COLOUR = Rule(lambda value, _: value == 3, "must be 3: images are read in colour")
+_CHANNELS = Rule(
+    lambda value, _: value in (1, 3),
+    "must be 3 (colour) or 1 (grey); other channels need a task of your own: docs/development.md",
+)
 _SEED = Rule(lambda value, _: 0 <= value < 2**63, "must lie between 0 and 2**63 - 1")
 _ODD = Rule(
     lambda values, _: values and all(3 <= x < 100 and x % 2 for x in values), "must be odd numbers from 3 to below 100"
@@ -209,7 +213,8 @@ KEYS: dict[str, Key] = {
     "DATA.DATA_PATH": process(
         "", "folder with train/ and val/ (or train.zip, train_map.txt, val.zip, val_map.txt)", flag="--data-path"),
     "DATA.DATASET": network("imagenet", "names of the splits' folders", one_of(*SPLIT_NAMES)),
-    "DATA.IMG_SIZE": network(224, "input height and width, pixels", between(32, 2**15)),
+    "DATA.IMG_SIZE": network(
+        224, "input height and width, pixels: one number, or [height, width]", between(32, 2**15), kind="size"),
     "DATA.ZIP_MODE": process(False, "read images from zip files instead of folders", flag="--zip"),
     "DATA.CACHE_MODE": process(
         "part", "zip files in memory: none, all in each process, or each process's share",
@@ -228,13 +233,15 @@ KEYS: dict[str, Key] = {
     "MODEL.RESUME": process("", "checkpoint to continue from (train.py) or to evaluate", flag="--resume", kind="file"),
     "MODEL.PRETRAINED": process(
         "", "weights to start from (train.py) or to evaluate", flag="--pretrained", kind="file"),
-    "MODEL.GMA.IN_DIM": network(3, "channels of the input", _COLOUR),
+    "MODEL.GMA.IN_DIM": network(3, "channels of the input: 3 (colour), or 1 (all pictures become grey)", _CHANNELS),
     "MODEL.GMA.NUM_STAGES": network(4, "stages; the lists of one value per stage have this length", at_least(1)),
     "MODEL.GMA.NUM_CLASSES": network(1000, "outputs; a run takes the number of classes of its data", between(1, 10**7)),
     "MODEL.GMA.EMBEDDING_DIMS": network([80, 160, 320, 320], "channels of each stage", between(1, 2**14), _PER_STAGE),
     "MODEL.GMA.SERIAL_DEPTHS": network([2, 4, 12, 4], "blocks of each stage", between(1, 1000), _PER_STAGE),
     "MODEL.GMA.NUM_HEADS": network(8, "attention heads in every block", between(1, 2**14)),
     "MODEL.GMA.GROUP_SIZES": network([3, 5, 7], "edges of the token groups, tokens", _ODD),
+    "MODEL.GMA.LOCAL_BRANCH": network(True, "one segment of the channels is a local branch; False: all attend"),
+    "MODEL.GMA.RELATIVE_POSITION": network(True, "convolutional relative position beside the attention"),
     "MODEL.GMA.MLP_RATIOS": network(
         [4, 4, 4, 4], "hidden width of the MLP / channels, of each stage", between(0.1, 100), _PER_STAGE,
         kind="numbers"),

@@ -126,6 +126,12 @@ def changed_values(
             yield name, before[name], now
 
 
+def image_size(config: CfgNode) -> tuple[int, int]:
+    """Height and width of the input, pixels: DATA.IMG_SIZE is one number for both, or holds the two."""
+    size = config.DATA.IMG_SIZE
+    return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+
 def with_num_classes(config: CfgNode, num_classes: int) -> CfgNode:
     """A copy of the frozen configuration whose network has `num_classes` outputs."""
     return with_values(config, {"MODEL.GMA.NUM_CLASSES": num_classes})
@@ -269,6 +275,11 @@ def _coerce(value: Any, key: Key) -> Any:
         return None
     if key.kind in ("number", "number or None"):
         return _number(value)
+    if key.kind == "size":
+        edges = value if isinstance(value, list | tuple) else [value]
+        if len(edges) not in (1, 2) or any(isinstance(edge, bool) or not isinstance(edge, int) for edge in edges):
+            raise ValueError("must be a whole number, or height and width such as [192, 256]")
+        return edges[0] if edges[0] == edges[-1] else list(edges)
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError("must be True or False")

@@ -7,9 +7,11 @@ Shapes are written with these letters:
     B  images in the batch             H, W  height and width of a stage's map
     C  channels of a stage             N     tokens of a stage, N = H * W
     S  segments of the channels        s     channels of a segment, C / S
-    h  attention heads                 d     channels of a head, (C - s) / h
+    A  channels that attend, C - s     d     channels of a head, A / h
+    h  attention heads
 
 The S segments are the single tokens, one for each group size, and the local branch: S = 5 for the published (3, 5, 7).
+Without the local branch, all channels attend: A = C.
 
 Module names are an interface: released weights carry them. `norm4` is the batch norm after the last stage, `att` the
 Group-Mix Attention, `agg1..3` its 3x3, 5x5 and 7x7 group aggregators, `agg0` its local branch, `cpe` and `crpe` the
@@ -37,7 +39,8 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 __all__ = ["VARIANTS", "GroupMixFormer"]
 
 GROUP_SIZES = (3, 5, 7)  # edges of the token groups that the segments are mixed with, as published (section 3.2)
-POSITION_WINDOWS = (3, 5, 7)  # edges of the relative position's windows, on 2, 3 and 3 of every 8 heads
+POSITION_WINDOWS = (3, 5, 7)  # edges of the relative position's windows ...
+POSITION_EIGHTHS = (2, 3, 3)  # ... and the eighths of the attending channels that have each: of 8 heads, whole ones
 STEM_STRIDE = 4
 EXPENSIVE = ("::mm", "::addmm", "::bmm", "convolution", "conv2d")  # operators that selective checkpointing runs once
 
@@ -130,10 +133,9 @@ class ConvPosEnc(nn.Module):
 class ConvRelPosEnc(nn.Module):
     """Convolutional relative position, DWConv(v) with one of three windows on every head; q is multiplied by it."""
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        eighth = num_heads // 8
-        self.channel_splits = [heads * eighth * head_dim for heads in (2, 3, 3)]
+        self.channel_splits = [eighths * dim // 8 for eighths in POSITION_EIGHTHS]
         self.conv_list = nn.ModuleList(
             nn.Conv2d(chans, chans, window, padding=window // 2, groups=chans)
             for chans, window in zip(self.channel_splits, POSITION_WINDOWS)
@@ -142,12 +144,12 @@ class ConvRelPosEnc(nn.Module):
     def forward(self, v: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, N, h, d) -> (B, N, h, d)."""
         B, N, h, d = v.shape
-        v_map = v.flatten(2).transpose(1, 2).view(B, h * d, size[0], size[1])  # -> (B, C - s, H, W), no copy
+        v_map = v.flatten(2).transpose(1, 2).view(B, h * d, size[0], size[1])  # -> (B, A, H, W), no copy
         v_maps = torch.split(v_map, self.channel_splits, dim=1)
         outs = []
         for i, conv in enumerate(self.conv_list):
             outs.append(conv(v_maps[i]))
-        return torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, C - s, H, W) -> as v
+        return torch.cat(outs, dim=1).flatten(2).transpose(1, 2).reshape(B, N, h, d)  # (B, A, H, W) -> as v
 
 
 class LocalBranch(nn.Module):
@@ -166,9 +168,10 @@ class LocalBranch(nn.Module):
 class GroupAggregator(nn.Module):
     """Replaces the tokens of q, k and v by group proxies: single tokens, 3x3, 5x5 and 7x7 groups (section 3.2)."""
 
-    def __init__(self, dim: int, group_sizes: Sequence[int]) -> None:
+    def __init__(self, dim: int, group_sizes: Sequence[int], local_branch: bool) -> None:
         super().__init__()
-        self.num_segments = len(group_sizes) + 2
+        self.num_attending = len(group_sizes) + 1  # segments that take part in attention
+        self.num_segments = self.num_attending + local_branch
         self.segment_dim = dim // self.num_segments
         # Single tokens go through norm and activation only; the paper's group size 1 needs no convolution.
         self.norm0 = nn.BatchNorm2d(self.segment_dim)
@@ -177,13 +180,13 @@ class GroupAggregator(nn.Module):
             self.add_module(f"agg{number}", SeparableConv2d(self.segment_dim, self.segment_dim, size))
             self.add_module(f"norm{number}", nn.BatchNorm2d(self.segment_dim))
             self.add_module(f"act{number}", nn.Hardswish())
-        self.agg0 = LocalBranch(self.segment_dim)
+        self.agg0 = LocalBranch(self.segment_dim) if local_branch else None
 
-    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
-        """(B, N, 3, S, s), the segments of q, k and v -> their proxies, 3 x (B, N, C - s), local branch (B, N, s)."""
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[list[Tensor], Tensor | None]:
+        """(B, N, 3, S, s), the segments of q, k and v -> their proxies, 3 x (B, N, A), local branch (B, N, s)."""
         B, N, _, _, s = qkv.shape
         segments = qkv.unbind(3)  # whose backward pass writes each gradient once
-        maps = [self.as_maps(segments[i], size) for i in range(self.num_segments - 1)]
+        maps = [self.as_maps(segments[i], size) for i in range(self.num_attending)]
         # The layers of each segment, in order. TorchScript can walk over modules, but not look one up by a made name.
         for name, layer in self.named_children():
             if name != "agg0":
@@ -193,6 +196,8 @@ class GroupAggregator(nn.Module):
         thirds = [segment.view(3, B, s, size[0], size[1]).unbind(0) for segment in maps]
         proxies = [torch.cat([third[i] for third in thirds], dim=1).flatten(2).transpose(1, 2) for i in range(3)]
 
+        if self.agg0 is None:
+            return proxies, None
         # (B, N, 3, s) -> (B, 3s, H, W): the segments of q, k and v of one image side by side
         local = segments[-1].reshape(B, N, 3 * s).transpose(1, 2).view(B, 3 * s, size[0], size[1])
         return proxies, self.agg0(local)
@@ -215,17 +220,20 @@ class GroupMixAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         group_sizes: Sequence[int] = GROUP_SIZES,
+        local_branch: bool = True,
+        relative_position: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        # The released scale counts all C channels, although attention runs on C - s of them, and rounds C / h down.
+        # The released scale counts all C channels, although attention runs on A of them, and rounds C / h down.
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.aggregator = GroupAggregator(dim, group_sizes)
-        self.crpe = ConvRelPosEnc(num_heads, (dim - self.aggregator.segment_dim) // num_heads)
+        self.aggregator = GroupAggregator(dim, group_sizes, local_branch)
+        attending_dim = self.aggregator.num_attending * self.aggregator.segment_dim
+        self.crpe = ConvRelPosEnc(attending_dim) if relative_position else None
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
@@ -233,7 +241,7 @@ class GroupMixAttention(nn.Module):
         # q, k and v share the aggregators, whose batch norms see all three as one batch.
         qkv = self.qkv(x).view(B, N, 3, C // s, s)
         proxies, local = self.aggregator(qkv, size)
-        q, k, v = proxies[0], proxies[1], proxies[2]  # each (B, N, C - s)
+        q, k, v = proxies[0], proxies[1], proxies[2]  # each (B, N, A)
 
         # Factorised attention: softmax of k alone, over the tokens; q is not normalised.
         k = self.attn_drop(k.softmax(dim=1))
@@ -241,8 +249,12 @@ class GroupMixAttention(nn.Module):
         q, k, v = q.view(B, N, h, d), k.view(B, N, h, d), v.view(B, N, h, d)
         context = self.scale * torch.einsum("bnhk,bnhv->bhkv", k, v)  # (B, h, d, d)
         attended = torch.einsum("bnhk,bhkv->bnhv", q, context)
-        attended = attended + q * self.crpe(v, size)
-        return self.proj_drop(self.proj(torch.cat([attended.flatten(2), local], dim=-1)))
+        if self.crpe is not None:
+            attended = attended + q * self.crpe(v, size)
+        attended = attended.flatten(2)  # (B, N, h, d) -> (B, N, A)
+        if local is not None:
+            attended = torch.cat([attended, local], dim=-1)
+        return self.proj_drop(self.proj(attended))
 
 
 class GMABlock(nn.Module):
@@ -251,20 +263,16 @@ class GMABlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
         mlp_ratio: float,
-        qkv_bias: bool,
-        qk_scale: float | None,
         proj_drop: float,
-        attn_drop: float,
         drop_path: float,
         norm_layer: Callable[[int], nn.Module],
-        group_sizes: Sequence[int],
+        attn_layer: Callable[[int], GroupMixAttention],
     ) -> None:
         super().__init__()
         self.cpe = ConvPosEnc(dim)
         self.norm1 = norm_layer(dim)
-        self.att = GroupMixAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, group_sizes)
+        self.att = attn_layer(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
@@ -343,6 +351,8 @@ def _check_sizes(
     mlp_ratios: Sequence[float],
     num_heads: int,
     group_sizes: Sequence[int],
+    local_branch: bool,
+    relative_position: bool,
 ) -> None:
     """Raise ValueError, naming the numbers, where widths and heads cannot be cut evenly."""
     if not len(embed_dims) == len(depths) == len(mlp_ratios) >= 1:
@@ -350,23 +360,26 @@ def _check_sizes(
             f"embed_dims, depths and mlp_ratios need one value per stage, got {len(embed_dims)}, {len(depths)} and "
             f"{len(mlp_ratios)} values"
         )
-    if num_heads < 8 or num_heads % 8:
-        raise ValueError(
-            f"num_heads={num_heads} cannot be cut 2:3:3 between the 3x3, 5x5 and 7x7 windows: use a multiple of 8"
-        )
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads}: must be at least 1")
     sizes = tuple(group_sizes)
     if len(sizes) > 9 or not all(size >= 3 and size % 2 for size in sizes):
         raise ValueError(
             f"group_sizes={sizes}: must be at most 9 odd numbers of at least 3; single tokens come by themselves"
         )
-    # Equal segments, of which all but the last give equal heads: a multiple of 10 for 5 segments and 8 heads.
-    num_segments = len(sizes) + 2
-    divisor = num_segments * num_heads // math.gcd(num_segments - 1, num_heads)
+    # Equal segments, of which the attending ones give equal heads and, for the relative position, eighths. That is a
+    # multiple of 10 for 5 segments and 8 heads.
+    num_attending = len(sizes) + 1
+    num_segments = num_attending + local_branch
+    parts = math.lcm(num_heads, 8) if relative_position else num_heads
+    divisor = num_segments * parts // math.gcd(num_attending, parts)
     for stage, dim in enumerate(embed_dims):
         if dim <= 0 or dim % divisor:
+            whose = f"whose first {num_attending} give" if local_branch else "which give"
+            windows = " and 8 equal parts for the relative position" if relative_position and num_heads % 8 else ""
             raise ValueError(
-                f"embed_dims[{stage}]={dim} cannot be cut into {num_segments} segments, for group_sizes={sizes}, whose "
-                f"first {num_segments - 1} give {num_heads} equal heads: it must be a positive multiple of {divisor}"
+                f"embed_dims[{stage}]={dim} cannot be cut into {num_segments} segments, for group_sizes={sizes}, "
+                f"{whose} {num_heads} equal heads{windows}: it must be a positive multiple of {divisor}"
             )
 
 
@@ -379,10 +392,13 @@ class GroupMixFormer(nn.Module):
         embed_dims: channels of each stage; multiples of 10 for 8 heads and three group sizes.
         depths: blocks of each stage.
         mlp_ratios: hidden width of the MLP over the width of the stage, of each stage.
-        num_heads: attention heads in every block; a multiple of 8.
+        num_heads: attention heads in every block; 1, 2, 4 and 8 need the same `embed_dims`, 16 multiples of 20.
         group_sizes: edges of the token groups in every block, odd and at least 3, in any order. Their number cuts the
             channels into segments: for 8 heads, one size needs `embed_dims` that are multiples of 12, two of 32,
             three of 10, four of 48.
+        local_branch: keep one segment out of attention, for the local branch; without it all segments attend, and three
+            group sizes need `embed_dims` that are multiples of 8.
+        relative_position: add the relative position to the attended values.
         qkv_bias: give the projection to q, k and v a bias.
         qk_scale: factor on the attended values; None means (C / h) ** -0.5.
         drop_rate: dropout before the classifier.
@@ -407,6 +423,8 @@ class GroupMixFormer(nn.Module):
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
         num_heads: int = 8,
         group_sizes: Sequence[int] = GROUP_SIZES,
+        local_branch: bool = True,
+        relative_position: bool = True,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         drop_rate: float = 0.0,
@@ -417,7 +435,7 @@ class GroupMixFormer(nn.Module):
         return_interm_layers: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(embed_dims, depths, mlp_ratios, num_heads, group_sizes)
+        _check_sizes(embed_dims, depths, mlp_ratios, num_heads, group_sizes, local_branch, relative_position)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -429,6 +447,17 @@ class GroupMixFormer(nn.Module):
             for i, dim in enumerate(embed_dims)
         ]
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        attn_layer = partial(
+            GroupMixAttention,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+            group_sizes=group_sizes,
+            local_branch=local_branch,
+            relative_position=relative_position,
+        )
         block_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.conv_stem = Stem(in_chans, embed_dims[0])
@@ -436,23 +465,7 @@ class GroupMixFormer(nn.Module):
             PatchEmbed(embed_dims[max(i - 1, 0)], dim, stride=1 if i == 0 else 2) for i, dim in enumerate(embed_dims)
         )
         self.groupmixformer_backbone = nn.ModuleList(
-            GMAStage(
-                [
-                    GMABlock(
-                        dim,
-                        num_heads,
-                        mlp_ratio,
-                        qkv_bias,
-                        qk_scale,
-                        proj_drop_rate,
-                        attn_drop_rate,
-                        rate,
-                        norm_layer,
-                        group_sizes,
-                    )
-                    for rate in rates
-                ]
-            )
+            GMAStage([GMABlock(dim, mlp_ratio, proj_drop_rate, rate, norm_layer, attn_layer) for rate in rates])
             for dim, mlp_ratio, rates in zip(embed_dims, mlp_ratios, block_rates)
         )
         self.norm4 = nn.BatchNorm2d(self.num_features)

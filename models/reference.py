@@ -55,23 +55,30 @@ def attention_forward(attention: GroupMixAttention, x: Tensor, size: tuple[int, 
     k = attention.attn_drop(k.softmax(dim=2))
     context = torch.einsum("bhnk,bhnv->bhkv", k, v)
     attended = torch.einsum("bhnk,bhkv->bhnv", q, context)
-    attended = attention.scale * attended + relative_position(attention.crpe, q, v, size)
+    attended = attention.scale * attended
+    if attention.crpe is not None:
+        attended = attended + relative_position(attention.crpe, q, v, size)
     attended = attended.transpose(1, 2).reshape(B, N, -1)
-    return attention.proj_drop(attention.proj(torch.cat([attended, local], dim=-1)))
+    return attention.proj_drop(attention.proj(torch.cat([attended, *local], dim=-1)))
 
 
-def aggregate(aggregator: GroupAggregator, heads: int, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(3B, N, C), first all q, then all k, then all v -> proxies (3, B, h, N, d), local branch (B, N, s)."""
+def aggregate(
+    aggregator: GroupAggregator, heads: int, qkv: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, list[Tensor]]:
+    """(3B, N, C), first all q, then all k, then all v -> proxies (3, B, h, N, d), local branch [(B, N, s)] or []."""
     B, N, C = qkv.shape[0] // 3, qkv.shape[1], qkv.shape[2]
     s = aggregator.segment_dim
-    tokens, *groups, local = qkv.transpose(1, 2).view(3 * B, C, *size).split(s, dim=1)
+    segments = qkv.transpose(1, 2).view(3 * B, C, *size).split(s, dim=1)
+    tokens, *groups = segments[: aggregator.num_attending]
     mixed = [aggregator.act0(aggregator.norm0(tokens))]
     for i, group in enumerate(groups, 1):
         aggregate, norm, act = (getattr(aggregator, f"{layer}{i}") for layer in ("agg", "norm", "act"))
         mixed.append(act(norm(aggregate(group))))
-    proxies = torch.cat(mixed, dim=1).reshape(3, B, heads, (C - s) // heads, N).permute(0, 1, 2, 4, 3)
-    local = local.reshape(3, B, s, *size).permute(1, 0, 2, 3, 4).reshape(B, 3 * s, *size)
-    return proxies, aggregator.agg0(local)
+    proxies = torch.cat(mixed, dim=1).reshape(3, B, heads, -1, N).permute(0, 1, 2, 4, 3)
+    if aggregator.agg0 is None:
+        return proxies, []
+    local = segments[-1].reshape(3, B, s, *size).permute(1, 0, 2, 3, 4).reshape(B, 3 * s, *size)
+    return proxies, [aggregator.agg0(local)]
 
 
 def relative_position(crpe: ConvRelPosEnc, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:

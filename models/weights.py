@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from .groupmixformer import GROUP_SIZES, VARIANTS, GroupMixFormer, unwrap
 
+FIRST_CONVOLUTION = "conv_stem.proj1.weight"
 HEAD_KEYS = ("head.weight", "head.bias")
 _FIRST_MLP_LAYER = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
-_GROUP_CONVOLUTION = re.compile(r"groupmixformer_backbone\.0\.gma_stage\.0\.att\.aggregator\.agg(\d)\.conv1\.weight")
+_ATTENTION = "groupmixformer_backbone.0.gma_stage.0.att."
+_GROUP_CONVOLUTION = re.compile(re.escape(_ATTENTION) + r"aggregator\.agg(\d)\.conv1\.weight")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Architecture:
     depths: tuple[int, ...]
     mlp_dims: tuple[int, ...]  # hidden channels of the MLP, of each stage
     group_sizes: tuple[int, ...]
+    local_branch: bool = True
+    relative_position: bool = True
 
     @classmethod
     def of(
@@ -34,10 +39,13 @@ class Architecture:
         depths: Sequence[int],
         mlp_ratios: Sequence[float],
         group_sizes: Sequence[int] = GROUP_SIZES,
+        local_branch: bool = True,
+        relative_position: bool = True,
     ) -> "Architecture":
         """From the arguments of `GroupMixFormer`."""
         mlp_dims = (int(dim * ratio) for dim, ratio in zip(embed_dims, mlp_ratios))
-        return cls(tuple(embed_dims), tuple(depths), tuple(mlp_dims), tuple(group_sizes))
+        sizes = map(tuple, (embed_dims, depths, mlp_dims, group_sizes))
+        return cls(*sizes, local_branch, relative_position)
 
     @property
     def mlp_ratios(self) -> tuple[float, ...]:
@@ -54,7 +62,10 @@ class Architecture:
 
     def __str__(self) -> str:
         sizes = ("embed_dims", "depths", "mlp_ratios") + ("group_sizes",) * (self.group_sizes != GROUP_SIZES)
-        return self.variant or "GroupMixFormer " + ", ".join(f"{size} {getattr(self, size)}" for size in sizes)
+        words = [f"{size} {getattr(self, size)}" for size in sizes]
+        words += ["without the local branch"] * (not self.local_branch)
+        words += ["without the relative position"] * (not self.relative_position)
+        return self.variant or "GroupMixFormer " + ", ".join(words)
 
 
 def normalize(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -86,11 +97,14 @@ def architecture_of(state: dict[str, Tensor]) -> Architecture:
     if not blocks or any((stage, 0) not in blocks for stage in range(num_stages)):
         raise ValueError("holds no weights of a GroupMixFormer")
     groups = {int(m[1]): state[name] for name in state if (m := _GROUP_CONVOLUTION.fullmatch(name))}
+    attends = f"{_ATTENTION}proj.weight" in state  # else what is missing there says nothing
     return Architecture(
         embed_dims=tuple(blocks[stage, 0][1] for stage in range(num_stages)),
         depths=tuple(sum(stage == s for s, _ in blocks) for stage in range(num_stages)),
         mlp_dims=tuple(blocks[stage, 0][0] for stage in range(num_stages)),
         group_sizes=tuple(groups[number].shape[-1] for number in sorted(groups) if groups[number].ndim == 4),
+        local_branch=not attends or f"{_ATTENTION}aggregator.agg0.conv.conv1.weight" in state,
+        relative_position=not attends or f"{_ATTENTION}crpe.conv_list.0.weight" in state,
     )
 
 
@@ -99,7 +113,7 @@ def network_of(state: dict[str, Tensor]) -> GroupMixFormer:
 
     Its sizes follow from some of the entries: the state dict may lack others, or have more.
     """
-    sizes, stem = architecture_of(state), state.get("conv_stem.proj1.weight")
+    sizes, stem = architecture_of(state), state.get(FIRST_CONVOLUTION)
     if stem is None or stem.ndim != 4:
         raise ValueError("holds no weights of a GroupMixFormer")
     with torch.device("meta"):
@@ -109,7 +123,10 @@ def network_of(state: dict[str, Tensor]) -> GroupMixFormer:
             embed_dims=sizes.embed_dims,
             depths=sizes.depths,
             mlp_ratios=sizes.mlp_ratios,
+            num_heads=1,  # whatever it is, the shapes are these
             group_sizes=sizes.group_sizes,
+            local_branch=sizes.local_branch,
+            relative_position=sizes.relative_position,
             qkv_bias="groupmixformer_backbone.0.gma_stage.0.att.qkv.bias" in state,
         )
 
@@ -133,6 +150,15 @@ def map_head(state: dict[str, Tensor], rows: Sequence[int], num_classes: int) ->
 def take_head(state: dict[str, Tensor], network: GroupMixFormer) -> None:
     """Replace the head in a state dict by that of a network, in place."""
     state.update({key: value for key, value in network.state_dict().items() if key in HEAD_KEYS})
+
+
+def sum_colours(state: dict[str, Tensor], network: GroupMixFormer) -> bool:
+    """Fit the stem of a state dict for colour to a network for grey images, in place, as timm does; whether it did."""
+    weight = state.get(FIRST_CONVOLUTION)
+    if network.in_chans != 1 or weight is None or weight.ndim != 4 or weight.shape[1] != 3:
+        return False
+    state[FIRST_CONVOLUTION] = adapt_input_conv(1, weight)
+    return True
 
 
 def take_last_norm(state: dict[str, Tensor], network: GroupMixFormer) -> bool:

@@ -7,15 +7,18 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs import UserError
-from configs.keys import Key, network, one_of
+from configs.keys import Key, Rule, network, one_of
 from models.groupmixformer import prefixed_matcher
 from models.weights import normalize
 from utils.checkpoint import load_exactly, load_file, select_weights
 
 from .networks import build_model
 
+_COLOUR = Rule(lambda value, _: value == 3, "must be 3: TASK {TASK} reads its images in colour")
+
 # fmt: off
 KEYS: dict[str, Key] = {
+    "MODEL.GMA.IN_DIM": network(3, "channels of the input", _COLOUR),
     "MODEL.STAGE_NORM": network(
         "none", "norm on each stage map: none as released, 'layer' as in Swin, or 'batch'",
         one_of("none", "layer", "batch")),

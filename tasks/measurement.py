@@ -25,7 +25,7 @@ def report_throughput(session: Session, network: nn.Module, input_shape: Shape) 
     speed = measure_throughput(network, input_shape, config.DATA.BATCH_SIZE, precision, device, **steps)
     memory = peak_memory_mib(device)
     session.logger.info(
-        f"batch size {config.DATA.BATCH_SIZE}, {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {precision}: "
+        f"batch size {config.DATA.BATCH_SIZE}, {input_shape[1]} x {input_shape[2]}, {precision}: "
         f"throughput {speed:.1f} images/s, peak memory {memory:.0f} MiB"
     )
     _write(
@@ -46,7 +46,7 @@ def report_flops(session: Session, network: nn.Module, input_shape: Shape, num_c
     flops, parameters, table = count_flops(network, input_shape)
     session.logger.info(table)
     session.logger.info(
-        f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE}, {num_classes} classes: "
+        f"{config.MODEL.NAME} at {input_shape[1]} x {input_shape[2]}, {num_classes} classes: "
         f"{flops / 1e9:.3f} GFLOPs, {parameters:,} parameters"
     )
     _write(session, {"num_classes": num_classes, "flops": flops, "parameters": parameters})

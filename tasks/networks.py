@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import UserError, image_size
 from models import GroupMixFormer
 from models.cpu.fused import FusedGroupMixFormer, fuse
 from models.groupmixformer import STEM_STRIDE
@@ -24,6 +24,8 @@ def build_model(config: CfgNode) -> GroupMixFormer:
             mlp_ratios=gma.MLP_RATIOS,
             num_heads=gma.NUM_HEADS,
             group_sizes=gma.GROUP_SIZES,
+            local_branch=gma.LOCAL_BRANCH,
+            relative_position=gma.RELATIVE_POSITION,
             qkv_bias=gma.QKV_BIAS,
             qk_scale=gma.QKV_SCALE,
             proj_drop_rate=gma.DROP_RATE,
@@ -45,7 +47,7 @@ def check_batch_norms(config: CfgNode, synchronised: int) -> None:
         synchronised: the processes whose batches a batch norm sees together.
     """
     stride = STEM_STRIDE * 2 ** (config.MODEL.GMA.NUM_STAGES - 1)
-    if config.DATA.BATCH_SIZE * synchronised == 1 and stride >= config.DATA.IMG_SIZE:
+    if config.DATA.BATCH_SIZE * synchronised == 1 and stride >= max(image_size(config)):
         raise UserError(
             f"DATA.BATCH_SIZE = 1 at DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: batch norms of the last stage see one "
             f"value a channel, and need two to train; take batches of 2, or images of at least {stride + 1} pixels"

@@ -24,6 +24,15 @@ OTHER_GROUPS = (
     dict(group_sizes=(7, 3), embed_dims=(32, 32, 64, 64)),
     dict(group_sizes=(3, 5, 7, 9), embed_dims=(48, 48, 48, 96)),
 )
+# What ablations leave out; heads of several segments (1), of one each (4), and such that three windows share (3).
+ABLATIONS = (
+    dict(local_branch=False, embed_dims=(8, 16, 24, 32)),
+    dict(relative_position=False),
+    dict(relative_position=False, local_branch=False, group_sizes=(), num_heads=5, embed_dims=(10, 15, 20, 30)),
+    dict(num_heads=1),
+    dict(num_heads=4),
+    dict(num_heads=3, embed_dims=(30, 60, 60, 30)),
+)
 SHALLOW = dict(depths=(1, 1, 1, 1))
 WIDE = dict(embed_dims=(40, 80, 120, 160), depths=(1, 1, 2, 1))  # several channels to each head and segment
 

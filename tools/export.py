@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs import UserError, read_command
+from configs import UserError, image_size, read_command
 from configs.commands import CommandParser, command
 from configs.errors import existing_file, first_line
 from tasks import keys_of
@@ -50,7 +50,9 @@ class StageMaps(nn.Module):
         return tuple(self.network.forward_stages(x))
 
 
-def export(network: nn.Module, path: Path, to: str, size: int, report: Report = lambda line: None) -> dict[str, float]:
+def export(
+    network: nn.Module, path: Path, to: str, size: tuple[int, int], report: Report = lambda line: None
+) -> dict[str, float]:
     """Export a network to a file, after comparing what the file computes with the network.
 
     Args:
@@ -73,10 +75,10 @@ def export(network: nn.Module, path: Path, to: str, size: int, report: Report = 
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     with folder:
         partial = Path(folder.name) / path.name
-        report(f"exporting for any batch, height and width, by images of {size} x {size}")
+        report(f"exporting for any batch, height and width, by images of {size[0]} x {size[1]}")
         try:
             with quiet_exporters():
-                _write(network, _images((2, channels, size, size)), partial, to)
+                _write(network, _images((2, channels, *size)), partial, to)
                 compute = _open(partial, to)
         except ImportError as error:
             requirements = existing_file("requirements-extras.txt")
@@ -85,7 +87,7 @@ def export(network: nn.Module, path: Path, to: str, size: int, report: Report = 
         except Exception as error:  # exporters raise whatever they like
             raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}
-        for height, width in ((size, size), (size + 19, max(size - 13, MIN_SIZE))):
+        for height, width in (size, (size[0] + 19, max(size[1] - 13, MIN_SIZE))):
             for batch in BATCHES:
                 shape = (batch, channels, height, width)
                 name = "x".join(map(str, shape))
@@ -192,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not weights:
         raise UserError("no weights to export: give a file with --resume or --pretrained")
-    if config.DATA.IMG_SIZE < MIN_SIZE:
+    if min(image_size(config)) < MIN_SIZE:
         raise UserError(f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: must be at least {MIN_SIZE}; pass --img-size 64")
     for remark in remarks(config, keys, measures=False, cfg=args.cfg):
         report(remark)
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features:
         network = StageMaps(network)
     path = Path(args.output or f"{config.MODEL.NAME}{'_features' if args.features else ''}.{args.format}")
-    differences = export(network, path, args.format, config.DATA.IMG_SIZE, report)
+    differences = export(network, path, args.format, image_size(config), report)
     report(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     if args.json:
         done = {"path": str(path), "format": args.format, "weights": loaded.about, "inputs": ["images"]}
@@ -219,12 +221,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("best", "raw", "ema"), help="of a training checkpoint; default: best")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--features", action="store_true", help="give the maps of all stages instead of logits")
-    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="to verify with; default: DATA.IMG_SIZE")
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="one, or height and width, to verify with; default: DATA.IMG_SIZE",
+    )
     parser.add_argument("--output", default="", metavar="FILE", help="default: <MODEL.NAME>[_features].<format>")
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
     if args.img_size is not None:
-        args.opts += ["DATA.IMG_SIZE", str(args.img_size)]
+        args.opts += ["DATA.IMG_SIZE", str(args.img_size)]  # a list of one or two
     return args
 
 

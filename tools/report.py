@@ -181,13 +181,14 @@ def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
 def _origin(m: dict[str, Any]) -> str:
     """Network, data and settings of the evaluation in one line."""
     size = m.get("image_size")
+    height, width = size if isinstance(size, list) else (size, size)
     views = {"none": "one centre crop" if m.get("crop", True) else "the whole image", None: None}
     known = [
         m.get("model"),
         m.get("weights"),
         m.get("data") and f"data {m['data']}",
         m.get("val_set") and f"validation set {m['val_set']}",
-        size and f"{size} x {size} pixels",
+        size and f"{height} x {width} pixels",
         views.get(m.get("tta"), m.get("tta")),
         m.get("precision"),
         m.get("fused") and "fused",

@@ -72,8 +72,9 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
     """Run a network in evaluation mode on one normalised image (3, H, W), and record what the picture shows.
 
     The response of a branch at a token is the norm of W_proj[:, segment] y[segment]. The projection after the attention
-    is linear, so its output is the sum of these vectors and the bias. The segments are separate until there, because
-    each of those that attend fills whole heads. Shares are normalised norms: magnitude, not importance.
+    is linear, so its output is the sum of these vectors and the bias. A segment's y comes from its own v, and
+    where it fills whole heads, as in the published networks, from its own q and k. Shares are normalised norms:
+    magnitude, not importance.
     """
     attentions = [
         (s, b, block.att)
@@ -98,7 +99,8 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
         _, (proxies, local) = seen[attention.aggregator]
         (y,), _ = seen[attention.proj]
         names = branch_names(attention.aggregator)
-        norms = _norms(attention.proj.weight, y[0], proxies[2][0], local[0], size)
+        values = [proxies[2][0]] if local is None else [proxies[2][0], local[0]]
+        norms = _norms(attention.proj.weight, y[0], torch.cat(values, dim=-1), attention.aggregator.segment_dim, size)
         branches.append(Branches(stage, block, names, *norms))
     return Explanation(_grad_cam(logits, seen[network.norm4][1]), logits.detach().softmax(0).cpu().numpy(), branches)
 
@@ -106,14 +108,14 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
 def branch_names(aggregator: nn.Module) -> list[str]:
     """Names of an attention's branches, in the order of their channels."""
     windows = [m.conv1.kernel_size[0] for m in aggregator.children() if isinstance(m, SeparableConv2d)]
-    return ["single tokens", *(f"{window}x{window} groups" for window in windows), "local branch"]
+    local = [] if aggregator.agg0 is None else ["local branch"]
+    return ["single tokens", *(f"{window}x{window} groups" for window in windows), *local]
 
 
 @torch.no_grad()
-def _norms(weight: Tensor, y: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]) -> list[np.ndarray]:
-    """Proxies and responses of `Branches`. weight: (C, C); y: (N, C); v: (N, C - s); local: (N, s)."""
-    s = local.shape[-1]
-    proxies = [part.norm(dim=-1) for part in (*v.split(s, dim=-1), local)]
+def _norms(weight: Tensor, y: Tensor, v: Tensor, s: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Proxies and responses of `Branches`. weight: (C, C); y, v: (N, C), of which v ends with the local branch."""
+    proxies = [part.norm(dim=-1) for part in v.split(s, dim=-1)]
     pairs = zip(weight.split(s, dim=1), y.split(s, dim=-1))
     responses = [F.linear(part, segment).norm(dim=-1) for segment, part in pairs]
     return [torch.stack(rows).reshape(-1, *size).cpu().numpy() for rows in (proxies, responses)]
@@ -237,7 +239,7 @@ def visualize(
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
     result = explain(network, views[0])
     chosen = choose_block(result.branches, stage, block)
-    shown = denormalize(views[:1])[0].clamp(0, 1).permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+    shown = denormalize(views[:1])[0].clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()  # -> (H, W, 3), grey too
     draw(out, in_picture(f"{config.MODEL.NAME} on {image.name}"), shown, names, result, chosen)
     order = np.argsort(-result.probabilities, kind="stable")[:TOP].tolist()
     return {

@@ -16,38 +16,38 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from configs import UserError
-from data.normalization import normalize
+from data.normalization import normalize, pixel_statistics
 
 from .decoding import EncodedImage
 from .shearing import policy_ops, shear_by_lines
 
+_RESIZES = (transforms.Resize, ResizeKeepRatio)
 _TENSOR_MODES = (InterpolationMode.NEAREST, InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
 class FastTrainTransform:
-    """uint8 crop (H, W, 3) -> augmented uint8 image (size, size, 3), before normalising and erasing.
+    """uint8 crop (H, W, 3) -> augmented uint8 image (height, width, 3), before normalising and erasing.
 
     `decode_crop` draws the crop before it decodes, so that nothing else has to be decoded. `normalize_batch` does the
     rest on a batch. Steps between mirroring and the conversion to a tensor run on Pillow images, as they are.
 
     Args:
-        exact: the steps of the exact transform: a crop, mirroring (or not), any steps on Pillow images, MaybeToTensor,
-            ImageNet's Normalize, RandomErasing (or not). They are copied.
+        exact: the steps of the exact transform: Grayscale (or not), a crop, mirroring (or not), any steps on Pillow
+            images, MaybeToTensor, ImageNet's Normalize, RandomErasing (or not). They are copied.
 
-    Raises UserError, naming the step, where the steps are others.
+    Grey images have 1 channel instead of 3. Raises UserError, naming the step, where the steps are others.
     """
 
     def __init__(self, exact: Sequence[Any]) -> None:
-        self.crop, *steps = copy.deepcopy(list(exact))
+        self.grey, (self.crop, *steps) = _grey_first(copy.deepcopy(list(exact)))
         if not isinstance(self.crop, (RandomResizedCropAndInterpolation, transforms.RandomCrop)):
             raise _cannot(self.crop, "as the first step")
         self.resizes = isinstance(self.crop, RandomResizedCropAndInterpolation)
@@ -65,18 +65,21 @@ class FastTrainTransform:
         """From the bytes of a file to a crop of its image. Raises what `decode_image` raises for damaged files."""
         image = EncodedImage(encoded)
         if not self.resizes:  # small images: padded, and cropped to their final size
-            return self.crop(image.whole().permute(2, 0, 1)).permute(1, 2, 0)
-        return image.region(*self.crop.get_params(image.header, self.crop.scale, self.crop.ratio))
+            return self.crop(self.as_grey(image.whole()).permute(2, 0, 1)).permute(1, 2, 0)
+        return self.as_grey(image.region(*self.crop.get_params(image.header, self.crop.scale, self.crop.ratio)))
+
+    def as_grey(self, image: Tensor) -> Tensor:
+        return _to_grey(image) if self.grey else image
 
     def __call__(self, crop: Tensor) -> Tensor:
         image = _resize(crop, list(self.crop.size), self.modes) if self.resizes else crop
         if self.mirror_probability and torch.rand(1) < self.mirror_probability:  # as torchvision draws it
             image = image.flip(1)
         if self.steps:
-            augmented = Image.fromarray(image.numpy())
+            augmented = Image.fromarray(image.squeeze(2).numpy())
             for step in self.steps:
                 augmented = step(augmented)
-            image = torch.from_numpy(np.array(augmented))
+            image = torch.from_numpy(np.array(augmented)).view(image.shape)
         return image.contiguous()
 
     def normalize_batch(self, images: Tensor) -> Tensor:
@@ -89,33 +92,50 @@ class FastTrainTransform:
 
 
 class FastEvalTransform:
-    """uint8 image (H, W, 3) -> uint8 views (views, size, size, 3), before normalising: five by FiveCrop, else one.
+    """uint8 image (H, W, 3) -> uint8 views (views, height, width, 3), before normalising: five by FiveCrop, else one.
 
     Args:
-        exact: the steps of the exact transform: any of Resize, CenterCrop and FiveCrop, ToTensor, ImageNet's Normalize.
+        exact: the steps of the exact transform: Grayscale (or not), any of Resize, ResizeKeepRatio, CenterCrop and
+            FiveCrop, ToTensor, ImageNet's Normalize.
 
-    Raises UserError, naming the step, where the steps are others.
+    Grey images have 1 channel instead of 3. Raises UserError, naming the step, where the steps are others.
     """
 
     def __init__(self, exact: Sequence[Any]) -> None:
-        self.steps, after = _split_at(transforms.ToTensor, list(exact))
+        self.grey, exact = _grey_first(list(exact))
+        self.steps, after = _split_at(transforms.ToTensor, exact)
         _check_normalizing(after)
         for step in self.steps:
-            if not isinstance(step, (transforms.Resize, transforms.CenterCrop, transforms.FiveCrop)):
+            if not isinstance(step, (*_RESIZES, transforms.CenterCrop, transforms.FiveCrop)):
                 raise _cannot(step, "in validation")
-            if isinstance(step, transforms.Resize):
+            if isinstance(step, _RESIZES):
                 _tensor_modes(step.interpolation)
 
     def __call__(self, image: Tensor) -> Tensor:
+        image = _to_grey(image) if self.grey else image
         for step in self.steps:
-            if isinstance(step, transforms.Resize):
+            if isinstance(step, _RESIZES):
                 size = step.size if isinstance(step.size, Sequence) else [step.size]
+                if isinstance(step, ResizeKeepRatio):
+                    size = step.get_params(image.permute(2, 0, 1), step.size, step.longest)
                 image = _resize(image, list(size), [step.interpolation])
             else:  # crops are torchvision's, which take tensors
                 image = step(image.permute(2, 0, 1))
                 image = torch.stack(image) if isinstance(image, tuple) else image
                 image = image.movedim(-3, -1)
         return (image if image.dim() == 4 else image[None]).contiguous()
+
+
+def _grey_first(steps: list[Any]) -> tuple[bool, list[Any]]:
+    """Whether the steps begin with a conversion to grey, and the others."""
+    grey = bool(steps) and isinstance(steps[0], transforms.Grayscale) and steps[0].num_output_channels == 1
+    return grey, steps[1:] if grey else steps
+
+
+def _to_grey(image: Tensor) -> Tensor:
+    """uint8 (H, W, 3) -> (H, W, 1), with the weights and the rounding of Pillow's mode L: grey stays as it is."""
+    luma = image.int() * torch.tensor([19595, 38470, 7471], dtype=torch.int32)  # their sum is 2**16
+    return ((luma.sum(dim=2, keepdim=True) + 2**15) >> 16).to(torch.uint8)
 
 
 def _split_at(kind: type, steps: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -133,7 +153,7 @@ def _check_normalizing(steps: list[Any]) -> None:
     for step in steps[1:] if isinstance(steps[0], transforms.Normalize) else steps:
         raise _cannot(step, "after the conversion to a tensor")
     values = [torch.as_tensor(value).tolist() for value in (steps[0].mean, steps[0].std)]
-    if not np.allclose(values, [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]):
+    if not np.allclose(values, pixel_statistics(len(values[0]))):
         raise _cannot(steps[0], "with other values than ImageNet's")
 
 
@@ -156,7 +176,7 @@ def _tensor_modes(interpolation: InterpolationMode | Sequence[InterpolationMode]
 def _resize(image: Tensor, size: list[int], modes: list[InterpolationMode]) -> Tensor:
     mode = modes[0] if len(modes) == 1 else random.choice(modes)
     if not image.numel():  # timm crops nothing from images of a pixel or two, and Pillow makes black of it
-        return image.new_zeros(*size, 3)
+        return image.new_zeros(*size, image.shape[2])
     # Contiguous (H, W, 3) is a channels-last (3, H, W), which torch resizes faster.
     image = functional.resize(image.contiguous().permute(2, 0, 1), size, mode, antialias=True)
     return image.permute(1, 2, 0).contiguous()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..groupmixformer import (
+    ConvRelPosEnc,
     GMABlock,
     GroupAggregator,
     GroupMixAttention,
@@ -129,16 +130,19 @@ class FusedSegment(nn.Module):
 class FusedHeads(nn.Module):
     """Attention of the heads on channels `first` to `last`: q, k and v (B, N, last - first) -> same."""
 
-    def __init__(self, attention: GroupMixAttention, first: int, last: int) -> None:
+    def __init__(self, attention: GroupMixAttention, head_dim: int, first: int, last: int) -> None:
         super().__init__()
-        self.position = FusedConv2d(*_position_windows(attention, first, last), groups=last - first)
-        head_dim = sum(attention.crpe.channel_splits) // attention.num_heads
+        self.position = None
+        if attention.crpe is not None:
+            self.position = FusedConv2d(*_position_windows(attention.crpe, first, last), groups=last - first)
         heads = torch.arange(first, last, device=attention.proj.weight.device) // head_dim
         same_head = (heads[:, None] == heads).to(attention.proj.weight.dtype)
         self.register_buffer("scaled_mask", same_head * attention.scale)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v) * self.scaled_mask
+        if self.position is None:
+            return torch.bmm(q, context)
         position = _tokens(self.position(_maps(v, size)))
         return torch.bmm(q, context).addcmul_(position, q)
 
@@ -174,22 +178,27 @@ class FusedBlock(nn.Module):
         weight, bias = _after_affine(attention.qkv.weight, bias, block.norm1)
         weight, bias = weight.view(3, S, s, C), bias.view(3, S, s)
         parts = [(weight[:, i].reshape(3 * s, C), bias[:, i].reshape(3 * s)) for i in range(S)]
-        self.segments = nn.ModuleList(FusedSegment(aggregator, i, *parts[i]) for i in range(S - 1))
-        head_dim = (C - s) // attention.num_heads
-        width = s if s % head_dim == 0 else C - s  # of the channels that attend together: whole heads
-        self.heads = nn.ModuleList(FusedHeads(attention, first, first + width) for first in range(0, C - s, width))
-        self.local = FusedLocalBranch(aggregator.agg0, *parts[-1])
+        self.segments = nn.ModuleList(FusedSegment(aggregator, i, *parts[i]) for i in range(aggregator.num_attending))
+        attending_dim = aggregator.num_attending * s
+        head_dim = attending_dim // attention.num_heads
+        width = s if s % head_dim == 0 else attending_dim  # of the channels that attend together: whole heads
+        self.heads = nn.ModuleList(
+            FusedHeads(attention, head_dim, first, first + width) for first in range(0, attending_dim, width)
+        )
+        self.local = None if aggregator.agg0 is None else FusedLocalBranch(aggregator.agg0, *parts[-1])
         self.proj = FusedLinear(attention.proj.weight, attention.proj.bias)
         self.mlp = FusedMLP(block.norm2, block.mlp)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = _tokens(self.position(_maps(x, size)))
         y = F.layer_norm(x, x.shape[2:], eps=self.eps)
-        y = torch.cat([*self.attend(y, size), self.local(y, size)], dim=2)
-        return self.mlp(self.proj(y, residual=x))
+        parts = self.attend(y, size)
+        if self.local is not None:
+            parts.append(self.local(y, size))
+        return self.mlp(self.proj(torch.cat(parts, dim=2), residual=x))
 
     def attend(self, y: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """(B, N, C) -> attended values of each segment [(B, N, s)], or of all together [(B, N, C - s)]."""
+        """(B, N, C) -> attended values of each segment [(B, N, s)], or of all together [(B, N, A)]."""
         if len(self.heads) == len(self.segments):
             return [heads(*segment(y, size).chunk(3, dim=2), size) for segment, heads in zip(self.segments, self.heads)]
         qkv = zip(*(segment(y, size).chunk(3, dim=2) for segment in self.segments))
@@ -297,10 +306,10 @@ def _after_affine(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Ten
     return (weight64 * norm.weight.double()).to(weight.dtype), shifted.to(weight.dtype)
 
 
-def _position_windows(attention: GroupMixAttention, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _position_windows(position: ConvRelPosEnc, first: int, last: int) -> tuple[Tensor, Tensor]:
     """The relative position's windows (last - first, 1, k, k) and biases for the channels `first` to `last`."""
     weights, biases, start = [], [], 0
-    for conv, chans in zip(attention.crpe.conv_list, attention.crpe.channel_splits):
+    for conv, chans in zip(position.conv_list, position.channel_splits):
         here = slice(max(first - start, 0), max(min(last - start, chans), 0))
         weights.append(conv.weight[here])
         biases.append(conv.bias[here])

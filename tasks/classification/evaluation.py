@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from configs import UserError, with_num_classes, with_values
+from configs import UserError, image_size, with_num_classes, with_values
 from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
@@ -38,7 +38,7 @@ def evaluate(session: Session) -> None:
         session.logger.warning(f"MODEL.CLASS_MAP {config.MODEL.CLASS_MAP} is not used: training maps the head")
     if config.DATA.CLASS_NAMES and not session.args.images:
         session.logger.warning(f"--class-names {config.DATA.CLASS_NAMES} is not used: it is for --images")
-    shape = (config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    shape = (config.MODEL.GMA.IN_DIM, *image_size(config))
     if config.DATA.MULTI_LABEL:
         multi_label.check_evaluation(config, bool(session.args.images))
     if session.args.flops:
@@ -165,7 +165,8 @@ def _name(config: CfgNode, weights: str, device: torch.device) -> str:
     parts = [Path(weights).stem, config.TEST.VAL_SET or "val", Path(config.DATA.DATA_PATH).resolve().name]
     if config.TEST.WEIGHTS != "best":
         parts.insert(1, config.TEST.WEIGHTS)
-    parts.append(str(config.DATA.IMG_SIZE))
+    height, width = image_size(config)
+    parts.append(str(height) if height == width else f"{height}x{width}")
     parts += [config.TEST.TTA] * (config.TEST.TTA != "none")
     parts += ["uncropped"] * (not config.TEST.CROP)
     parts += ["fused"] * config.TEST.FUSE

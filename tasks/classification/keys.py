@@ -121,7 +121,7 @@ KEYS: dict[str, Key] = {
     "AUG.MIXUP_MODE": recipe("batch", "one draw for each batch, pair or image", one_of("batch", "pair", "elem")),
     # ------------------------------------------------------------------------------------------------------ evaluation
     "TEST.CROP": network(
-        True, "resize the short side to IMG_SIZE * 256 / 224, then centre crop; False: resize to the square"),
+        True, "resize until IMG_SIZE * 256 / 224 is covered, then crop the centre; False: resize to IMG_SIZE itself"),
     "TEST.SIZES": launch(
         [], "evaluate at each of these input sizes, pixels; default: DATA.IMG_SIZE", between(32, 2**15),
         flag="--sizes"),

@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp, posterize
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torchvision import transforms
 from yacs.config import CfgNode
 
-from configs import UserError
+from configs import UserError, image_size
 from configs.errors import one_line
 from data.fast.shearing import policy_ops
 from data.fast.transforms import FastEvalTransform, FastTrainTransform
+from data.normalization import pixel_statistics
 
 from .keys import KEYS
 
@@ -24,8 +25,12 @@ CROP_RATIO = 224 / 256  # edge of the centre crop over the short side of the res
 
 
 def train_transform(config: CfgNode) -> transforms.Compose:
-    """PIL image -> augmented, normalised float32 tensor (3, IMG_SIZE, IMG_SIZE)."""
-    aug, size = config.AUG, config.DATA.IMG_SIZE
+    """PIL image -> augmented, normalised float32 tensor (IN_DIM, height, width).
+
+    Steps that change colours alone leave a grey image as it is.
+    """
+    aug, size = config.AUG, image_size(config)
+    mean, std = pixel_statistics(config.MODEL.GMA.IN_DIM)
     try:
         transform = create_transform(
             input_size=size,
@@ -42,6 +47,8 @@ def train_transform(config: CfgNode) -> transforms.Compose:
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
             interpolation=config.DATA.INTERPOLATION,
+            mean=mean,
+            std=std,
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"AUG.AUTO_AUGMENT = {aug.AUTO_AUGMENT!r}: not a policy of timm ({one_line(error)})") from None
@@ -50,7 +57,7 @@ def train_transform(config: CfgNode) -> transforms.Compose:
         for op in policy_ops(step):
             if op.kwargs.get("resample") == Image.Resampling.LANCZOS:  # for Pillow, no way to turn or shear an image
                 op.kwargs["resample"] = Image.Resampling.BICUBIC
-    if size <= SMALL_IMAGE:
+    if max(size) <= SMALL_IMAGE:
         for name, value in (("AUG.CROP_SCALE", aug.CROP_SCALE), ("AUG.CROP_RATIO", aug.CROP_RATIO)):
             if value != KEYS[name].default:
                 raise UserError(
@@ -58,7 +65,12 @@ def train_transform(config: CfgNode) -> transforms.Compose:
                     "leave it out, or raise DATA.IMG_SIZE"
                 )
         transform.transforms[0] = transforms.RandomCrop(size, padding=SMALL_IMAGE_PADDING, pad_if_needed=True)
-    return transform
+    return transforms.Compose(_grey(config) + transform.transforms)
+
+
+def _grey(config: CfgNode) -> list[Any]:
+    """The first step where the network takes grey images: Pillow's mode L, in which grey pictures keep their values."""
+    return [transforms.Grayscale()] if config.MODEL.GMA.IN_DIM == 1 else []
 
 
 def _allow_zero_bits(ops: Sequence[AugmentOp]) -> None:
@@ -78,31 +90,37 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def eval_transform(config: CfgNode) -> transforms.Compose:
-    """PIL image -> resized, cropped and normalised float32 tensor (3, IMG_SIZE, IMG_SIZE)."""
-    size = config.DATA.IMG_SIZE
-    name = config.DATA.INTERPOLATION
-    interpolation = str_to_interp_mode("bicubic" if name == "random" else name)
+    """PIL image -> resized, cropped and normalised float32 tensor (IN_DIM, height, width).
+
+    A crop that is not square is the centre of the image at the smallest size that covers both edges, as in timm.
+    """
+    size = image_size(config)
+    name = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
+    interpolation = str_to_interp_mode(name)
+    steps = _grey(config)
     if config.TEST.CROP:
-        steps: list[Any] = [
-            transforms.Resize(int(size / CROP_RATIO), interpolation=interpolation),
-            transforms.CenterCrop(size),
-        ]
+        height, width = (int(edge / CROP_RATIO) for edge in size)
+        if height == width:
+            steps.append(transforms.Resize(height, interpolation=interpolation))
+        else:
+            steps.append(ResizeKeepRatio((height, width), interpolation=name))
+        steps.append(transforms.CenterCrop(size))
     else:
-        steps = [transforms.Resize((size, size), interpolation=interpolation)]
-    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        steps.append(transforms.Resize(size, interpolation=interpolation))
+    steps += [transforms.ToTensor(), transforms.Normalize(*pixel_statistics(config.MODEL.GMA.IN_DIM))]
     return transforms.Compose(steps)
 
 
 def views_transform(config: CfgNode) -> transforms.Compose:
-    """PIL image -> the views that TEST.TTA crops from it, (views, 3, IMG_SIZE, IMG_SIZE); mirroring is left to the GPU.
+    """PIL image -> the views that TEST.TTA crops from it, (views, IN_DIM, height, width); mirroring is left to the GPU.
 
     One view, that of `eval_transform`; or with five-crop and ten-crop the four corners and the centre.
     """
     transform = eval_transform(config)
     if config.TEST.TTA in ("five-crop", "ten-crop"):
-        resize, _, *normalize = transform.transforms
-        crop = transforms.FiveCrop(config.DATA.IMG_SIZE)
-        return transforms.Compose([resize, crop, _EachView(transforms.Compose(normalize))])
+        *resize, _, to_tensor, normalize = transform.transforms
+        crop = transforms.FiveCrop(image_size(config))
+        return transforms.Compose([*resize, crop, _EachView(transforms.Compose([to_tensor, normalize]))])
     return transforms.Compose([transform, _add_view_axis])
 
 
@@ -115,7 +133,7 @@ def fast_views_transform(config: CfgNode) -> FastEvalTransform:
     """`views_transform` for DATA.FAST_LOADING 'all'; UserError where it has a step that the fast way cannot do."""
     steps = eval_transform(config).transforms
     if config.TEST.TTA in ("five-crop", "ten-crop"):
-        crops = transforms.FiveCrop(config.DATA.IMG_SIZE)
+        crops = transforms.FiveCrop(image_size(config))
         steps = [crops if isinstance(step, transforms.CenterCrop) else step for step in steps]
     return FastEvalTransform(steps)
 
@@ -145,11 +163,12 @@ def build_mixup(config: CfgNode) -> Mixup | None:
             "number (or AUG.MIXUP 0 AUG.CUTMIX 0)"
         )
     if aug.CUTMIX_MINMAX is not None:
-        low, high = (int(config.DATA.IMG_SIZE * share) for share in aug.CUTMIX_MINMAX)
+        edge = min(image_size(config))
+        low, high = (int(edge * share) for share in aug.CUTMIX_MINMAX)
         if low >= high:
             raise UserError(
                 f"AUG.CUTMIX_MINMAX = {aug.CUTMIX_MINMAX}: leaves no choice of a box in images of "
-                f"{config.DATA.IMG_SIZE} pixels ({low} to {high}); the shares must lie further apart"
+                f"{edge} pixels ({low} to {high}); the shares must lie further apart"
             )
     return Mixup(
         mixup_alpha=aug.MIXUP,

@@ -18,6 +18,7 @@ from models.weights import (
     map_head,
     normalize,
     num_classes_of,
+    sum_colours,
     take_head,
     take_last_norm,
 )
@@ -101,6 +102,7 @@ def _renamed_classes(checkpoint: dict[str, Any], classes: Sequence[str]) -> str:
 def load_pretrained(network: GroupMixFormer, path: str | Path, class_map: str = "", classes: Sequence[str] = ()) -> str:
     """Load weights to fine-tune from; a head of another number of classes stays fresh, or is mapped.
 
+    A network for grey images takes weights for colour: their stem is summed, as timm does.
     `class_map` is a text file whose line i holds the row of the head that is class i: ImageNet-21k's 21841 classes have
     those of ImageNet-1k among them. Returns what was done, for the log; it says so where a head of as many classes is
     kept although they have other names than the data's `classes`.
@@ -119,6 +121,8 @@ def load_pretrained(network: GroupMixFormer, path: str | Path, class_map: str = 
         if renamed := _renamed_classes(weights.checkpoint, classes):
             note = f"; its head too, although {renamed}"
         note += f"; MODEL.CLASS_MAP {class_map} is not used: its head has {own} classes already" * bool(class_map)
+    if sum_colours(weights.state, network):
+        note += "; its stem is for colour, and is summed for grey images"
     if take_last_norm(weights.state, network):
         note += "; no last norm (norm4) in it, a fresh one is used"
     _fill(network, weights, path)
@@ -188,6 +192,7 @@ def fitting_config(state: dict[str, Tensor]) -> str:
     for file in sorted(CONFIGS_FOLDER.glob("*.yaml"), key=lambda file: (file.stem not in VARIANTS, file.stem)):
         with contextlib.suppress(UserError):  # a half-written file of the user's
             gma = read_config(["--cfg", str(file)], keys_of, lambda line: None).MODEL.GMA
-            if sizes == Architecture.of(gma.EMBEDDING_DIMS, gma.SERIAL_DEPTHS, gma.MLP_RATIOS, gma.GROUP_SIZES):
+            shape = (gma.EMBEDDING_DIMS, gma.SERIAL_DEPTHS, gma.MLP_RATIOS, gma.GROUP_SIZES)
+            if sizes == Architecture.of(*shape, gma.LOCAL_BRANCH, gma.RELATIVE_POSITION):
                 return file.stem
     return ""

@@ -165,6 +165,9 @@ def test_switched_on_in_a_file_stays_on_without_the_flag(tmp_path, make_config):
         ("TRAIN.OPTIMIZER.BETAS", "[0, 0.5]", (0.0, 0.5)),
         ("MODEL.GMA.EMBEDDING_DIMS", "[40, 80, 160, 160]", [40, 80, 160, 160]),
         ("MODEL.GMA.MLP_RATIOS", "[4, 3.5, 4, 2]", [4, 3.5, 4, 2]),
+        ("DATA.IMG_SIZE", "256", 256),
+        ("DATA.IMG_SIZE", "[192, 256]", [192, 256]),
+        ("DATA.IMG_SIZE", "[256, 256]", 256),
         ("TAG", "2024", "2024"),
         ("TAG", "'None'", "None"),
     ],
@@ -193,6 +196,9 @@ def test_null_is_empty_text(tmp_path, make_config):
         ("TRAIN.OPTIMIZER.BETAS", "[a, b]"),
         ("MODEL.GMA.EMBEDDING_DIMS", "[80, 160, 320, 320.5]"),
         ("AUG.CUTMIX_MINMAX", "0.5"),
+        ("DATA.IMG_SIZE", "[192, 256, 3]"),
+        ("DATA.IMG_SIZE", "[192.0, 256]"),
+        ("DATA.IMG_SIZE", "true"),
         ("TAG", "[a]"),
         ("MODEL", "5"),
     ],
@@ -230,7 +236,7 @@ IMPOSSIBLE = [
     ("MODEL_FILE", 201 * "x"),
     ("TAG", ""),
     ("MODEL.LABEL_SMOOTHING", "1.0"),
-    ("MODEL.GMA.IN_DIM", "1"),
+    ("MODEL.GMA.IN_DIM", "2"),
     ("MODEL.GMA.EMBEDDING_DIMS", "[]"),
     ("MODEL.GMA.EMBEDDING_DIMS", "[80, 160, 0, 320]"),
     ("MODEL.GMA.SERIAL_DEPTHS", "[2, 4, 12, 4, 4]"),
@@ -254,6 +260,7 @@ IMPOSSIBLE = [
     ("TEST.SIZES", "[224, 16]"),
     ("DATA.IMG_SIZE", "31"),
     ("DATA.IMG_SIZE", "32769"),
+    ("DATA.IMG_SIZE", "[224, 31]"),
     ("SEED", str(2**63)),  # torch could not take it
 ]
 

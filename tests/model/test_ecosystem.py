@@ -112,7 +112,7 @@ def test_onnxruntime_gives_torchs_logits_for_any_batch_and_size(tmp_path: Path) 
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     nn.init.normal_(network.head.weight, std=0.3)
-    export(network, tmp_path / "a.onnx", "onnx", 224)
+    export(network, tmp_path / "a.onnx", "onnx", (224, 224))
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     for size in ((1, 3, 224, 224), (3, 3, 161, 300)):

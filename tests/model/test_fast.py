@@ -12,7 +12,7 @@ import pytest
 import runs
 import timm
 import torch
-from small_networks import OTHER_GROUPS, relative_error
+from small_networks import ABLATIONS, OTHER_GROUPS, relative_error
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -51,7 +51,11 @@ def images(height: int = 64, width: int = 96, batch: int = 3) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- the order of operations
-@pytest.mark.parametrize(("training", "options"), [(False, {}), (True, {}), (True, OTHER_GROUPS[1])], ids=str)
+@pytest.mark.parametrize(
+    ("training", "options"),
+    [(False, {}), (True, {}), (True, OTHER_GROUPS[1]), *((True, options) for options in ABLATIONS)],
+    ids=str,
+)
 def test_values_and_gradients_are_those_of_the_released_order(training: bool, options: dict[str, Any]) -> None:
     network = network_of(torch.float64, **options).train(training)
     reference = ReferenceNetwork(copy.deepcopy(network)).train(training)
@@ -81,6 +85,7 @@ def test_fused_is_the_network_in_float64(size: tuple[int, int], heads: int) -> N
     "options",
     [
         *OTHER_GROUPS,
+        *ABLATIONS,
         dict(qkv_bias=False),
         dict(qk_scale=0.3),
         dict(in_chans=1),

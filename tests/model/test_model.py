@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from small_networks import (
+    ABLATIONS,
     NAMES,
     OTHER_GROUPS,
     ROOT,
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import models.groupmixformer
+from configs import read_config
 from models import VARIANTS, GroupMixFormer
 from models.groupmixformer import GroupMixAttention
+from tasks import keys_of
 from tasks.measurement import count_flops
 from tasks.networks import build_model
 
@@ -205,8 +208,8 @@ def test_norms_start_as_the_identity(fresh: nn.Module) -> None:
 class PlainNetwork:
     """The network as plain arithmetic on a state dict: no modules and no tokens, every tensor a map (B, C, H, W)."""
 
-    def __init__(self, state: dict[str, Tensor], training: bool) -> None:
-        self.state, self.training = state, training
+    def __init__(self, state: dict[str, Tensor], training: bool, num_heads: int = 8) -> None:
+        self.state, self.training, self.num_heads = state, training, num_heads
 
     def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
         """The sum of the shifted input times the weights of that shift, depthwise where a weight has one input."""
@@ -253,8 +256,10 @@ class PlainNetwork:
 
     def attention(self, name: str, x: Tensor) -> Tensor:
         groups = sum(f"{name}.aggregator.norm{i}.weight" in self.state for i in range(1, 9))
-        channels, segment = x.shape[1], x.shape[1] // (groups + 2)
-        head = (channels - segment) // 8
+        has_local = f"{name}.aggregator.agg0.norm.weight" in self.state
+        channels, segment = x.shape[1], x.shape[1] // (groups + 1 + has_local)
+        attending = (groups + 1) * segment
+        head = attending // self.num_heads
         qkv = self.linear(f"{name}.qkv", x).split(channels, dim=1)
 
         mixed: tuple[list[Tensor], ...] = ([], [], [])  # of q, k and v: all segments but the last
@@ -266,19 +271,22 @@ class PlainNetwork:
                 segments.append(self.hardswish(part))
         q, k, v = (torch.cat(segments, dim=1) for segments in mixed)
 
-        local = torch.cat([one[:, channels - segment :] for one in qkv], dim=1)
-        local = self.separable(f"{name}.aggregator.agg0.conv", local)
-        local = self.hardswish(self.layer_norm(f"{name}.aggregator.agg0.norm", local, eps=1e-5))
-
         attended = []
-        for start in range(0, 8 * head, head):
+        for start in range(0, attending, head):
             q1, k1, v1 = (one[:, start : start + head].flatten(2) for one in (q, k, v))  # (B, d, N)
             share_of_tokens = k1.exp() / k1.exp().sum(2, keepdim=True)
             attended.append(torch.einsum("bin,bim,bjm->bjn", q1, share_of_tokens, v1))
-        windows = v.split([2 * head, 3 * head, 3 * head], dim=1)
-        position = torch.cat([self.conv(f"{name}.crpe.conv_list.{i}", part) for i, part in enumerate(windows)], dim=1)
-        y = torch.cat(attended, dim=1).reshape(q.shape) / (channels // 8) ** 0.5 + q * position
-        return self.linear(f"{name}.proj", torch.cat([y, local], dim=1))
+        y = torch.cat(attended, dim=1).reshape(q.shape) / (channels // self.num_heads) ** 0.5
+        if f"{name}.crpe.conv_list.0.weight" in self.state:
+            windows = v.split([attending // 8 * eighths for eighths in (2, 3, 3)], dim=1)
+            position = [self.conv(f"{name}.crpe.conv_list.{i}", part) for i, part in enumerate(windows)]
+            y = y + q * torch.cat(position, dim=1)
+        if has_local:
+            local = torch.cat([one[:, attending:] for one in qkv], dim=1)
+            local = self.separable(f"{name}.aggregator.agg0.conv", local)
+            local = self.hardswish(self.layer_norm(f"{name}.aggregator.agg0.norm", local, eps=1e-5))
+            y = torch.cat([y, local], dim=1)
+        return self.linear(f"{name}.proj", y)
 
     def block(self, name: str, x: Tensor) -> Tensor:
         x = x + self.conv(f"{name}.cpe.proj", x)
@@ -340,14 +348,15 @@ def test_group_mix_attention_is_its_plain_formulation(training: bool) -> None:
 @pytest.mark.parametrize(
     ("size", "training", "options"),
     [((33, 47), False, {}), ((33, 47), True, {}), ((37, 200), True, {})]
-    + [((33, 47), True, options) for options in OTHER_GROUPS],
+    + [((33, 47), True, options) for options in (*OTHER_GROUPS, *ABLATIONS)],
     ids=str,
 )
 def test_the_network_is_its_plain_formulation(size: tuple[int, int], training: bool, options: dict[str, Any]) -> None:
-    """At any size and with any group sizes."""
+    """At any size, with any group sizes and any number of heads, without what an ablation leaves out."""
     network = small_network(**{**WIDE, **options}).double().train(training)
     state, images = plain_state(network), golden_numbers.images(3, *size).double()
-    logits, expected = network(images), PlainNetwork(state, training)(images)
+    plain = PlainNetwork(state, training, options.get("num_heads", 8))
+    logits, expected = network(images), plain(images)
     assert relative_error(logits, expected) < 1e-11
     logits.square().sum().backward()
     expected.square().sum().backward()
@@ -389,9 +398,10 @@ def test_return_interm_layers_gives_the_stage_maps() -> None:
         (dict(embed_dims=(15, 20, 30, 40)), ("embed_dims[0]=15", "multiple of 10")),
         (dict(embed_dims=(10, 20, 30, 0)), ("embed_dims[3]=0", "positive")),
         (dict(num_heads=16), ("embed_dims[0]=10", "16 equal heads", "multiple of 20")),
-        (dict(num_heads=6), ("num_heads=6", "multiple of 8")),
-        (dict(num_heads=12, embed_dims=(30, 60, 90, 120)), ("num_heads=12", "multiple of 8")),
-        (dict(num_heads=0), ("num_heads=0", "multiple of 8")),
+        (dict(num_heads=6), ("embed_dims[0]=10", "6 equal heads and 8 equal parts", "relative", "multiple of 30")),
+        (dict(num_heads=6, relative_position=False), ("embed_dims[0]=10", "6 equal heads:", "multiple of 15")),
+        (dict(num_heads=0), ("num_heads=0", "at least 1")),
+        (dict(local_branch=False), ("embed_dims[0]=10", "4 segments", "which give 8 equal heads", "multiple of 8")),
         (dict(group_sizes=(3, 4)), ("group_sizes=(3, 4)", "odd")),
         (dict(group_sizes=(1, 3, 5)), ("group_sizes=(1, 3, 5)", "at least 3")),
         (dict(group_sizes=(3,) * 10), ("group_sizes=(3, 3,", "at most 9")),
@@ -416,6 +426,13 @@ def test_twice_the_heads_and_fewer_stages_work() -> None:
     assert network(golden_numbers.images(2, 32, 48)).shape == (2, 7)
 
 
+def test_keys_leave_out_what_ablations_leave_out() -> None:
+    keys = ("MODEL.GMA.LOCAL_BRANCH", "False", "MODEL.GMA.RELATIVE_POSITION", "False", "MODEL.GMA.NUM_HEADS", "5")
+    config = read_config(["--cfg", str(ROOT / "configs" / "groupmixformer_miny.yaml"), "--opts", *keys], keys_of)
+    attentions = [block.att for block in blocks_of(build_model(config))]
+    assert {(att.aggregator.agg0, att.crpe, att.num_heads) for att in attentions} == {(None, None, 5)}
+
+
 def test_group_sizes_are_the_windows_of_the_aggregators() -> None:
     """Each has weights, under the names that follow from its place. The windows of the position stay 3, 5 and 7."""
     network = small_network(embed_dims=(48,) * 4, group_sizes=(9, 3, 5, 3))
@@ -427,8 +444,8 @@ def test_group_sizes_are_the_windows_of_the_aggregators() -> None:
         assert shapes["aggregator.agg0.conv.conv1.weight"] == (24, 1, 3, 3)
 
 
-@pytest.mark.parametrize("options", OTHER_GROUPS, ids=str)
-def test_networks_of_other_groups_learn(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [*OTHER_GROUPS, *ABLATIONS[:3]], ids=str)
+def test_networks_of_other_shapes_learn(options: dict[str, Any]) -> None:
     network, images = small_network(**options), golden_numbers.images(4, 32, 32)
     optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-2)
     losses = []

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from small_networks import OTHER_GROUPS, SMALL, small_network
+from small_networks import ABLATIONS, OTHER_GROUPS, SMALL, small_network
 from torch import Tensor
 
 from models import VARIANTS, GroupMixFormer
@@ -19,21 +19,30 @@ def test_variants_are_recognised_by_their_shapes(name: str) -> None:
     assert shapes == {key: value.shape for key, value in state.items()}
 
 
-@pytest.mark.parametrize("options", [{}, *OTHER_GROUPS, dict(group_sizes=(), embed_dims=(16,) * 4)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *OTHER_GROUPS, dict(group_sizes=(), embed_dims=(16,) * 4), *ABLATIONS[:3]], ids=str
+)
 def test_sizes_are_read_off_the_shapes(options: dict) -> None:
-    sizes = {**SMALL, "group_sizes": (3, 5, 7), **options}
-    num_classes = sizes.pop("num_classes")
+    sizes = {**SMALL, "group_sizes": (3, 5, 7), "local_branch": True, "relative_position": True, **options}
+    num_classes, _ = sizes.pop("num_classes"), sizes.pop("num_heads", None)
     state = small_network(**options).state_dict()
     architecture = architecture_of(state)
     assert {key: getattr(architecture, key) for key in sizes} == sizes
     assert architecture == Architecture.of(**sizes) and not architecture.variant
     assert num_classes_of(state) == num_classes
-    assert ("group_sizes" in str(architecture)) == bool(options)
+    words = ("group_sizes", "without the local branch", "without the relative position")
+    changed = (sizes["group_sizes"] != (3, 5, 7), not sizes["local_branch"], not sizes["relative_position"])
+    assert tuple(word in str(architecture) for word in words) == changed
+    shapes = {key: value.shape for key, value in network_of(state).state_dict().items()}
+    assert shapes == {key: value.shape for key, value in state.items()}
 
 
-def test_a_variant_of_other_group_sizes_has_no_name() -> None:
+@pytest.mark.parametrize(
+    "options", [dict(group_sizes=(3, 3, 3)), dict(local_branch=False), dict(relative_position=False)], ids=str
+)
+def test_a_changed_variant_has_no_name(options: dict) -> None:
     with torch.device("meta"):
-        state = timm.create_model("groupmixformer_miny", group_sizes=(3, 3, 3)).state_dict()
+        state = timm.create_model("groupmixformer_miny", **options).state_dict()
     assert not architecture_of(state).variant
 
 

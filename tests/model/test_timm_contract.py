@@ -132,6 +132,24 @@ def test_create_model_takes_group_sizes() -> None:
         timm.create_model("groupmixformer_small", group_sizes=(3, 5))
 
 
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        (dict(num_heads=1), 5_733_120),
+        (dict(num_heads=4), 5_733_120),
+        # Of a block's parameters: 244 s + 6 s^2 where s = C / 5, without the branch 215 s + 3 s^2 where s = C / 4.
+        (dict(local_branch=False), 5_733_120 + 3 * 114 + 3 * 60 - 16 * 552),
+        # A / 8 * (2 * (9 + 1) + 3 * (25 + 1) + 3 * (49 + 1)) of a block, A = 32, 64, 128 and 128
+        (dict(relative_position=False), 5_733_120 - 31 * (3 * 32 + 3 * 64 + 16 * 128)),
+    ],
+    ids=str,
+)
+def test_create_model_takes_ablations(options: dict[str, Any], parameters: int) -> None:
+    with torch.device("meta"):
+        network = timm.create_model("groupmixformer_miny", **options)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
 # ------------------------------------------------------------------------------------------------------- timm: features
 @pytest.mark.parametrize("out_indices", [None, (0,), (1, 3), (0, 1, 2), (-2, -1)], ids=str)
 def test_features_only_gives_the_chosen_stage_maps(out_indices: tuple[int, ...] | None) -> None:

@@ -9,7 +9,7 @@ import golden_numbers
 import pytest
 import timm
 import torch
-from small_networks import OTHER_GROUPS, SHALLOW, WIDE, modules_of, relative_error, small_network, train_step
+from small_networks import ABLATIONS, OTHER_GROUPS, SHALLOW, WIDE, modules_of, relative_error, small_network, train_step
 from timm.layers import DropPath
 from timm.models._features_fx import GraphExtractNet
 from torch import Tensor, nn
@@ -79,7 +79,11 @@ def test_checkpointing_needs_less_memory() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- torch's tools
-@pytest.mark.parametrize(("training", "options"), [(False, {}), (True, {}), (True, OTHER_GROUPS[1])], ids=str)
+@pytest.mark.parametrize(
+    ("training", "options"),
+    [(False, {}), (True, {}), (True, OTHER_GROUPS[1]), (True, ABLATIONS[0]), (True, ABLATIONS[1])],
+    ids=str,
+)
 def test_torchscript_gives_the_same_values(training: bool, options: dict[str, Any]) -> None:
     network = small_network(drop_path_rate=0.2, **options).train(training)
     images = golden_numbers.images(2, 33, 47)
@@ -130,8 +134,9 @@ def test_export_gives_the_same_values_for_any_batch() -> None:
 
 
 @pytest.mark.compile
-def test_export_gives_the_same_values_for_any_size() -> None:
-    network = small_network(**SHALLOW)
+@pytest.mark.parametrize("options", [{}, dict(ABLATIONS[0], relative_position=False, num_heads=1)], ids=str)
+def test_export_gives_the_same_values_for_any_size(options: dict[str, Any]) -> None:
+    network = small_network(**SHALLOW, **options)
     sizes = ({0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
     exported = torch.export.export(network, (golden_numbers.images(2, 64, 96),), dynamic_shapes=sizes).module()
     images = golden_numbers.images(3, 33, 47)

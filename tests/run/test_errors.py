@@ -130,7 +130,7 @@ def test_output_that_cannot_be_a_folder(run, tmp_path):
     ("key", "value", "expected"),
     [
         ("MODEL.GMA.EMBEDDING_DIMS", "[10,10,10,12]", "12"),
-        ("MODEL.GMA.NUM_HEADS", "6", "num_heads=6"),
+        ("MODEL.GMA.NUM_HEADS", "6", "6 equal heads"),
     ],
 )
 def test_network_that_cannot_be_cut_evenly(run, image_folder, key, value, expected):

@@ -88,7 +88,7 @@ def test_pictures_exports_drawings_and_measurements_take_it_too(
     sizes = []
     monkeypatch.setattr(export, "export", lambda network, path, to, size, report: (sizes.append(size), path.touch()))
     assert export.main(["--resume", str(trained / "ckpt_best.pth"), "--format", "pt2"]) == 0
-    assert sizes == [48] and Path("tiny.pt2").is_file()
+    assert sizes == [(48, 48)] and Path("tiny.pt2").is_file()
     assert "here, and was" not in capsys.readouterr().out
 
 

@@ -207,7 +207,16 @@ def test_what_is_wrong_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pyt
         assert status == 2 and out == "" and err.count("\n") == 1 and expected in err, (words, err)
 
 
-def test_other_group_sizes_convert(tmp_path: Path) -> None:
-    network = GroupMixFormer(3, embed_dims=(32, 32), depths=(1, 1), mlp_ratios=(2, 2), group_sizes=(7, 3))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(group_sizes=(7, 3)), "group_sizes (7, 3)"),
+        (dict(local_branch=False), "without the local branch"),
+        (dict(embed_dims=(15, 30), relative_position=False, num_heads=3), "without the relative position"),
+    ],
+    ids=str,
+)
+def test_other_shapes_convert(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    network = GroupMixFormer(3, **{**dict(embed_dims=(32, 32), depths=(1, 1), mlp_ratios=(2, 2)), **options})
     torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
-    assert "group_sizes (7, 3)" in module.convert(tmp_path / "a.pth", "safetensors", tmp_path).network
+    assert words in module.convert(tmp_path / "a.pth", "safetensors", tmp_path).network

@@ -68,6 +68,21 @@ def test_onnx_gives_the_networks_logits_at_sizes_it_was_not_exported_with(
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize(
+    "options", [dict(local_branch=False, embed_dims=(8, 16)), dict(relative_position=False, num_heads=1)], ids=str
+)
+def test_ablations_become_onnx(options: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = GroupMixFormer(
+        **{**dict(num_classes=7, embed_dims=(10, 20), depths=(1, 1), mlp_ratios=(2, 2)), **options}
+    )
+    differences = module.export(network.eval(), tmp_path / "network.onnx", "onnx", (48, 40), lambda line: None)
+    assert len(differences) == 4 and max(differences.values()) < 1e-6
+
+
+@pytest.mark.compile
 def test_pt2_gives_the_stage_maps(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "network.pt2"
     words = ("--pretrained", checkpoint, "--weights", "raw", "--features", "--format", "pt2", "--output", path)

@@ -43,6 +43,18 @@ def test_responses_are_those_of_each_segment_alone(network: GroupMixFormer) -> N
     assert not attention.proj._forward_hooks, "hooks are removed"
 
 
+def test_without_the_local_branch_the_others_are_the_whole_output() -> None:
+    torch.manual_seed(0)
+    network = GroupMixFormer(3, 3, (16, 16), (1, 1), (2, 2), local_branch=False, num_heads=1).eval()
+    attention, seen = network.groupmixformer_backbone[1].gma_stage[0].att, []
+    attention.proj.register_forward_hook(lambda module, args, output: seen.append(args[0][0]))
+    block = visualize.choose_block(visualize.explain(network, torch.randn(3, 64, 40)).branches, 2, 1)
+    assert block.names == ["single tokens", "3x3 groups", "5x5 groups", "7x7 groups"]
+    for branch, y in enumerate(seen[0].split(4, dim=-1)):
+        expected = (y @ attention.proj.weight[:, 4 * branch : 4 * branch + 4].T).norm(dim=-1).reshape(8, 5)
+        np.testing.assert_allclose(block.responses[branch], expected.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_branch_that_is_switched_off_contributes_nothing(network: GroupMixFormer) -> None:
     """Each of the first four segments fills whole heads: one without weight shows in its own map only."""
     aggregator = network.groupmixformer_backbone[2].gma_stage[0].att.aggregator
