@@ -9,6 +9,7 @@ import numpy as np
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
+from .raw import how_to_prepare, is_flat
 from .sources import FolderSource, SampleList, Source, ZipSource, count_images, list_names
 
 
@@ -34,7 +35,10 @@ def open_source(
     if not root.is_dir():
         raise UserError(f"--data-path {data_path}: no such folder; give the one that holds {name}{'.zip' * zip_mode}")
     if not zip_mode and not (root / name).is_dir():
-        raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name)}")
+        raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name, split)}")
+    if not zip_mode and is_flat(root / name):
+        what = how_to_prepare(root, name, split) or f"move the images of each class into a folder of its own in {name}/"
+        raise UserError(f"{root / name}: holds images and no class folders; {what}")
     if zip_mode:
         source = ZipSource(root, name, cache_mode, rank, world_size, block, gaps)
     else:
@@ -119,10 +123,12 @@ def without_images(source: Source) -> str:
     return f"{what}: accuracies are of the other classes"
 
 
-def _hint(root: Path, name: str) -> str:
+def _hint(root: Path, name: str, split: str) -> str:
     """What the user may have meant."""
     if (root / f"{name}.zip").is_file():
         return f", but {name}.zip: add --zip"
+    if prepare := how_to_prepare(root, name, split):
+        return f"; it {prepare}"
     nested = root / "ILSVRC" / "Data" / "CLS-LOC"
     if (nested / name).is_dir():
         return f"; it is in {nested}"
