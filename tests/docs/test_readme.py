@@ -22,7 +22,7 @@ from tasks.classification import evaluation as run
 from tasks.networks import build_model
 
 README = (runs.ROOT / "README.md").read_text()
-OWN_TESTS = ("detection.md", "segmentation.md")  # tests/docs/test_<task>_page.py
+OWN_TESTS = ("detection.md", "segmentation.md", "preparing-data.md")  # tests/docs/test_<...>_page.py
 NAMED = sorted(page for page in (runs.ROOT / "docs").glob("*.md") if page.name not in OWN_TESTS)
 PAGES = [README, *(page.read_text() for page in NAMED)]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
@@ -150,6 +150,7 @@ def test_every_command_is_one_that_is_tested_or_named_here():
     assert sorted(" ".join(c[:3]) for c in others if c not in under_slurm) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
         "pip install .",  # tests/model/test_reuse.py
+        "pip install <folder>",  # tests/tools/test_hub.py
         "python -m tools.benchmark",  # tests/tools/test_benchmark.py
         "python -m tools.export",  # tests/tools/test_export.py
         "python multi_machine_start.py --machine_num",
