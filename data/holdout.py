@@ -50,10 +50,12 @@ def split_by_content(
     rank: int = 0,
     world_size: int = 1,
     block: int = 1,
+    setting: str = "DATA.VAL_SHARE",
 ) -> dict[str, Source]:
     """A source in two parts, 'train' and 'val', as `held_out` chooses.
 
-    Raises UserError where a class is left without training images, or no image can be held out.
+    Raises UserError, which begins with the name of the `setting`, where a class is left without training images, or no
+    image can be held out.
     """
     labels = source.samples.labels
     several = bool((labels == UNLABELLED).all())  # images of several classes: split as if they were of one
@@ -62,11 +64,11 @@ def split_by_content(
     empty = [name for name, count in zip(source.classes, count_images(parts["train"])) if not count]
     if empty and not several:
         raise UserError(
-            f"DATA.VAL_SHARE = {share}: leaves no training image of class {list_names(empty)}, whose images "
+            f"{setting} = {share}: leaves no training image of class {list_names(empty)}, whose images "
             "other classes have too; python -m tools.check names them"
         )
     if not chosen.any():
-        raise UserError(f"DATA.VAL_SHARE = {share}: no class has two images that differ; nothing can be held out")
+        raise UserError(f"{setting} = {share}: no class has two images that differ; nothing can be held out")
     for name, part in parts.items():
         if isinstance(part, ZipSource):
             part.fill_cache(cache_mode, rank, world_size, block if name == "val" else 1)

@@ -9,6 +9,7 @@ import numpy as np
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
+from .raw import how_to_prepare, is_flat
 from .sources import UNLABELLED, FolderSource, Source, ZipSource, count_images, list_names
 
 
@@ -40,8 +41,13 @@ def open_source(
     if not zip_mode and not folder.is_dir():
         if not train_may_be_root:
             share = "; or set DATA.VAL_SHARE 0.1, a share of train/" * (gaps and (root / names["train"]).is_dir())
-            raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name)}{share}")
+            raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name, split)}{share}")
         folder = root
+    if not zip_mode and is_flat(folder):
+        what = (
+            how_to_prepare(root, name, split) or f"move the images of each class into a folder of its own in {folder}/"
+        )
+        raise UserError(f"{folder}: holds images and no class folders; {what}")
     if zip_mode:
         source = ZipSource(root, name, cache_mode, rank, world_size, block, gaps)
     else:
@@ -126,10 +132,12 @@ def without_images(source: Source) -> str:
     return f"{what}: accuracies are of the other classes"
 
 
-def _hint(root: Path, name: str) -> str:
+def _hint(root: Path, name: str, split: str) -> str:
     """What the user may have meant."""
     if (root / f"{name}.zip").is_file():
         return f", but {name}.zip: add --zip"
+    if prepare := how_to_prepare(root, name, split):
+        return f"; it {prepare}"
     nested = root / "ILSVRC" / "Data" / "CLS-LOC"
     if (nested / name).is_dir():
         return f"; it is in {nested}"

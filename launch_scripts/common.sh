@@ -116,7 +116,9 @@ run_distributed() {
     if ((${#POSITIONAL[@]})); then
         # <root> is relative to the caller's folder; the cd below changes it.
         [[ ${POSITIONAL[0]} == /* ]] || POSITIONAL[0]=$PWD/${POSITIONAL[0]}
-        DATA_PATH=${POSITIONAL[0]}/data/ILSVRC/Data/CLS-LOC
+        # Kaggle's val/ is flat; python -m tools.prepare kaggle makes class folders of it, there.
+        DATA_PATH=${POSITIONAL[0]}/data/imagenet
+        [[ -d $DATA_PATH/val ]] || DATA_PATH=${POSITIONAL[0]}/data/ILSVRC/Data/CLS-LOC
     fi
     run_setup
     choose_python "$code"

@@ -6,7 +6,8 @@
 #
 # Without --resume or --pretrained, test.py takes the weights from pretrained/groupmixformer_<variant>.pth.
 #
-# <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
+# <root>      the data is at <root>/data/imagenet, which tools.prepare makes of Kaggle's folders, else at
+#             <root>/data/ILSVRC/Data/CLS-LOC
 # <code>      the checkout to run in; default: the one of this script
 #
 # From the environment (relative paths start at the checkout):

@@ -6,7 +6,8 @@
 #
 # Exit code 75: a signal stopped the run, and it has saved. Start it again to continue.
 #
-# <root>      the data is at <root>/data/ILSVRC/Data/CLS-LOC
+# <root>      the data is at <root>/data/imagenet, which tools.prepare makes of Kaggle's folders, else at
+#             <root>/data/ILSVRC/Data/CLS-LOC
 # <code>      the checkout to run in; default: the one of this script
 #
 # From the environment (relative paths start at the checkout):

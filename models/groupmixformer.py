@@ -717,7 +717,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+# Without this file, timm's error shows the architecture that a folder of weights names, tag included. The tag then says
+# what to do. It changes nothing else.
+HUB_TAG = "needs pip install of this folder"
+default_cfgs = generate_default_cfgs({name + tag: _cfg() for tag in ("", f".{HUB_TAG}") for name in VARIANTS})
 
 
 def _create_groupmixformer(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

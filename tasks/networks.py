@@ -1,5 +1,7 @@
 """From configuration to network: built, compiled, or fused for inference."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -14,29 +16,34 @@ from utils.sync_batchnorm import use_traceable_batch_norms
 
 def build_model(config: CfgNode) -> GroupMixFormer:
     """Build the network that MODEL.GMA describes; UserError where its widths and heads cannot be cut evenly."""
-    gma = config.MODEL.GMA
     try:
-        model = GroupMixFormer(
-            num_classes=gma.NUM_CLASSES,
-            in_chans=gma.IN_DIM,
-            embed_dims=gma.EMBEDDING_DIMS,
-            depths=gma.SERIAL_DEPTHS,
-            mlp_ratios=gma.MLP_RATIOS,
-            num_heads=gma.NUM_HEADS,
-            group_sizes=gma.GROUP_SIZES,
-            local_branch=gma.LOCAL_BRANCH,
-            relative_position=gma.RELATIVE_POSITION,
-            qkv_bias=gma.QKV_BIAS,
-            qk_scale=gma.QKV_SCALE,
-            proj_drop_rate=gma.DROP_RATE,
-            attn_drop_rate=gma.ATTN_DROP_RATE,
-            drop_path_rate=gma.DROP_PATH_RATE,
-        )
+        model = GroupMixFormer(**network_arguments(config))
     except ValueError as error:
         raise UserError(f"MODEL.GMA: {error}") from None
     checkpointing = config.TRAIN.USE_CHECKPOINT
     model.set_grad_checkpointing(bool(checkpointing), selective=checkpointing == "selective")
     return model
+
+
+def network_arguments(config: CfgNode) -> dict[str, Any]:
+    """The arguments of `GroupMixFormer` by MODEL.GMA."""
+    gma = config.MODEL.GMA
+    return dict(
+        num_classes=gma.NUM_CLASSES,
+        in_chans=gma.IN_DIM,
+        embed_dims=gma.EMBEDDING_DIMS,
+        depths=gma.SERIAL_DEPTHS,
+        mlp_ratios=gma.MLP_RATIOS,
+        num_heads=gma.NUM_HEADS,
+        group_sizes=gma.GROUP_SIZES,
+        local_branch=gma.LOCAL_BRANCH,
+        relative_position=gma.RELATIVE_POSITION,
+        qkv_bias=gma.QKV_BIAS,
+        qk_scale=gma.QKV_SCALE,
+        proj_drop_rate=gma.DROP_RATE,
+        attn_drop_rate=gma.ATTN_DROP_RATE,
+        drop_path_rate=gma.DROP_PATH_RATE,
+    )
 
 
 def check_batch_norms(config: CfgNode, synchronised: int) -> None:

@@ -2,17 +2,19 @@
 
 python -m tools.convert FILE --to pth                   {'model': state dict}, as released files are
 python -m tools.convert FILE --to safetensors           for timm and other libraries
+python -m tools.convert FILE --to hub --output FOLDER   for timm.create_model("local-dir:FOLDER") and model hubs
 
 FILE is a released file, a training checkpoint of this repository or of timm (--weights raw, ema or best), or a
-safetensors file. The new file holds the weights alone. Its name ends with the first 8 hex digits of its SHA-256, as in
-timm.
+safetensors file. A new file holds the weights alone. Its name ends with the first 8 hex digits of its SHA-256, as in
+timm. A folder for hubs holds the weights, config.json with network, classes and preparation of images, a model card
+with the run's numbers and recipe, and the network's one module, which `pip install FOLDER` installs.
 """
 
 import argparse
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +29,7 @@ from models.groupmixformer import GroupMixFormer
 from models.weights import Architecture, architecture_of, network_of
 from tasks.classification.weights import Weights
 from tasks.classification.weights import read_weights as read_parts
+from tools.hub import hub_files
 from utils.checkpoint import some, stored_config
 from utils.files import STDOUT, check_folder, check_json_target, write_file, write_json
 
@@ -49,31 +52,45 @@ class Conversion:
     bytes: int
 
 
-def convert(source: str | Path, to: str, folder: str | Path, name: str = "", which: str = "best") -> Conversion:
+def convert(
+    source: str | Path,
+    to: str,
+    folder: str | Path = "",
+    name: str = "",
+    which: str = "best",
+    cfg: str = "",
+    license: str = "unknown",
+) -> Conversion:
     """Write the weights of a file in another format.
 
     Args:
         source: the file to read.
-        to: 'pth' or 'safetensors'.
-        folder: for the new file; is made if it does not exist.
+        to: 'pth', 'safetensors' or 'hub'.
+        folder: for the new file, or for hubs the folder itself; is made if it does not exist. Default: the current one,
+            for hubs one called by the name.
         name: of the new file, before its hash; default: MODEL.NAME of the run, else the variant's, else the source's.
         which: weights of a training checkpoint, see `select_weights`.
+        cfg, license: for hubs, see `hub_files`.
 
     A file of the same name and content is left as it is. Raises UserError where the source does not hold the weights of
     one whole GroupMixFormer, or the new name is taken by other content.
     """
-    check_folder(Path(folder))
-    checkpoint, state, about = read_weights(source, which)
+    if to != "hub" or folder:
+        check_folder(Path(folder))
+    weights = read_weights(source, which)
+    checkpoint, state, about = weights
     sizes, network = describe_network(state, str(source))
     content = _encode(state, to)
     digest = hashlib.sha256(content).hexdigest()
     without_hash = re.sub(r"(-[0-9a-f]{8})+$", "", Path(source).stem)
     name = name or (stored_config(checkpoint) or {}).get("MODEL.NAME") or sizes.variant or without_hash
-    path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
-    if not path.exists():
-        write_file(content, path)
-    elif path.read_bytes() != content:
-        raise UserError(f"{path}: already exists with other content, and is not overwritten; give another --name")
+    if to == "hub":
+        path = Path(folder or name)
+        files = hub_files(str(source), weights, content, name, cfg, license)
+    else:
+        path = Path(folder) / f"{name}-{digest[:8]}{SUFFIXES[to]}"
+        files = {"": content}
+    _write_new(path, files, "--output" if to == "hub" else "--name")
     return Conversion(
         source=str(source),
         weights=about,
@@ -86,6 +103,20 @@ def convert(source: str | Path, to: str, folder: str | Path, name: str = "", whi
         parameters=sum(p.numel() for p in network.parameters()),
         bytes=len(content),
     )
+
+
+def _write_new(path: Path, files: Mapping[str, bytes], flag: str) -> None:
+    """Write files below a path, '' for the path itself; UserError, before any is written, where one is there already.
+
+    Files of the same content are left as they are.
+    """
+    there = {name: (path / name).read_bytes() for name in files if (path / name).is_file()}
+    for name, content in there.items():
+        if content != files[name]:
+            where = path / name
+            raise UserError(f"{where}: already exists with other content, and is not overwritten; give another {flag}")
+    for name in files.keys() - there.keys():
+        write_file(files[name], path / name)
 
 
 def read_weights(path: str | Path, which: str = "best") -> Weights:
@@ -117,7 +148,7 @@ def _encode(state: dict[str, Tensor], to: str) -> bytes:
     """The bytes of a file: the same for equal weights, so that the hash in the name identifies them."""
     # Clones, because a view would bring its whole storage into the file.
     state = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    if to == "safetensors":
+    if to != "pth":
         return safetensors.torch.save(state, metadata={"format": "pt"})
     buffer = BytesIO()
     torch.save({"model": state}, buffer)
@@ -130,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert by the command line."""
     args = _parse(argv)
     check_json_target(args.json)
-    done = convert(args.file, args.to, args.output, args.name, args.weights)
+    done = convert(args.file, args.to, args.output, args.name, args.weights, args.cfg, args.license)
     if args.json:
         write_json(args.json, asdict(done))
     if args.json != STDOUT:
@@ -141,12 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.convert", __doc__)
     parser.add_argument("file", metavar="FILE", help="weights to read")
-    parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format to write")
-    parser.add_argument("--output", default=".", metavar="FOLDER", help="where to write; default: the current folder")
+    parser.add_argument("--to", required=True, choices=(*SUFFIXES, "hub"), help="format to write")
+    parser.add_argument("--output", default="", metavar="FOLDER", help="where to write; default: here, hub: ./<name>")
     parser.add_argument("--name", default="", help="name before the hash; default: the variant's, else FILE's")
     parser.add_argument(
         "--weights", default="best", choices=("best", "raw", "ema"), help="of a training checkpoint; default: best"
     )
+    parser.add_argument("--cfg", default="", metavar="YAML", help="hub: of the network; default: what FILE holds")
+    parser.add_argument("--license", default="unknown", help="hub: of the weights, for the card; default: unknown")
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
     if {"/", "\\"} & set(args.name):

@@ -4,8 +4,11 @@ python -m tools.export --cfg configs/groupmixformer_small.yaml --pretrained FILE
 python -m tools.export --resume <checkpoint of a run> --weights ema --format pt2 --features
 
 The file takes images (B, channels, H, W), float32, normalised as in evaluation. It gives logits (B, classes), or with
---features the maps of all stages. It is read back, run at two sizes with two batch sizes each, and compared with the
-network. A file that differs by more than 1e-4 is not kept.
+--features the maps of all stages. A segmenter gives logits (B, classes, H, W); UPerNet becomes pt2 only. A detector
+becomes ONNX only, for one image of one size, and gives boxes, labels, scores, and masks where it has them.
+
+The file is read back, run at two sizes with two batch sizes each, and compared with the network. A file that differs by
+more than 1e-4 is not kept.
 """
 
 import argparse
@@ -20,12 +23,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from configs import UserError, image_size, read_command
 from configs.commands import CommandParser, command
 from configs.errors import existing_file, first_line
 from tasks import keys_of
 from tasks.classification.weights import network_with, read_weights
+from tasks.detection.weights import load_detector
+from tasks.segmentation.weights import load_segmenter
 from utils.files import STDOUT, check_json_target, write_json
 from utils.origin import check_named_files, config_of, remarks
 
@@ -45,9 +51,29 @@ class StageMaps(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.outputs = [f"stage{i}" for i, _ in enumerate(network.feature_info, 1)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.network.forward_stages(x))
+
+
+class OneImage(nn.Module):
+    """A detector of one image of one size: (1, 3, H, W) -> boxes (N, 4), labels (N), scores (N), maybe masks.
+
+    Boxes are left, top, right, bottom in pixels of the image. Labels are class indices. Masks (N, 1, 28, 28) are
+    probabilities within the boxes.
+    """
+
+    one_image = True
+
+    def __init__(self, network: nn.Module, masks: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.outputs = ["boxes", "labels", "scores", *(["masks"] if masks else [])]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        (found,) = self.network([images[0]])
+        return tuple(found[name] - self.network.first_label * (name == "labels") for name in self.outputs)
 
 
 def export(
@@ -59,7 +85,8 @@ def export(
         network: takes images (B, C, H, W), and returns a tensor or a tuple of tensors.
         path: the new file.
         to: 'onnx' or 'pt2'.
-        size: height and width to export and verify with, in pixels; the file takes any from MIN_SIZE on.
+        size: height and width to export and verify with, in pixels; the file takes any from MIN_SIZE on, but of an
+            `OneImage` this one.
         report: is called with one line for each step.
 
     Returns the largest difference for each shape tried, such as {'3x3x224x224': 2e-6}. Raises UserError, and writes
@@ -75,10 +102,16 @@ def export(
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     with folder:
         partial = Path(folder.name) / path.name
-        report(f"exporting for any batch, height and width, by images of {size[0]} x {size[1]}")
+        one_image = getattr(network, "one_image", False)
+        batches, sizes = (1,), (size,)
+        which = "one image"
+        if not one_image:
+            batches, sizes = BATCHES, (size, (size[0] + 19, max(size[1] - 13, MIN_SIZE)))
+            which = "any batch, height and width, by images"
+        report(f"exporting for {which} of {size[0]} x {size[1]}")
         try:
             with quiet_exporters():
-                _write(network, _images((2, channels, *size)), partial, to)
+                _write(network, _images((1 if one_image else 2, channels, *size)), partial, to)
                 compute = _open(partial, to)
         except ImportError as error:
             requirements = existing_file("requirements-extras.txt")
@@ -87,8 +120,8 @@ def export(
         except Exception as error:  # exporters raise whatever they like
             raise UserError(f"{path}: export to {to} failed ({type(error).__name__}: {first_line(error)})") from None
         differences = {}
-        for height, width in (size, (size[0] + 19, max(size[1] - 13, MIN_SIZE))):
-            for batch in BATCHES:
+        for height, width in sizes:
+            for batch in batches:
                 shape = (batch, channels, height, width)
                 name = "x".join(map(str, shape))
                 differences[name] = _largest_difference(network, compute, _images(shape), path)
@@ -113,13 +146,13 @@ def _write(network: nn.Module, images: Tensor, path: Path, to: str) -> None:
         network,
         (images,),
         path,
-        dynamo=True,
-        dynamic_shapes=(AXES,),
         opset_version=OPSET,
         input_names=["images"],
         output_names=output_names(network),
         external_data=False,
         verbose=False,
+        # How many boxes are found depends on the image, which torch.export does not take; the older exporter does.
+        **({"dynamo": False} if getattr(network, "one_image", False) else {"dynamo": True, "dynamic_shapes": (AXES,)}),
     )
 
 
@@ -147,7 +180,8 @@ def _largest_difference(network: nn.Module, compute: Callable, images: Tensor, p
     for ours, theirs in zip(expected, got, strict=True):
         if ours.shape != theirs.shape:
             raise UserError(f"{path}: not written: gives {tuple(theirs.shape)} for {tuple(ours.shape)}")
-        difference = ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1)).item()
+        # A detector may find nothing in noise.
+        difference = ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1)).item() if ours.numel() else 0.0
         if not difference <= TOLERANCE:  # NaN too
             raise UserError(
                 f"{path}: not written: differs from the network by {difference:.1e} on images of "
@@ -162,9 +196,7 @@ def _tuple(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def output_names(network: nn.Module) -> list[str]:
-    if isinstance(network, StageMaps):
-        return [f"stage{i}" for i, _ in enumerate(network.network.feature_info, 1)]
-    return ["logits"]
+    return getattr(network, "outputs", ["logits"])
 
 
 @contextmanager
@@ -178,6 +210,35 @@ def quiet_exporters() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def check_exportable(config: CfgNode, to: str, features: bool) -> None:
+    """Raise UserError where torch or ONNX cannot express the network, with what can be done."""
+    if features and config.TASK != "classification":
+        raise UserError(f"--features: for the task {config.TASK!r} only its whole network is exported; leave it out")
+    if config.TASK == "detection" and to == "pt2":
+        raise UserError(
+            "--format pt2: torch.export does not take torchvision's detectors, because the number of boxes depends on "
+            "the image; use --format onnx"
+        )
+    if config.TASK == "segmentation" and config.MODEL.HEAD == "upernet" and to == "onnx":
+        raise UserError(
+            "--format onnx: ONNX has no pooling to 2, 3 and 6 cells of a map of any size, as UPerNet's; use --format "
+            "pt2, or train MODEL.HEAD 'semantic_fpn'"
+        )
+
+
+def load_network(config: CfgNode, path: str, features: bool) -> tuple[nn.Module, str]:
+    """The network to export, of any task, and what was loaded, for the log."""
+    if config.TASK == "segmentation":
+        network, _, about = load_segmenter(config, path)
+        return network, about
+    if config.TASK == "detection":
+        network, _, about = load_detector(config, path, None)
+        return OneImage(network.eval(), config.MODEL.DETECTOR == "mask_rcnn").eval(), about
+    loaded = read_weights(path, config.TEST.WEIGHTS)
+    network = network_with(config, loaded, path)
+    return StageMaps(network) if features else network, loaded.about
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -194,20 +255,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not weights:
         raise UserError("no weights to export: give a file with --resume or --pretrained")
-    if min(image_size(config)) < MIN_SIZE:
+    size = image_size(config)
+    if config.TASK == "detection" and not args.img_size:
+        size = (config.TEST.MIN_SIZE, config.TEST.MIN_SIZE)
+    check_exportable(config, args.format, args.features)
+    if min(size) < MIN_SIZE:
         raise UserError(f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE}: must be at least {MIN_SIZE}; pass --img-size 64")
     for remark in remarks(config, keys, measures=False, cfg=args.cfg):
         report(remark)
-    loaded = read_weights(weights, config.TEST.WEIGHTS)
-    report(f"{config.MODEL.NAME}: {loaded.about}")
-    network = network_with(config, loaded, weights)
-    if args.features:
-        network = StageMaps(network)
+    network, about = load_network(config, weights, args.features)
+    report(f"{config.MODEL.NAME}: {about}")
     path = Path(args.output or f"{config.MODEL.NAME}{'_features' if args.features else ''}.{args.format}")
-    differences = export(network, path, args.format, image_size(config), report)
+    differences = export(network, path, args.format, size, report)
     report(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     if args.json:
-        done = {"path": str(path), "format": args.format, "weights": loaded.about, "inputs": ["images"]}
+        done = {"path": str(path), "format": args.format, "weights": about, "inputs": ["images"]}
         done |= {"outputs": output_names(network), "largest_differences": differences, "bytes": path.stat().st_size}
         write_json(args.json, done)
 

@@ -22,6 +22,7 @@ file is shows in its content, whatever its name.
 """
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -51,6 +52,8 @@ from configs.load import flatten
 from .failures import unwritable
 
 BEST_NAME = "ckpt_best.pth"
+# In a folder as timm and model hubs have it; under the key its description holds our configuration.
+HUB_WEIGHTS, HUB_CONFIG, HUB_KEY = "model.safetensors", "config.json", "groupmixformer"
 SAVING = threading.Lock()  # held while a checkpoint is written: no thread ends the process then
 PRETRAINED_FOLDER = Path(__file__).resolve().parents[1] / "pretrained"  # where users put released weights
 _RAW_KEYS = ("model", "state_dict")  # ours and the release's; timm's
@@ -156,9 +159,12 @@ def load_file(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     torch itself does not check it: a flipped bit in a weight would load silently. A safetensors file, which has no such
     check, is read as a bare state dict. Without `tensors` only the plain values are of use: tensors are neither checked
     nor read from the disk.
+    A folder of `tools.convert --to hub`, or of timm, is read as a checkpoint of its weights, classes and configuration.
     Raises UserError where the file is missing, damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
+    if (path / HUB_WEIGHTS).is_file():
+        return _load_hub_folder(path, tensors)
     try:
         with open(path, "rb") as file:
             if _is_safetensors(file.read(9), path):
@@ -200,6 +206,18 @@ def load_file(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _load_hub_folder(folder: Path, tensors: bool) -> dict[str, Any]:
+    about = folder / HUB_CONFIG
+    try:
+        content = json.loads(about.read_text(encoding="utf-8"))
+        names, config = content.get("label_names"), content.get(HUB_KEY)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{about}: does not describe a folder of weights: {first_line(error)}") from None
+    loaded: dict[str, Any] = {"model": load_file(folder / HUB_WEIGHTS) if tensors else {}}
+    loaded |= {"classes": names} if isinstance(names, list) else {}
+    return loaded | ({"config": yaml.safe_dump(config)} if isinstance(config, dict) else {})
 
 
 def stored_config(content: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,11 +1,15 @@
 """Image classification: images in class folders or zip files, cross-entropy, top-1 and top-5."""
 
+import torch
+from yacs.config import CfgNode
+
 from utils.session import Session
 from utils.task import Task
 
+from ..trained import TrainedModel
 from .keys import KEYS
 
-__all__ = ["KEYS", "build", "evaluate"]
+__all__ = ["KEYS", "build", "evaluate", "load"]
 
 
 def build(session: Session) -> Task:
@@ -18,3 +22,9 @@ def evaluate(session: Session) -> None:
     from .evaluation import evaluate  # imported lazily: scipy is slow, and training does not need it
 
     evaluate(session)
+
+
+def load(config: CfgNode, path: str, device: torch.device) -> TrainedModel:
+    from .trained import load  # imported lazily: it is slow
+
+    return load(config, path, device)

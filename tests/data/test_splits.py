@@ -30,7 +30,8 @@ def test_missing_data_path(make_config, tmp_path):
     [
         (["train.zip"], "add --zip"),
         (["ILSVRC/Data/CLS-LOC/train/"], "ILSVRC/Data/CLS-LOC"),
-        (["training/", "validation/"], "found training, validation"),
+        (["training/", "validation/"], "it has training/ for train/: run ln -s training "),
+        (["trained/", "validated/"], "found trained, validated"),
         (["notes/", "imagenet/train/"], "imagenet, which has it"),
         (["../train/"], "give --data-path"),
         ([], "has no folder train/"),

@@ -37,7 +37,7 @@ def test_commands_of_the_page_are_read():
             assert read_config(args, keys_of, notify=lambda line: None).TASK == "detection"
     (check,), (prepare,) = commands("tools.check"), commands("tools.prepare")
     assert importlib.import_module("tools.check")._parse(check[3:]).cfg in PAGE
-    assert prepare[3] in importlib.import_module("tools.prepare").READERS
+    assert prepare[3] in importlib.import_module("tools.prepare.annotations").READERS
     assert commands("bash") == [["bash", "launch_scripts/quickstart.sh", "detection"]]
 
 

@@ -23,7 +23,7 @@ from tasks.networks import build_model
 from tools import list_keys
 
 README = (runs.ROOT / "README.md").read_text()
-OWN_TESTS = ("detection.md", "segmentation.md")  # tests/docs/test_<task>_page.py
+OWN_TESTS = ("detection.md", "segmentation.md", "preparing-data.md")  # tests/docs/test_<...>_page.py
 NAMED = sorted(page for page in (runs.ROOT / "docs").glob("*.md") if page.name not in OWN_TESTS)
 PAGES = [README, *(page.read_text() for page in NAMED)]
 ALL_PAGES = [runs.ROOT / "README.md", *sorted((runs.ROOT / "docs").glob("*.md"))]
@@ -153,6 +153,7 @@ def test_every_command_is_one_that_is_tested_or_named_here():
     assert sorted(" ".join(c[:3]) for c in others if c not in under_slurm) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
         "pip install .",  # tests/model/test_reuse.py
+        "pip install <folder>",  # tests/tools/test_hub.py
         "python -m tools.benchmark",  # tests/tools/test_benchmark.py
         "python -m tools.export",  # tests/tools/test_export.py
         "python multi_machine_start.py --machine_num",

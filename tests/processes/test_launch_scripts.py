@@ -115,6 +115,15 @@ def test_run_with_the_released_two_arguments(checkout, tmp_path, script, program
 
 
 @pytest.mark.parametrize(("script", "program"), RUNS)
+def test_the_root_may_hold_prepared_data(checkout, tmp_path, script, program):
+    """Kaggle's val/ is flat: what tools.prepare makes of it, where train.py and test.py say, is taken instead."""
+    (tmp_path / "root" / "data" / "imagenet" / "val").mkdir(parents=True)
+    assert checkout.run(script, "root", cwd=tmp_path, GPUS="2").returncode == 0
+    data_path = f"{tmp_path}/root/data/imagenet"
+    assert checkout.calls() == [started("2", program, "configs/groupmixformer_small.yaml", data_path)]
+
+
+@pytest.mark.parametrize(("script", "program"), RUNS)
 def test_run_takes_its_settings_from_the_environment(checkout, script, program):
     (checkout.root / "my.yaml").touch()
     settings = {

@@ -8,7 +8,8 @@ from image_data import message_of
 from PIL import Image
 
 from tasks.detection.coco import open_split
-from tools.prepare import convert, main, read_voc, read_yolo
+from tools.prepare.__main__ import main
+from tools.prepare.annotations import convert, read_voc, read_yolo
 
 VOC = """<annotation><filename>{name}.jpg</filename>
 <object><name>cat</name><bndbox><xmin>3</xmin><ymin>5</ymin><xmax>12</xmax><ymax>24</ymax></bndbox></object>

@@ -1,19 +1,9 @@
-"""Annotations of other formats as COCO's JSON, which training takes: python -m tools.prepare FORMAT --data-path DIR
-
-    voc    Pascal VOC: one XML a picture, anywhere below DIR; splits by ImageSets/Main/{train,val}.txt where it has them
-    yolo   YOLO: one text a picture, in labels/ or beside the pictures; boxes, or polygons as masks. Names come from
-           data.yaml or classes.txt; splits are folders named train, val (valid) and test
-
-Writes DIR/annotations/instances_{train,val}.json; the pictures stay where they are. Without splits of its own, every
-fifth picture is for validation. A split named test is for validation where there is no val, and else left out. Train
-with --data-path DIR; MODEL.DETECTOR faster_rcnn where there are no masks.
-"""
+"""Annotations of Pascal VOC and YOLO as COCO's JSON, which detection reads."""
 
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +13,6 @@ import yaml
 from PIL import Image
 
 from configs import UserError
-from configs.commands import CommandParser, command
 from configs.errors import one_line
 from data.decoding import upright
 from data.files import files_below, is_image_name
@@ -211,20 +200,9 @@ def convert(root: Path, reader: Callable[[Path], Iterator[tuple[str, Picture]]])
     return contents
 
 
-@command("tools.prepare")
-def main(argv: Sequence[str] | None = None) -> None:
-    """Convert the data set of a command line."""
-    parser = CommandParser("tools.prepare", __doc__)
-    parser.add_argument("format", choices=tuple(READERS), help="of the annotations that there are")
-    parser.add_argument("--data-path", type=Path, required=True, metavar="DIR", help="holds pictures and annotations")
-    args = parser.parse_args(argv)
-    if not args.data_path.is_dir():
-        raise UserError(f"--data-path {args.data_path}: no such folder")
-    for split, content in convert(args.data_path, READERS[args.format]).items():
-        path = args.data_path / "annotations" / f"instances_{split}.json"
+def write_annotations(root: Path, form: str) -> None:
+    """Write COCO's JSON of both splits into `root`/annotations; the pictures stay where they are."""
+    for split, content in convert(root, READERS[form]).items():
+        path = root / "annotations" / f"instances_{split}.json"
         write_file(json.dumps(content).encode(), path)
         print(f"{path}: {len(content['images'])} pictures, {len(content['annotations'])} objects")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

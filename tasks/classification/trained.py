@@ -1,0 +1,23 @@
+"""A classifier in other code."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from ..trained import TrainedModel
+from .transforms import eval_transform
+from .weights import load_classifier
+
+
+def load(config: CfgNode, path: str, device: torch.device) -> TrainedModel:
+    """The classifier of a file of weights; `predict` gives the probability of each class, (K,) on the CPU."""
+    network, classes, _ = load_classifier(config, path)
+    network.to(device)
+    transform = eval_transform(config)
+
+    @torch.inference_mode()
+    def predict(picture: Image.Image) -> Tensor:
+        return network(transform(picture.convert("RGB"))[None].to(device))[0].softmax(0).cpu()
+
+    return TrainedModel(network, classes, predict, config)
