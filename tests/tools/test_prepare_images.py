@@ -13,8 +13,8 @@ from image_data import message_of
 from ranks import in_fork
 from raw_data import content_of, labelled_val_images, train_images
 
-from data.sources import FolderSource, ZipSource, fingerprint
 from data.holdout import open_parts
+from data.sources import FolderSource, ZipSource, fingerprint
 from data.splits import open_source
 from tools.prepare.__main__ import main
 from tools.prepare.writing import FolderTarget, ZipTarget
