@@ -1,7 +1,7 @@
 """The splits of a data set: opened, and their classes brought together."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +40,10 @@ def open_source(
     folder = root / name
     if not zip_mode and not folder.is_dir():
         if not train_may_be_root:
-            share = "; or set DATA.VAL_SHARE 0.1, a share of train/" * (gaps and (root / names["train"]).is_dir())
-            raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, name, split)}{share}")
+            raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, names, split)}")
         folder = root
     if not zip_mode and is_flat(folder):
-        what = (
-            how_to_prepare(root, name, split) or f"move the images of each class into a folder of its own in {folder}/"
-        )
+        what = how_to_prepare(root, name, split) or f"move the images of each class into a folder of its own in {name}/"
         raise UserError(f"{folder}: holds images and no class folders; {what}")
     if zip_mode:
         source = ZipSource(root, name, cache_mode, rank, world_size, block, gaps)
@@ -132,8 +129,9 @@ def without_images(source: Source) -> str:
     return f"{what}: accuracies are of the other classes"
 
 
-def _hint(root: Path, name: str, split: str) -> str:
+def _hint(root: Path, names: Mapping[str, str], split: str) -> str:
     """What the user may have meant."""
+    name = names[split]
     if (root / f"{name}.zip").is_file():
         return f", but {name}.zip: add --zip"
     if prepare := how_to_prepare(root, name, split):
@@ -145,4 +143,5 @@ def _hint(root: Path, name: str, split: str) -> str:
     for near in (root.resolve().parent, *(root / folder for folder in found)):
         if near != root and ((near / name).is_dir() or (near / f"{name}.zip").is_file()):
             return f"; give --data-path {near}, which has it"
-    return f"; found {list_names(found)}" if found else ""
+    share = "; or set DATA.VAL_SHARE 0.1, a share of train/" * (split == "val" and (root / names["train"]).is_dir())
+    return f"; found {list_names(found)}{share}" if found else ""

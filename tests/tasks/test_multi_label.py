@@ -113,7 +113,10 @@ def test_extreme_outputs_give_numbers_or_nan():
         ((), "DATA.MULTI_LABEL: takes no AUG.MIXUP, AUG.CUTMIX; set AUG.MIXUP 0 AUG.CUTMIX 0"),
         ((*OFF, "MODEL.LABEL_SMOOTHING", "0.1"), "DATA.MULTI_LABEL: takes no MODEL.LABEL_SMOOTHING"),
         ((*OFF, "DATA.CLASS_BALANCE", "1"), "DATA.MULTI_LABEL: takes no DATA.CLASS_BALANCE; set DATA.CLASS_BALANCE 0"),
-        ((*OFF, "LOSS.CLASS_WEIGHTS", "balanced"), "takes no LOSS.CLASS_WEIGHTS; set LOSS.CLASS_WEIGHTS ''"),
+        (
+            (*OFF, "LOSS.CLASS_WEIGHTS", "balanced"),
+            "DATA.MULTI_LABEL: takes no LOSS.CLASS_WEIGHTS; set LOSS.CLASS_WEIGHTS ''",
+        ),
         ((*OFF, "DATA.TRAIN_LABELS", ""), "DATA.MULTI_LABEL: needs files with the classes of the images"),
     ],
 )

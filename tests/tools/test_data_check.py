@@ -128,7 +128,7 @@ def deepen(root: Path) -> None:
 
 # (kind, path that is named, part of the reason, how to make it)
 DEFECTS = [
-    ("split", "val", "found train, validation", lambda root: (root / "val").rename(root / "validation")),
+    ("split", "val", "has validation/ for val/: run ln -s", lambda root: (root / "val").rename(root / "validation")),
     ("split", "train", "leads back to", link("train/dog/again", "../..")),
     ("classes", ".", "only in val: emu", write("val/emu/0.JPEG", photo(70))),
     ("class-not-in-val", ".", "1 of 3 classes have no validation images (emu)", write("train/emu/0.JPEG", photo(70))),

@@ -21,7 +21,7 @@ def read_class_folders(root: Path, share: float) -> list[Split]:
             dict(zip(part.classes, count_images(part))),
             f"the files in {root}",
         )
-        for name, part in parts.items()
+        for name, part in reversed(parts.items())  # val first: it is small, and shows soon whether all is well
     ]
 
 
