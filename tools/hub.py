@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from yacs.config import CfgNode
 
-from configs import UserError, read_command, with_num_classes
+from configs import UserError, image_size, read_command, with_num_classes
 from configs.keys import Key
 from configs.load import flatten
+from data.normalization import pixel_statistics
 from data.sources import list_names
 from models.groupmixformer import HUB_TAG, VARIANTS
 from models.weights import Architecture, architecture_of, num_classes_of
@@ -54,9 +54,11 @@ def hub_files(source: str, weights: Weights, encoded: bytes, name: str, cfg: str
         "input": " x ".join(map(str, description["pretrained_cfg"]["input_size"])),
         "preparation": f"crop_pct {description['pretrained_cfg']['crop_pct']:g}" if config.TEST.CROP else "no crop",
         "weights": _kind(weights),
-        "numbers": "\n".join(_numbers(Path(source), weights)),
+        "numbers": "\n".join(_numbers(Path(source), weights, config)),
         "data": _data(weights, description),
         "recipe": _recipe(weights, keys),
+        "mode": "an RGB" if config.MODEL.GMA.IN_DIM == 3 else "a grey",
+        "probabilities": "sigmoid()" if config.DATA.MULTI_LABEL else "softmax(-1)",
     }
     return {
         HUB_WEIGHTS: encoded,
@@ -87,8 +89,8 @@ def describe(config: CfgNode, keys: Mapping[str, Key], classes: Sequence[str]) -
     """
     arguments = network_arguments(config)
     num_classes, channels = arguments.pop("num_classes"), arguments.pop("in_chans")
-    size = config.DATA.IMG_SIZE
-    height, width = size if isinstance(size, list | tuple) else (size, size)
+    height, width = image_size(config)
+    mean, std = pixel_statistics(channels)
     content: dict[str, Any] = {
         "architecture": f"{_entry_point(config)}.{HUB_TAG}",
         "num_classes": num_classes,
@@ -101,8 +103,8 @@ def describe(config: CfgNode, keys: Mapping[str, Key], classes: Sequence[str]) -
             # Without a crop, timm's 'squash' resizes straight to the square, as TEST.CROP False does.
             "crop_pct": CROP_RATIO if config.TEST.CROP else 1.0,
             "crop_mode": "center" if config.TEST.CROP else "squash",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
+            "mean": mean,
+            "std": std,
             "num_classes": num_classes,
             "first_conv": "conv_stem.proj1",
             "classifier": "head",
@@ -163,7 +165,7 @@ import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or hf-hub:<user>/<repository>
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 classes = model.pretrained_cfg.get("label_names")
-probabilities = model(transform(image)[None]).softmax(-1)  # of an RGB image of Pillow's
+probabilities = model(transform(image)[None]).{probabilities}  # of {mode} image of Pillow's
 ```
 
 In GroupMixFormer's own code: `python test.py --resume FOLDER --data-path DIR`.
@@ -188,12 +190,13 @@ def _kind(weights: Weights) -> str:
     return weights.about.partition(" of ")[0]
 
 
-def _numbers(source: Path, weights: Weights) -> list[str]:
+def _numbers(source: Path, weights: Weights, config: CfgNode) -> list[str]:
     """The evaluations of these very weights in the folder of their run, and the accuracy that the run saw."""
     checkpoint, kind = weights.checkpoint, _kind(weights)
     lines = []
     if checkpoint.get("is_best") and kind.startswith(str(checkpoint.get("best_weights"))):
-        lines.append(f"Acc@1 {checkpoint['max_accuracy']:.3f} on the run's validation images, after training.")
+        number = "mAP" if config.DATA.MULTI_LABEL else "Acc@1"
+        lines.append(f"{number} {checkpoint['max_accuracy']:.3f} on the run's validation images, after training.")
     rows = []
     for path in sorted(source.resolve().parent.glob("evaluation/*/metrics.json")):
         try:

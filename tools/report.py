@@ -68,11 +68,15 @@ def read_evaluation(folder: str | Path, data_path: str | None = None) -> Written
     folder = Path(folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]  # or KeyError
+        several = "map" in metrics
+        if not several:
+            _ = metrics["acc1_interval"], metrics["acc5_interval"], metrics["calibration"]["counts"]  # or KeyError
     except OSError:
         raise UserError(f"{folder}: holds no metrics.json; give a folder that test.py wrote") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'metrics.json'}: damaged, or not written by test.py") from None
+    if several:
+        raise UserError(f"{folder}: is of images of several classes; the report is for one class an image")
     predictions = Predictions.load(folder / "predictions.csv")
     if not predictions.labelled.any():
         raise UserError(f"{folder}: no image has a label, so there is nothing to report")

@@ -40,7 +40,7 @@ def evaluate(session: Session) -> None:
         session.logger.warning(f"--class-names {config.DATA.CLASS_NAMES} is not used: it is for --images")
     shape = (config.MODEL.GMA.IN_DIM, *image_size(config))
     if config.DATA.MULTI_LABEL:
-        multi_label.check_evaluation(config, bool(session.args.images))
+        multi_label.check_evaluation(config)
     if session.args.flops:
         report_flops(session, build_model(config), shape, config.MODEL.GMA.NUM_CLASSES)
     elif config.THROUGHPUT_MODE:

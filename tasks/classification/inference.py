@@ -144,6 +144,11 @@ def predict_batch(
     return torch.stack([view.log_softmax(dim=1) for view in logits]).logsumexp(dim=0) - math.log(len(logits))
 
 
+def class_probabilities(config: CfgNode, logits: Tensor) -> Tensor:
+    """Logits (B, K) -> the probability of each class, float64: of the one of an image, or with MULTI_LABEL of any."""
+    return logits.double().sigmoid() if config.DATA.MULTI_LABEL else logits.double().softmax(dim=1)
+
+
 def summarize_batch(logits: Tensor, labels: Tensor, keep_logits: bool = False) -> dict[str, Tensor]:
     """What is kept of a batch, on the CPU: `Predictions` says what the entries are."""
     top = logits.topk(min(TOP, logits.shape[1])).indices

@@ -48,13 +48,9 @@ def check_recipe(config: CfgNode) -> None:
         raise UserError(f"DATA.MULTI_LABEL: takes no {', '.join(wrong)}; set {off}")
 
 
-def check_evaluation(config: CfgNode, labels_pictures: bool) -> None:
+def check_evaluation(config: CfgNode) -> None:
     """Raise UserError for what test.py does for one class an image only."""
-    for asked, what in (
-        (config.TEST.TTA != "none", "--tta"),
-        (config.TEST.VAL_SET, "--val-set"),
-        (labels_pictures, "--images"),
-    ):
+    for asked, what in ((config.TEST.TTA != "none", "--tta"), (config.TEST.VAL_SET, "--val-set")):
         if asked:
             raise UserError(f"DATA.MULTI_LABEL: {what} is for one class an image; leave it out")
 

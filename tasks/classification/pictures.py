@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -14,7 +13,7 @@ from yacs.config import CfgNode
 from configs import UserError
 from configs.text import printable
 from data import ImageDataset, usable_workers
-from data.sources import UNLABELLED, PictureSource
+from data.sources import PictureSource
 from data.workers import init_worker
 from tasks.networks import inference_network
 from tasks.pictures import TOP5, find_pictures
@@ -23,7 +22,7 @@ from utils.files import check_folder, write_json, write_rows
 from utils.precision import build_precision
 from utils.session import Session
 
-from .inference import TOP, predict_batch, summarize_batch
+from .inference import TOP, class_probabilities, predict_batch
 from .transforms import views_transform
 from .weights import load_classifier
 
@@ -81,10 +80,10 @@ def label_pictures(session: Session, weights: str) -> None:
             faults += 1
             continue
         logits = predict_batch(network, views[None].to(processes.device), precision, config)
-        batch = summarize_batch(logits, torch.full((1,), UNLABELLED, device=logits.device))
+        probabilities, classes = class_probabilities(config, logits)[0].topk(min(TOP, len(names)))
         result["top"] = [
             {"class": index, "name": names[index], "probability": float(f"{probability:.6g}")}
-            for index, probability in zip(batch["top"][0].tolist(), batch["top_probabilities"][0].tolist())
+            for index, probability in zip(classes.tolist(), probabilities.tolist())
         ]
         logger.info(printable(str(path)))
         for entry in result["top"]:

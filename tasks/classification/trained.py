@@ -6,6 +6,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from ..trained import TrainedModel
+from .inference import class_probabilities
 from .transforms import eval_transform
 from .weights import load_classifier
 
@@ -18,6 +19,7 @@ def load(config: CfgNode, path: str, device: torch.device) -> TrainedModel:
 
     @torch.inference_mode()
     def predict(picture: Image.Image) -> Tensor:
-        return network(transform(picture.convert("RGB"))[None].to(device))[0].softmax(0).cpu()
+        logits = network(transform(picture.convert("RGB"))[None].to(device))
+        return class_probabilities(config, logits)[0].float().cpu()
 
     return TrainedModel(network, classes, predict, config)

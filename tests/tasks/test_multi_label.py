@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -11,15 +12,20 @@ import pytest
 import runs
 import torch
 from image_data import message_of
+from PIL import Image
 from pyarrow import parquet
 from ranks import run_ranks
 
+from configs import UserError
 from data import fingerprint
 from data.label_files import LabelFileSource
 from data.sources import count_images
 from data.splits import with_classes
+from tasks import load_model
 from tasks.classification.images import open_split, open_train_and_val, train_dataset
 from tasks.classification.multi_label import numbers_of
+from tasks.classification.transforms import eval_transform
+from tools.report import read_evaluation
 
 OFF = ("AUG.MIXUP", "0", "AUG.CUTMIX", "0", "MODEL.LABEL_SMOOTHING", "0")
 # Of every image, its classes: none, one, two or three of them.
@@ -158,8 +164,21 @@ def test_a_run_resumes_exactly_and_its_evaluation_is_exact_on_any_number_of_rank
     for flags, what in (
         (["--tta", "flip"], "--tta"),
         (["--val-set", "a"], "--val-set"),
-        (["--images", "x"], "--images"),
     ):
         result = run_ranks("test.py", [*map(str, words), *flags])
         assert result.returncode == 2
         assert f"DATA.MULTI_LABEL: {what} is for one class an image; leave it out" in result.stderr
+    with pytest.raises(UserError, match="is of images of several classes"):
+        read_evaluation(results)
+
+    picture = image_folder / "val" / "ant" / "0.png"
+    result = run_ranks("test.py", ["--resume", str(folder / "ckpt_best.pth"), "--images", str(picture)])
+    assert result.returncode == 0, result.stderr
+    shown = {
+        entry["name"]: entry["probability"] for entry in json.loads(Path(f"{picture}.top5.json").read_text())["top"]
+    }
+    trained = load_model(str(folder / "ckpt_best.pth"))
+    assert shown == pytest.approx(dict(zip(trained.classes, trained.predict(Image.open(picture)).tolist())), rel=1e-4)
+    with torch.inference_mode():
+        logits = trained.network(eval_transform(trained.config)(Image.open(picture).convert("RGB"))[None])[0]
+    assert sorted(shown.values()) == pytest.approx(sorted(logits.sigmoid().tolist()), rel=1e-4)

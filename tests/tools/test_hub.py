@@ -13,11 +13,13 @@ import torch
 from image_data import message_of
 from PIL import Image
 
+from configs import read_command
 from models import GroupMixFormer
 from models.groupmixformer import HUB_TAG
 from tasks import evaluate, keys_of
 from tasks.classification.transforms import eval_transform
 from tools.convert import convert, main
+from tools.hub import describe
 from utils.checkpoint import load_file
 from utils.session import start_session
 
@@ -42,6 +44,18 @@ def folder(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("hub") / "ants and bees"
     convert(trained, "hub", path, license="cc-by-4.0")
     return path
+
+
+def test_grey_input_and_any_height_and_width_are_described():
+    """Pixels that timm would prepare from these files are those of test.py."""
+    shape = ("MODEL.GMA.IN_DIM", "1", "DATA.IMG_SIZE", "[48, 80]", "TEST.CROP", "True")
+    digits = str(runs.ROOT / "configs" / "groupmixformer_digits.yaml")
+    _, config, keys = read_command(["--cfg", digits, "--opts", *shape], keys_of, print)
+    described = describe(config, keys, [])["pretrained_cfg"]
+    assert tuple(described["input_size"]) == (1, 48, 80)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(described))
+    picture = Image.effect_noise((100, 70), 50)
+    assert torch.equal(transform(picture), eval_transform(config)(picture))
 
 
 def own_network(trained):
