@@ -261,6 +261,7 @@ IMPOSSIBLE = [
     ("DATA.IMG_SIZE", "31"),
     ("DATA.IMG_SIZE", "32769"),
     ("DATA.IMG_SIZE", "[224, 31]"),
+    ("DATA.TRAIN_SIZES", "[[128, 1]]"),
     ("SEED", str(2**63)),  # torch could not take it
 ]
 
