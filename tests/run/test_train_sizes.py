@@ -1,5 +1,6 @@
 """DATA.TRAIN_SIZES: the size of training images rises over the epochs, and the batch falls with it."""
 
+import itertools
 import json
 import re
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from configs import UserError, image_size
 from data import as_stages
+from data.samplers import TrainingOrder
 from tasks.classification.stages import training_stages
 from utils.checkpoint import load_file
 from utils.schedule import build_scheduler, run_length, scaled_learning_rates, set_learning_rate
@@ -178,6 +180,19 @@ def test_positions_in_a_run_of_unlike_epochs(make_config):
     assert [length.is_last(epoch) for epoch in range(5)] == 4 * [False] + [True]
     plain = run_length(config, 7)
     assert [plain.time(t) for t in range(35)] == list(range(35)) and type(plain.time(9)) is int
+
+
+@pytest.mark.parametrize("options", [{}, {"sharded": True}, {"repeats": 2}], ids=str)
+def test_the_order_of_a_process_continues_at_any_update_of_any_batch(options):
+    for rank, (epoch, batch, updates) in itertools.product(range(2), [(1, 12, 4), (2, 8, 6)]):
+        order = TrainingOrder(50, [[0, 12], [2, 8]], rank, 2, seed=3, **options)
+        order.set_position(epoch)
+        keys = list(order)
+        assert len(keys) == len(order) == updates * batch // 2
+        for update in range(updates):
+            order.set_position(epoch, update)
+            assert list(order) == keys[update * batch // 2 :] and len(order) == len(list(order))
+            assert order.indices_of(update) == [key.index for key in keys[update * batch // 2 :][: batch // 2]]
 
 
 def stages_of(config):
