@@ -63,7 +63,7 @@ def main(run_folder: RunFolder | None = None) -> None:
         ema=ModelEmaV3(network, decay=config.EMA.DECAY, use_warmup=config.EMA.WARMUP) if config.EMA.ENABLED else None,
         precision=precision,
         length=length,
-        num_updates=config.TRAIN.START_EPOCH * length.updates_per_epoch,
+        num_updates=length.updates_before(config.TRAIN.START_EPOCH),
     )
     if config.COMPILE:
         task.compile(precision)  # after the average, which is a copy

@@ -2,6 +2,15 @@
 
 from .errors import UserError
 from .keys import SPLIT_NAMES
-from .load import image_size, read_command, read_config, with_num_classes, with_values
+from .load import edges, image_size, read_command, read_config, with_num_classes, with_values
 
-__all__ = ["SPLIT_NAMES", "UserError", "image_size", "read_command", "read_config", "with_num_classes", "with_values"]
+__all__ = [
+    "SPLIT_NAMES",
+    "UserError",
+    "edges",
+    "image_size",
+    "read_command",
+    "read_config",
+    "with_num_classes",
+    "with_values",
+]

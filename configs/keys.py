@@ -61,8 +61,8 @@ class Key:
         scope: 'network', 'recipe', 'launch' or 'process', what the value belongs to.
         flag: its short name on the command line of train.py and test.py; '' for none.
         kind: 'number', 'number or None', 'pair or None', 'numbers', 'name or numbers', 'size' (a whole number, or two:
-            [height, width]), 'switch' (True, False or a name) or 'file' (one that must exist), where the default does
-            not show the type.
+            [height, width]), 'sizes' (a list of [size, epoch]), 'switch' (True, False or a name) or 'file' (one that
+            must exist), where the default does not show the type.
         follows: in one configuration: what its value follows from, because nobody has set it; '' where somebody has.
     """
 

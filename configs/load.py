@@ -128,7 +128,11 @@ def changed_values(
 
 def image_size(config: CfgNode) -> tuple[int, int]:
     """Height and width of the input, pixels: DATA.IMG_SIZE is one number for both, or holds the two."""
-    size = config.DATA.IMG_SIZE
+    return edges(config.DATA.IMG_SIZE)
+
+
+def edges(size: int | list[int]) -> tuple[int, int]:
+    """Height and width of a size as keys hold it."""
     return (size[0], size[1]) if isinstance(size, list) else (size, size)
 
 
@@ -276,10 +280,13 @@ def _coerce(value: Any, key: Key) -> Any:
     if key.kind in ("number", "number or None"):
         return _number(value)
     if key.kind == "size":
-        edges = value if isinstance(value, list | tuple) else [value]
-        if len(edges) not in (1, 2) or any(isinstance(edge, bool) or not isinstance(edge, int) for edge in edges):
-            raise ValueError("must be a whole number, or height and width such as [192, 256]")
-        return edges[0] if edges[0] == edges[-1] else list(edges)
+        return _size(value)
+    if key.kind == "sizes":
+        if not isinstance(value, list | tuple) or any(
+            not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[1]) is not int for pair in value
+        ):
+            raise ValueError("must be a list of sizes and the first epoch of each, such as [[128, 0], [192, 100]]")
+        return [[_size(size), epoch] for size, epoch in value]
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError("must be True or False")
@@ -298,6 +305,13 @@ def _coerce(value: Any, key: Key) -> Any:
     if not key.kind and all(isinstance(x, int) for x in default) and not all(isinstance(x, int) for x in values):
         raise ValueError("must be a list of whole numbers")
     return values
+
+
+def _size(value: Any) -> int | list[int]:
+    both = value if isinstance(value, list | tuple) else [value]
+    if len(both) not in (1, 2) or any(isinstance(edge, bool) or not isinstance(edge, int) for edge in both):
+        raise ValueError("must be a whole number, or height and width such as [192, 256]")
+    return both[0] if both[0] == both[-1] else list(both)
 
 
 def _parse_literal(text: str) -> Any:

@@ -19,6 +19,7 @@ from .decoding import decode_image, lost_content
 from .randomness import AUGMENTATION, seed_everything
 from .samplers import SampleKey
 from .sources import Source
+from .stages import in_epoch
 
 # What Pillow, zipfile and the file system raise on damaged, missing and hostile files.
 _DECODING_ERRORS = (
@@ -114,27 +115,30 @@ class AugmentedDataset(Dataset):
     A sample that cannot be read (UserError) is replaced by the next readable one of the data set. The index that is
     returned says which one it is; the caller reports it. In the first epoch, `dataset.remark(index)` is asked, where
     there is one.
+
+    `dataset` may be several by epoch (`data.stages`), of the same samples.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset | list, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(in_epoch(self.dataset, 0))
 
     def __getitem__(self, key: SampleKey) -> AugmentedSample:
         epoch, index, view = key
+        dataset = in_epoch(self.dataset, epoch)
         view_key = (view,) if view else ()  # without one: the bits of runs in which an image has one view
         for attempt in range(MAX_SUBSTITUTES):
-            candidate = (index + attempt) % len(self.dataset)
+            candidate = (index + attempt) % len(dataset)
             seed_everything(AUGMENTATION, self.seed, epoch, candidate, *view_key)
             try:
-                sample = self.dataset[candidate]
+                sample = dataset[candidate]
             except UserError:
                 if attempt == MAX_SUBSTITUTES - 1:
                     raise
                 continue
-            remark = getattr(self.dataset, "remark", None) if epoch == 0 else None
+            remark = getattr(dataset, "remark", None) if epoch == 0 else None
             return AugmentedSample(sample, candidate, remark(candidate) if remark else "")
         raise AssertionError("unreachable")

@@ -16,6 +16,7 @@ from configs import UserError
 
 from .datasets import AugmentedDataset, AugmentedSample
 from .samplers import ClassBalance, TrainingOrder
+from .stages import in_epoch, map_stages
 from .workers import init_worker, usable_workers
 
 Collate = Callable[[list[Any]], Any]  # from samples to a batch
@@ -29,13 +30,15 @@ class TrainingData:
         dataset: `dataset[index]` -> a sample, any nested tensors, randomly augmented. A sample that cannot be read
             raises UserError. For messages, if it has them: `dataset.name(index)`; `dataset.check(index)`, which raises
             that UserError without drawing random numbers; `dataset.remark(index)`, which is asked in the first epoch
-            right after `dataset[index]`: one line on what is wrong with a sample that can be read, or ''.
+            right after `dataset[index]`: one line on what is wrong with a sample that can be read, or ''. Several by
+            epoch (`data.stages`) hold the same samples, seen in another way.
         rank, world_size: this process among all.
         pin_memory: give batches in page-locked memory.
         notify: is called with one line for every sample that cannot be read, and for the first remark and their count.
         collate: from a list of samples to a batch; torch's default_collate by default.
         samples_log: file that gets a line for every batch: epoch, update, sample indices; None: no such log.
         balance: the classes of the samples, where they are to be seen more evenly than there are.
+        batch_size: samples of a batch; may be by epoch. None: DATA.BATCH_SIZE.
 
     Raises UserError where the training set cannot fill one update, or DATA.REPEATS does not divide one.
     """
@@ -43,7 +46,7 @@ class TrainingData:
     def __init__(
         self,
         config: CfgNode,
-        dataset: Dataset,
+        dataset: Dataset | list,
         rank: int,
         world_size: int,
         pin_memory: bool,
@@ -51,11 +54,14 @@ class TrainingData:
         collate: Collate = default_collate,
         samples_log: Path | None = None,
         balance: ClassBalance | None = None,
+        batch_size: int | list | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.dataset = in_epoch(dataset, 0)
+        self.batch_size = batch_size or config.DATA.BATCH_SIZE
+        batches = world_size * config.TRAIN.ACCUMULATION_STEPS
         self.order = TrainingOrder(
-            num_samples=len(dataset),
-            global_batch=config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS,
+            num_samples=len(self.dataset),
+            global_batch=map_stages(lambda images: images * batches, self.batch_size),
             rank=rank,
             world_size=world_size,
             seed=config.SEED,
@@ -66,7 +72,7 @@ class TrainingData:
         workers = usable_workers(config)
         self.loader = DataLoader(
             AugmentedDataset(dataset, config.SEED),
-            batch_size=config.DATA.BATCH_SIZE,
+            batch_size=in_epoch(self.batch_size, 0),
             sampler=self.order,
             collate_fn=_WithIndices(collate),
             num_workers=workers,
@@ -81,7 +87,8 @@ class TrainingData:
         self.unreadable: set[int] = set()
 
     @property
-    def updates_per_epoch(self) -> int:
+    def updates_per_epoch(self) -> int | list:
+        """Updates of a whole epoch; by epoch where the batch size is."""
         return self.order.updates_per_epoch
 
     def batches(self, epoch: int, update: int) -> Iterator[Any]:
@@ -90,6 +97,7 @@ class TrainingData:
         An unreadable sample is named and replaced by its next readable neighbour; UserError after too many of them.
         """
         self.order.set_position(epoch, update)
+        self.loader.batch_sampler.batch_size = in_epoch(self.batch_size, epoch)
         expected = iter(self.order)
         remarks = 0
         for number, (batch, used, remarked) in enumerate(self.loader):

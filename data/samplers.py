@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 from configs import UserError
 
 from .randomness import ORDER, derive_seed
+from .stages import as_stages, in_epoch, map_stages
 
 
 class SampleKey(NamedTuple):
@@ -54,12 +55,12 @@ class TrainingOrder(Sampler[SampleKey]):
     processes one by one. So the images of an update do not depend on the number of processes, and continuing at
     update u needs no replay. What is left after the last whole update is not seen in that epoch.
 
-    The number of updates in an epoch is always num_samples // global_batch. With `repeats` n, an epoch sees one of n
-    images, n times each. Views of an image are neighbours in the order, and in the same update.
+    The number of updates in an epoch is always num_samples // global_batch, that epoch's. With `repeats` n, an epoch
+    sees one of n images, n times each. Views of an image are neighbours in the order, and in the same update.
 
     Args:
         num_samples: images in the data set.
-        global_batch: images of one update, over all processes and accumulated batches.
+        global_batch: images of one update, over all processes and accumulated batches; may be by epoch (`data.stages`).
         rank, world_size: this process among all.
         seed: the run's.
         sharded: keep every process within its own share, `range(rank, num_samples, world_size)`, which is what it has
@@ -71,7 +72,7 @@ class TrainingOrder(Sampler[SampleKey]):
     def __init__(
         self,
         num_samples: int,
-        global_batch: int,
+        global_batch: int | list,
         rank: int,
         world_size: int,
         seed: int,
@@ -79,17 +80,18 @@ class TrainingOrder(Sampler[SampleKey]):
         repeats: int = 1,
         balance: ClassBalance | None = None,
     ) -> None:
-        self.updates_per_epoch = num_samples // global_batch
-        if self.updates_per_epoch == 0:
-            raise UserError(
-                f"the training set has {num_samples} images, fewer than one global batch of {global_batch} "
-                "(batch size * processes * accumulation steps): lower --batch-size"
-            )
-        if global_batch % repeats:
-            raise UserError(
-                f"DATA.REPEATS = {repeats}: a global batch of {global_batch} images is no multiple of it; "
-                "choose another --batch-size"
-            )
+        for _, images in as_stages(global_batch):
+            if num_samples < images:
+                raise UserError(
+                    f"the training set has {num_samples} images, fewer than one global batch of {images} "
+                    "(batch size * processes * accumulation steps): lower --batch-size"
+                )
+            if images % repeats:
+                raise UserError(
+                    f"DATA.REPEATS = {repeats}: a global batch of {images} images is no multiple of it; "
+                    "choose another --batch-size"
+                )
+        self.updates_per_epoch = map_stages(lambda images: num_samples // images, global_batch)  # by epoch as well
         self.num_samples, self.global_batch = num_samples, global_batch
         self.rank, self.world_size = rank, world_size
         self.seed, self.sharded = seed, sharded
@@ -100,18 +102,23 @@ class TrainingOrder(Sampler[SampleKey]):
         """Let the next iteration begin at this update of this epoch."""
         self.epoch, self.update = epoch, update
 
+    def images_per_update(self, epoch: int) -> int:
+        """The global batch of an epoch."""
+        return in_epoch(self.global_batch, epoch)
+
     def __len__(self) -> int:
-        return (self.updates_per_epoch - self.update) * self.global_batch // self.world_size
+        updates = in_epoch(self.updates_per_epoch, self.epoch) - self.update
+        return updates * self.images_per_update(self.epoch) // self.world_size
 
     def __iter__(self) -> Iterator[SampleKey]:
-        epoch, per_update = self.epoch, self.global_batch // self.world_size
-        mine = slice(self.update * per_update, self.updates_per_epoch * per_update)
+        epoch, per_update = self.epoch, self.images_per_update(self.epoch) // self.world_size
+        mine = slice(self.update * per_update, self.update * per_update + len(self))
         images, views = self._order()
         return (SampleKey(epoch, int(index), int(view)) for index, view in zip(images[mine], views[mine]))
 
     def indices_of(self, update: int) -> list[int]:
         """The images of this process in that update of the current epoch, for messages."""
-        per_update = self.global_batch // self.world_size
+        per_update = self.images_per_update(self.epoch) // self.world_size
         return self._order()[0][update * per_update : (update + 1) * per_update].tolist()
 
     def _order(self) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +127,7 @@ class TrainingOrder(Sampler[SampleKey]):
         if self.sharded:
             shares = [rng.permutation(np.arange(r, self.num_samples, self.world_size)) for r in range(self.world_size)]
             return shares[self.rank], np.zeros_like(shares[self.rank])
-        count = self.updates_per_epoch * self.global_batch // self.repeats
+        count = in_epoch(self.updates_per_epoch, self.epoch) * self.images_per_update(self.epoch) // self.repeats
         if self.balance is None:
             images, copies = rng.permutation(self.num_samples)[:count], np.zeros(count, dtype=np.int64)
         else:

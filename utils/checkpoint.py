@@ -10,7 +10,8 @@ A training checkpoint is a dict with
     max_accuracy       best number so far of those that decide (top-1, percent); best_weights: of 'raw' or 'ema' weights
     is_best            whether it is the run's best one so far
     progress           where training continues and what the epoch has seen so far (`utils.engine.LoopState`)
-    global_batch, world_size, data_order, data_fingerprint   what decides which images an update sees
+    global_batch, world_size, data_order, data_fingerprint   what decides which images an update sees; a batch by epoch
+                                                             is a list (`data.stages`)
     val_fingerprint                                          of the validation images
     classes            their names, in the order of the head's rows
     config             the resolved configuration as YAML text

@@ -24,7 +24,7 @@ from .optimizer import scheduled_lr
 from .precision import Precision
 from .processes import broadcast_batchnorm_stats, unwrap
 from .run_log import ProgressLog, TensorBoard, peak_memory_mib
-from .schedule import RunLength, global_batch_size
+from .schedule import RunLength, global_batch_size, set_learning_rate
 from .session import Session
 from .supervision import StepStatus
 from .task import Batch, Task
@@ -128,12 +128,15 @@ def train_step(
 ) -> StepStatus:
     """One update: the gradient of the mean loss over its batches and all processes, clipped once, applied once.
 
-    Update t uses lr(t). An update in which a process's loss or gradients are not finite is skipped by all processes,
-    and changes nothing. Raises FloatingPointError where the processes do not agree on the gradients.
+    Update t uses lr(t), or where batches differ that x its batch / the usual one. An update in which a process's loss
+    or gradients are not finite is skipped by all processes, and changes nothing. Raises FloatingPointError where the
+    processes do not agree on the gradients.
     """
     config, processes, supervisor = session.config, session.processes, session.supervisor
     steps = config.TRAIN.ACCUMULATION_STEPS
-    state.scheduler.step_update(state.num_updates)
+    epoch, _ = state.length.position(state.num_updates)
+    batch_ratio = task.data.order.images_per_update(epoch) / global_batch_size(config, processes.world_size)
+    set_learning_rate(state.scheduler, state.length, state.num_updates, batch_ratio)
     snapshot.take()
     losses: list[dict[str, Tensor]] = []
     for step in range(steps):
@@ -194,11 +197,11 @@ def train_one_epoch(
             _report_skipped(session, state, loop, task, update, status)
         loop.next_update = update + 1
         if console.step():
-            _report_update(session, state, loop, console, board, status)
+            _report_update(session, state, loop, task, console, board, status)
         after_update()
         if status.stop:
             raise StopRequested
-    images = console.steps_done * global_batch_size(session.config, session.processes.world_size)
+    images = console.steps_done * task.data.order.images_per_update(epoch)
     seconds = console.close()
     mean_loss = loop.mean(loop.loss_sum)
     session.logger.info(f"EPOCH {epoch} training takes {seconds:.1f} s, mean loss {mean_loss:.4f}")
@@ -266,6 +269,7 @@ def _report_update(
     session: Session,
     state: TrainState,
     loop: LoopState,
+    task: Task,
     console: ProgressLog,
     board: TensorBoard,
     status: StepStatus,
@@ -275,7 +279,7 @@ def _report_update(
         f"loss {status.loss:.4f} ({loop.mean(loop.loss_sum):.4f}){parts}"
         f"\tgrad_norm {status.grad_norm:.4f} ({loop.mean(loop.norm_sum):.4f})"
         f"\tmem {peak_memory_mib(session.processes.device):.0f}MB",
-        global_batch_size(session.config, session.processes.world_size),
+        task.data.order.images_per_update(loop.next_epoch),
         state.lr,
     )
     values = {"loss": status.loss, **status.parts, "lr": state.lr, "grad_norm": status.grad_norm}

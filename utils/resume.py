@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 from configs import UserError, with_values
 from configs.errors import StopRequested
 from configs.load import changed_values, flatten, to_dict
+from data import in_epoch
 
 from .checkpoint import (
     BEST_NAME,
@@ -279,12 +280,13 @@ def restore(
     loop = LoopState(**progress, best=float(saved.get("max_accuracy", 0.0)))
     length, done = state.length, saved.get("num_updates", math.inf)
     same_epochs = all(saved.get(key) == identity[key] for key in ("global_batch", "data_fingerprint"))
-    if same_epochs and done < min(length.updates, loop.next_epoch * length.updates_per_epoch):
+    if same_epochs and done < min(length.updates, length.updates_before(loop.next_epoch)):
         # TRAIN.UPDATES had cut the last epoch short. A run that is longer now continues within it.
-        loop.next_epoch, loop.next_update = divmod(done, length.updates_per_epoch)
-    samples_seen = loop.next_update * saved.get("global_batch", identity["global_batch"])
-    loop.next_update = min(samples_seen // identity["global_batch"], length.updates_of(loop.next_epoch))
-    state.num_updates = min(loop.next_epoch * length.updates_per_epoch + loop.next_update, length.updates)
+        loop.next_epoch, loop.next_update = length.position(done)
+    before = in_epoch(saved.get("global_batch", identity["global_batch"]), loop.next_epoch)
+    samples_seen, images = loop.next_update * before, in_epoch(identity["global_batch"], loop.next_epoch)
+    loop.next_update = min(samples_seen // images, length.updates_of(loop.next_epoch))
+    state.num_updates = min(length.updates_before(loop.next_epoch) + loop.next_update, length.updates)
     logger.info(f"resumed from {path}: epoch {loop.next_epoch}, update {loop.next_update}")
     if state.num_updates >= length.updates:
         longer = "TRAIN.UPDATES" if config.TRAIN.UPDATES else "TRAIN.EPOCHS"

@@ -13,7 +13,10 @@ from yacs.config import CfgNode
 import models  # noqa: F401 - teachers of this family: timm knows them from then on
 from configs import UserError
 from configs.errors import one_line
+from data import as_stages
 from utils.checkpoint import load_file, select_weights
+
+from .stages import training_stages
 
 
 class Teacher:
@@ -37,7 +40,8 @@ class Teacher:
         )
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
         self.as_student = bool((self.scale == 1).all() and (self.shift == 0).all())
-        self._try_out(config, device)
+        for _, stage in as_stages(training_stages(config)):
+            self._try_out(stage, device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

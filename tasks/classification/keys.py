@@ -1,5 +1,8 @@
 """The configuration keys that classification has beside those of `configs.keys`; defaults are the released recipe."""
 
+from itertools import pairwise
+
+from configs import edges, image_size
 from configs.keys import (
     BELOW_ONE,
     SHARE,
@@ -45,6 +48,28 @@ _WEIGHTS = Rule(
 )
 _OF_BCE = Rule(lambda value, config: value is None or config.LOSS.NAME == "bce", "is for LOSS.NAME 'bce'; set that")
 _THRESHOLD = Rule(lambda value, _: value is None or 0 <= value < 1, "must be None or lie between 0 and below 1")
+_EPOCHS_RISE = Rule(
+    lambda pairs, config: (
+        not pairs
+        or (
+            pairs[0][1] == 0
+            and all(one[1] < next_one[1] for one, next_one in pairwise(pairs))
+            and pairs[-1][1] < config.TRAIN.EPOCHS
+        )
+    ),
+    "first epochs must be 0, then each greater than the one before and less than TRAIN.EPOCHS = {TRAIN.EPOCHS}",
+)
+_ARE_NOT_PADDED = Rule(  # `transforms.SMALL_IMAGE`
+    lambda pairs, config: all(
+        32 < edge <= largest for size, _ in pairs for edge, largest in zip(edges(size), image_size(config))
+    ),
+    "sizes must lie between 33 pixels (smaller images are padded and cropped, never resized) and "
+    "DATA.IMG_SIZE = {DATA.IMG_SIZE}",
+)
+_COUNTS_EPOCHS = Rule(
+    lambda value, config: not value or not (config.TRAIN.UPDATES or config.TRAIN.WARMUP_UPDATES),
+    "counts epochs, so the run must too; set TRAIN.UPDATES 0 and TRAIN.WARMUP_UPDATES 0",
+)
 _HAS_WEIGHTS = Rule(
     lambda name, config: not name or config.DISTILL.WEIGHTS, "needs a file of its weights in DISTILL.WEIGHTS"
 )
@@ -54,6 +79,11 @@ KEYS: dict[str, Key] = {
     "DATA.INTERPOLATION": network(
         "bicubic", "resizing; 'random' in training only",
         one_of("bicubic", "bilinear", "lanczos", "nearest", "random")),
+    "DATA.TRAIN_SIZES": recipe(
+        [], "image sizes of training and the epoch from which each is used, [[128, 0], [192, 100]]; []: IMG_SIZE",
+        _EPOCHS_RISE, _ARE_NOT_PADDED, _COUNTS_EPOCHS, kind="sizes"),
+    "DATA.SCALE_BATCH": recipe(
+        True, "with TRAIN_SIZES, smaller images come in larger batches, of as many pixels; BATCH_SIZE is for IMG_SIZE"),
     "DATA.FAST_LOADING": recipe(
         "no", "decode, crop and resize uint8 tensors, erase batches, to train or always; other bits",
         one_of("no", "train", "all")),

@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from configs import with_num_classes, with_values
-from data import TrainingData, build_eval_loader, fingerprint, usable_workers
+from data import TrainingData, as_stages, build_eval_loader, fingerprint, in_epoch, map_stages, usable_workers
 from data.sources import count_images
 from data.splits import one_level_too_many
 from models.cpu.depthwise import use_fast_gradients
@@ -23,6 +25,7 @@ from .distillation import Teacher, distillation_loss
 from .images import class_balance, eval_dataset, open_train_and_val, train_dataset
 from .inference import run_network
 from .losses import build_criterion
+from .stages import training_stages
 from .transforms import build_mixup
 from .weights import load_pretrained
 
@@ -46,15 +49,27 @@ def build(session: Session) -> Task:
     config = with_num_classes(config, len(classes))
     pin_memory = processes.device.type == "cuda"
     samples_log = session.folder / f"samples_rank{processes.rank}.txt" if config.LOG_SAMPLES else None
-    images = train_dataset(config, train_source)
-    balance = class_balance(config, train_source)
-    data = TrainingData(config, images, *share, pin_memory, logger.warning, samples_log=samples_log, balance=balance)
+    stages = training_stages(config)
+    images = map_stages(lambda stage: train_dataset(stage, train_source), stages)
+    data = TrainingData(
+        config,
+        images,
+        *share,
+        pin_memory,
+        logger.warning,
+        samples_log=samples_log,
+        balance=class_balance(config, train_source),
+        batch_size=map_stages(lambda stage: stage.DATA.BATCH_SIZE, stages),
+    )
+    of_batch = in_epoch(images, 0).transform  # what it does to a whole batch does not depend on the size
     # Validation in training is of one view, whatever test.py does later.
     single = with_values(config, {"TEST.TTA": "none"})
     val_images = eval_dataset(single, val_source)
     val_loader, val_batches = build_eval_loader(config, val_images, *share, pin_memory, keep_workers=True)
 
-    check_batch_norms(config, synchronised=1 if processes.device.type == "cpu" else processes.world_size)
+    for _, stage in as_stages(stages):
+        check_batch_norms(stage, synchronised=1 if processes.device.type == "cpu" else processes.world_size)
+        build_mixup(stage)  # refuses what a size does not allow
     network = build_model(config).to(processes.device)
     if processes.device.type == "cpu":
         use_fast_gradients(network)
@@ -70,7 +85,7 @@ def build(session: Session) -> Task:
         """What the network and the criterion get of a batch: images (B, 3, H, W), labels or soft targets."""
         pixels, labels = batch
         # With DATA.FAST_LOADING, batches are uint8: they are normalised and erased on their device.
-        pixels = images.transform.normalize_batch(pixels) if pixels.dtype == torch.uint8 else pixels
+        pixels = of_batch.normalize_batch(pixels) if pixels.dtype == torch.uint8 else pixels
         if mixup is None:
             return pixels, labels
         mixup.mixup_enabled = not config.AUG.MIXUP_OFF_EPOCH or data.order.epoch < config.AUG.MIXUP_OFF_EPOCH
@@ -115,10 +130,19 @@ def build(session: Session) -> Task:
         by_chance=None if several else accuracy_by_chance([label for _, label in val_source.samples]),
         load_pretrained=start_from,
         about=f"{len(train_source.samples)} training and {len(val_source.samples)} validation images of "
-        f"{len(classes)} classes, {usable_workers(config)} loader workers per process",
+        f"{len(classes)} classes, {usable_workers(config)} loader workers per process{_about_sizes(config, stages)}",
         compile=lambda precision: compile_for_training(network, precision, config.COMPILE_MEMORY),
         preview=lambda batch: inputs_and_targets([value.clone() for value in batch])[0],
     )
+
+
+def _about_sizes(config: CfgNode, stages: Any) -> str:
+    """The sizes of DATA.TRAIN_SIZES and their batches, for the log."""
+    sizes = [
+        f"from epoch {first} on {stage.DATA.BATCH_SIZE} a batch at {stage.DATA.IMG_SIZE}"
+        for first, stage in as_stages(stages)
+    ]
+    return f"; images {', '.join(sizes)}" if config.DATA.TRAIN_SIZES else ""
 
 
 def accuracy_by_chance(labels: Sequence[int]) -> float | None:

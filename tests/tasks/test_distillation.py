@@ -108,6 +108,18 @@ def test_the_teacher_sees_the_students_images_and_is_in_no_checkpoint(data, tmp_
     assert ends[0] == ends[1] != ends[2]
 
 
+def test_a_teacher_takes_all_sizes_of_training_or_is_refused(config_of, tmp_path):
+    sizes = ("DATA.IMG_SIZE", "48", "DATA.TRAIN_SIZES", "[[48, 0], [40, 1]]")
+    path = tmp_path / "weights.pth"
+    for name, options in ((TEACHER, {"img_size": 48}), ("test_convnext", {})):
+        torch.save({"state_dict": timm.create_model(name, num_classes=3, **options).state_dict()}, path)
+        if name == TEACHER:
+            with pytest.raises(UserError, match=r"does not take images of 40 x 40"):
+                Teacher(config_of(*sizes, name=name, path=path), CPU)
+        else:
+            Teacher(config_of(*sizes, name=name, path=path), CPU)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
