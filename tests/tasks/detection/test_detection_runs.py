@@ -14,6 +14,8 @@ from ranks import run_ranks, train_in_fork
 
 import tasks
 import train
+from tasks.detection.coco import open_split
+from tasks.detection.evaluation import folder_name
 from utils.checkpoint import load_file
 from utils.optimizer import build_optimizer
 from utils.session import run_script, start_session
@@ -104,6 +106,20 @@ def test_no_evaluation_overwrites_one_of_other_weights(scenes, trained, tmp_path
     assert names == {f"ckpt_best-data-instances_val-{which}-32" for which in ("raw", "ema")}
     other = shutil.copy(trained / "ckpt_best.pth", tmp_path)
     assert "holds the evaluation of" in message_of(evaluate, other, "raw")
+
+
+@pytest.mark.parametrize(
+    ("opts", "name"),
+    [
+        ((), "32"),
+        (("TEST.MAX_SIZE", "60", "AMP_OPT_LEVEL", "O1"), "32-to60-bfloat16"),
+        (("TEST.MAX_DETECTIONS", "10", "TEST.WEIGHTS", "ema"), "ema-32-top10"),
+    ],
+)
+def test_evaluations_that_differ_have_names_of_their_own(scenes, opts, name):
+    config = detection_data.config_of("--data-path", scenes, "--opts", *detection_data.TINY, *opts)
+    found = folder_name(config, "x/best.pth", open_split(config, "val"), torch.device("cpu"))
+    assert found == f"best-data-instances_val-{name}"
 
 
 @pytest.mark.launch
