@@ -23,7 +23,10 @@ SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("
 
 
 class Picture(NamedTuple):
-    """A picture and its objects: category (a name), bbox [x, y, width, height]; of YOLO segmentation, of VOC difficult."""
+    """A picture and its objects.
+
+    Each has category (its name), bbox [x, y, width, height], and maybe segmentation (YOLO) or difficult (VOC).
+    """
 
     path: Path
     width: int
