@@ -14,6 +14,7 @@ from ranks import run_ranks, train_in_fork
 
 import tasks
 import train
+from tasks.detection import inference
 from tasks.detection.coco import open_split
 from tasks.detection.evaluation import folder_name
 from utils.checkpoint import load_file
@@ -68,6 +69,21 @@ def test_a_stopped_and_continued_run_ends_with_the_same_bits(scenes, trained, tm
     assert (tmp_path / "b").joinpath(*RUN, "ckpt_epoch_1_update_1.pth").exists()
     assert run_ranks("train.py", args, processes).returncode == 0
     assert final((tmp_path / "b").joinpath(*RUN)) == final(straight)
+
+
+@pytest.mark.launch
+def test_a_run_killed_in_validation_ends_with_the_same_bits(scenes, trained, tmp_path):
+    args = detection_data.arguments(scenes, tmp_path)
+    # After each of two epochs, the network and its average see five images each.
+    for call in (3, 13):
+        status, text = train_in_fork(args, runs.kill_at_call(inference, "detect", call))
+        assert status == -signal.SIGKILL, text
+    folder = tmp_path.joinpath(*RUN)
+    assert (folder / "ckpt_epoch_0.pth").exists() and not (folder / "ckpt_epoch_1.pth").exists()
+    status, text = train_in_fork(args)
+    assert status == 0, text
+    for name in ("ckpt_epoch_1.pth", "ckpt_best.pth"):
+        assert runs.digest(folder / name) == runs.digest(trained / name)
 
 
 @pytest.mark.launch

@@ -18,6 +18,7 @@ from segmentation_data import CARD, CLASSES, SMALL, small_config, write_folder
 import tasks
 import train
 from configs import UserError
+from tasks.segmentation import inference
 from tasks.segmentation.evaluation import folder_name
 from tasks.segmentation.weights import load_segmenter
 from utils.checkpoint import load_file
@@ -72,6 +73,21 @@ def test_a_stopped_and_continued_run_ends_with_the_same_bits(folder, tmp_path, p
     run("stopped", 0)
     for name in ("ckpt_epoch_1.pth", "ckpt_best.pth"):
         assert runs.digest(stopped / name) == runs.digest(straight / name)
+
+
+@pytest.mark.launch
+def test_a_run_killed_in_validation_ends_with_the_same_bits(folder, trained, tmp_path):
+    args = arguments(folder, tmp_path)
+    # After each of two epochs, the network and its average see five images each.
+    for call in (3, 13):
+        status, text = train_in_fork(args, runs.kill_at_call(inference, "predict_classes", call))
+        assert status == -signal.SIGKILL, text
+    written = runs.run_folder(tmp_path)
+    assert (written / "ckpt_epoch_0.pth").exists() and not (written / "ckpt_epoch_1.pth").exists()
+    status, text = train_in_fork(args)
+    assert status == 0, text
+    for name in ("ckpt_epoch_1.pth", "ckpt_best.pth"):
+        assert runs.digest(written / name) == runs.digest(trained / name)
 
 
 def test_an_update_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch):
