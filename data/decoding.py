@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from .files import IMAGE_FORMATS
 
 FEW_LEVELS = 32  # of 256; an image within so few is nearly constant to look at
+_ORIENTATION = ("exif", "xmp", "XML:com.adobe.xmp")  # where Pillow looks for it
 _JPEG = b"\xff\xd8"  # begins every JPEG: 8 bits, no transparency
 _MOSTLY = 0.5  # of the pixels
 _PIXELS_COMPARED = 2**16
@@ -41,7 +42,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """
     if bits := _defined_bits(image):
         values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)).convert("RGB")
+        levels = Image.fromarray(np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)).convert("RGB")
+        levels.info |= {key: value for key, value in image.info.items() if key in _ORIENTATION}  # for `upright`
+        return levels
     if image.mode == "La":  # Pillow converts it to LA alone
         image = image.convert("LA")
     return image.convert("RGB")

@@ -3,9 +3,19 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
 
 from configs import UserError
+from configs.text import printable
+from data import ImageDataset
+from data.decoding import upright
 from data.files import IMAGE_SUFFIXES, count_suffixes, describe_left_out, files_below, is_image_name
+from data.sources import PictureSource
+from utils.files import write_json
+from utils.session import Session
 
 # After the whole name of the picture: a.jpg and a.png do not share a file. A folder's results are not its pictures.
 TOP5 = ".top5.json"
@@ -58,3 +68,34 @@ def result_files(pictures: Sequence[Path], suffixes: Sequence[str], out: str | N
         picture: [result.with_name(f"{result.name}{suffix}") for suffix in suffixes]
         for picture, result in zip(pictures, results)
     }
+
+
+def one_process(session: Session) -> None:
+    """Raise UserError where several processes were started to look at pictures."""
+    if session.processes.distributed:
+        raise UserError("--images works on one process: start test.py without torchrun")
+
+
+def look_at_each(
+    session: Session, paths: Sequence[Path], loaded: str, look: Callable[[Path, Image.Image], dict[str, Any]]
+) -> None:
+    """Call `look` with each picture, RGB and upright as its EXIF says; what it returns goes to --json.
+
+    Pictures that cannot be read, and those whose `look` raises UserError, are named. The others go on, and the process
+    then ends with status 1 (SystemExit). `loaded` says what the weights are.
+    """
+    images = ImageDataset(PictureSource(paths), lambda image: image)
+    results, faults = [], 0
+    for index, path in enumerate(tqdm(paths, unit="picture", disable=None, leave=False)):
+        try:
+            result = look(path, upright(images.load(index)))
+        except UserError as error:
+            session.logger.error(printable(error.one_line()))
+            result = {"error": error.one_line()}
+            faults += 1
+        results.append({"picture": str(path), **result})
+    if session.args.json:
+        write_json(session.args.json, {"weights": loaded, "pictures": results})
+    if faults:
+        session.logger.error(f"{faults} of {len(paths)} pictures: see above")
+        raise SystemExit(1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import signal
@@ -102,6 +103,22 @@ def in_update(replace: Callable[[Any, str, Any], None], action: Callable[[int, n
 
 def _changed(change: Callable, total: torch.Tensor, parts: dict[str, torch.Tensor]) -> tuple:
     return change(total), parts
+
+
+def kill_at_call(module: Any, name: str, number: int) -> Callable[[], None]:
+    """What prepares a fork to be killed when this function of a module is called for the `number`-th time."""
+
+    def prepare() -> None:
+        function, calls = getattr(module, name), itertools.count(1)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return prepare
 
 
 def change_task(patch: pytest.MonkeyPatch, change: Callable[[Task], dict[str, Any]]) -> None:

@@ -6,8 +6,6 @@ FOLDER is what test.py wrote: <run>/evaluation/<name>/ with metrics.json and pre
 the mistakes come from --data-path, else from where test.py found them. Where they are missing, the page says so.
 """
 
-import base64
-import html
 import io
 import json
 import sys
@@ -25,12 +23,11 @@ from tasks.classification.class_names import in_words
 from tasks.classification.metrics import TEMPERATURE_RANGE, class_results, confusion_matrix
 from tasks.classification.predictions import Predictions
 from utils.files import STDOUT, atomic_write, check_json_target, write_json
+from utils.page import data_uri, jpeg, page, text
 
 WORST_CLASSES, CONFUSED_PAIRS, MISTAKES = 20, 15, 24
 THUMBNAIL_PIXELS, JPEG_QUALITY = 192, 80
 
-# The page fetches nothing. The policy makes browsers refuse what a class name might try to fetch.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --soft: GrayText; --line: color-mix(in srgb, CanvasText 20%, Canvas);
   --card: color-mix(in srgb, CanvasText 5%, Canvas); --bad: #d9622b; }
@@ -156,15 +153,9 @@ def thumbnail(path: Path) -> str | None:
         with Image.open(path) as picture:
             small = ImageOps.exif_transpose(picture).convert("RGB")
         small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        return jpeg(small, JPEG_QUALITY)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    return _data_uri("jpeg", buffer)
-
-
-def _data_uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -173,13 +164,8 @@ def render(evaluation: WrittenEvaluation, content: dict[str, Any]) -> str:
     title = f"Evaluation {evaluation.folder.resolve().name}"
     sections = [_numbers(content), _calibration(content["metrics"]), _mistakes(content, evaluation.images_root)]
     sections += [_worst(content["worst_classes"]), _confused(content["confused_pairs"])]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>\n"
-        f'<p class="soft">{_text(_origin(content["metrics"]))}</p>\n' + "\n".join(sections) + "\n</body></html>\n"
-    )
+    origin = f'<p class="soft">{text(_origin(content["metrics"]))}</p>'
+    return page(title, STYLE, "\n".join([origin, *sections]))
 
 
 def _origin(m: dict[str, Any]) -> str:
@@ -200,11 +186,6 @@ def _origin(m: dict[str, Any]) -> str:
         m.get("fast_loading") and "fast loading",
     ]
     return " \N{MIDDLE DOT} ".join(str(value) for value in known if value)
-
-
-def _text(value: Any) -> str:
-    """Escaped for HTML. Bytes of a file name that are no text are shown as \\x.."""
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -230,7 +211,7 @@ def _numbers(content: dict[str, Any]) -> str:
         ("Calibration error", _number(m["ece"], 4), "expected, 0 to 1"),
         ("Images", f"{m['counted']:,}", f"{content['num_mistakes']:,} predicted wrongly"),
     ]
-    body = "".join(f'<div class="card">{_text(a)}<b>{_text(b)}</b><small>{_text(c)}</small></div>' for a, b, c in cards)
+    body = "".join(f'<div class="card">{text(a)}<b>{text(b)}</b><small>{text(c)}</small></div>' for a, b, c in cards)
     return f'<section><div class="grid">{body}</div></section>'
 
 
@@ -256,8 +237,8 @@ def _calibration(m: dict[str, Any]) -> str:
         note = f" No temperature from {TEMPERATURE_RANGE[0]:g} to {TEMPERATURE_RANGE[1]:g} would fit these images best."
     return (
         "<section><h2>Calibration</h2><p>Share of correct predictions at each confidence. Bars below the dashed line "
-        f"are too sure. On average the network is {verdict}.{_text(note)} Faint bars hold less than 1 % of the images."
-        f'</p><img src="{_data_uri("png", buffer)}" alt="calibration plot"></section>'
+        f"are too sure. On average the network is {verdict}.{text(note)} Faint bars hold less than 1 % of the images."
+        f'</p><img src="{data_uri(buffer.getvalue(), "png")}" alt="calibration plot"></section>'
     )
 
 
@@ -269,14 +250,12 @@ def _mistakes(content: dict[str, Any], root: Path | None) -> str:
         inside = path is not None and path.resolve().is_relative_to(root.resolve())
         source = thumbnail(path) if inside else None
         picture = (
-            f'<img src="{source}" alt="{_text(mistake["path"])}">'
-            if source
-            else '<div class="missing">no picture</div>'
+            f'<img src="{source}" alt="{text(mistake["path"])}">' if source else '<div class="missing">no picture</div>'
         )
         figures.append(
-            f'<figure>{picture}<figcaption><span class="wrong">{_text(mistake["predicted"])}</span> '
-            f'{100 * mistake["probability"]:.1f} %<br>is <span class="right">{_text(mistake["label"])}</span> '
-            f"({100 * mistake['label_probability']:.1f} %)<br>{_text(mistake['path'])}</figcaption></figure>"
+            f'<figure>{picture}<figcaption><span class="wrong">{text(mistake["predicted"])}</span> '
+            f'{100 * mistake["probability"]:.1f} %<br>is <span class="right">{text(mistake["label"])}</span> '
+            f"({100 * mistake['label_probability']:.1f} %)<br>{text(mistake['path'])}</figcaption></figure>"
         )
     note = "" if root is not None else " The pictures were not found: give their folder with --data-path."
     body = f'<div class="grid">{"".join(figures)}</div>' if figures else "<p>There are none.</p>"
@@ -289,7 +268,7 @@ def _mistakes(content: dict[str, Any], root: Path | None) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: Sequence[int]) -> str:
     def cell(kind: str, index: int, value: Any) -> str:
         style = ' class="name"' if index in names else ""
-        return f"<{kind}{style}>{_text(value)}</{kind}>"
+        return f"<{kind}{style}>{text(value)}</{kind}>"
 
     lines = ["".join(cell("th", i, v) for i, v in enumerate(head))]
     lines += ["".join(cell("td", i, v) for i, v in enumerate(row)) for row in rows]

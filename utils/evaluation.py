@@ -1,7 +1,7 @@
 """The loop that every evaluation runs over this process's batches, and the folder of its results."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -53,12 +53,13 @@ def evaluation_batches(
         raise StopRequested
 
 
-def check_results_folder(folder: Path, weights: str) -> None:
+def check_results_folders(folders: Sequence[Path], weights: str) -> None:
     """Raise UserError where a folder cannot be written to, or its evaluation of another file would be lost."""
-    check_folder(folder)
-    try:
-        other = json.loads((folder / "metrics.json").read_text())["file"]
-    except (OSError, ValueError, KeyError):
-        return
-    if other != str(Path(weights).resolve()):
-        raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
+    for folder in folders:
+        check_folder(folder)
+        try:
+            other = json.loads((folder / "metrics.json").read_text())["file"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if other != str(Path(weights).resolve()):
+            raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")

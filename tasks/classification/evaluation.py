@@ -1,7 +1,5 @@
 """What test.py does, and train.py with --eval, --throughput, --flops or --images."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
 from utils.checkpoint import find_weights
-from utils.files import check_folder, check_json_target, write_json
-from utils.precision import build_precision
+from utils.evaluation import check_results_folders
+from utils.files import check_json_target, write_json
+from utils.precision import build_precision, unusual_precision
 from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.session import Session
@@ -93,7 +92,7 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     sizes = config.TEST.SIZES or [config.DATA.IMG_SIZE]
     sized_configs = [with_values(config, {"DATA.IMG_SIZE": size}) for size in sizes]
     folders = [session.folder / "evaluation" / _name(sized, weights, processes.device) for sized in sized_configs]
-    run_on_main_and_broadcast(lambda: _check_folders(folders, weights), processes)
+    run_on_main_and_broadcast(lambda: check_results_folders(folders, weights), processes)
     results: list[dict[str, Any]] = []
     for size, sized, folder in zip(sizes, sized_configs, folders):
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
@@ -172,19 +171,4 @@ def _name(config: CfgNode, weights: str, device: torch.device) -> str:
     parts += ["fused"] * config.TEST.FUSE
     parts += ["compiled"] * config.COMPILE
     parts += ["fast"] * (config.DATA.FAST_LOADING == "all")
-    default = with_values(config, {"AMP_OPT_LEVEL": "", "AMP_DTYPE": "bfloat16"})
-    precision, usual = (str(build_precision(each, device)) for each in (config, default))
-    parts += [precision.split()[-1]] * (precision != usual)
-    return "-".join(parts)
-
-
-def _check_folders(folders: Sequence[Path], weights: str) -> None:
-    """Raise UserError where a folder cannot be written to, or an evaluation of another file in it would be lost."""
-    for folder in folders:
-        check_folder(folder)
-        try:
-            other = json.loads((folder / "metrics.json").read_text())["file"]
-        except (OSError, ValueError, KeyError):
-            continue
-        if other != str(Path(weights).resolve()):
-            raise UserError(f"{folder}: holds the evaluation of {other}; give this one another --tag")
+    return "-".join(parts + unusual_precision(config, device))

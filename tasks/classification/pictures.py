@@ -16,7 +16,7 @@ from data import ImageDataset, usable_workers
 from data.sources import PictureSource
 from data.workers import init_worker
 from tasks.networks import inference_network
-from tasks.pictures import TOP5, find_pictures
+from tasks.pictures import TOP5, find_pictures, one_process
 from utils.checkpoint import some
 from utils.files import check_folder, write_json, write_rows
 from utils.precision import build_precision
@@ -54,8 +54,7 @@ def label_pictures(session: Session, weights: str) -> None:
     Raises UserError where a path does not exist, a folder holds no picture, or the table cannot be written.
     """
     config, processes, logger = session.config, session.processes, session.logger
-    if processes.distributed:
-        raise UserError("--images works on one process: start test.py without torchrun")
+    one_process(session)
     paths = find_pictures(session.args.images, logger.info)
     out = session.args.out
     table = Path(out) / TABLE if out else session.folder / "evaluation" / f"{Path(weights).stem}-{TABLE}"

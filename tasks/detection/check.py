@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
@@ -11,7 +10,7 @@ from configs import UserError
 from data import usable_workers
 from data.workers import init_worker
 
-from ..problems import ERROR, WARNING, Problem
+from ..problems import ERROR, WARNING, Copies, Problem, in_order, open_splits
 from .coco import CocoSplit, check_masks, match_classes, open_split
 from .images import TrainImages
 from .metrics import kinds_of
@@ -52,26 +51,17 @@ class _Inspections(Dataset):
 
 def check(config: CfgNode) -> list[Problem]:
     """What is wrong with the configured data, in the order of KINDS; UserError where --data-path is no folder."""
-    if not Path(config.DATA.DATA_PATH).is_dir():
-        raise UserError(f"--data-path {config.DATA.DATA_PATH}: no such folder")
-    problems: list[Problem] = []
-    splits: dict[str, CocoSplit] = {}
-    for name in ("train", "val"):
-        try:
-            splits[name] = open_split(config, name)
-        except UserError as error:
-            problems.append(Problem("split", name, error.one_line()))
-    seen: dict[bytes, tuple[str, str]] = {}  # digest of an image -> split and path where it is first
+    splits, problems = open_splits(config, open_split)
+    copies = Copies()
     for name, split in splits.items():
         problems += _check_annotations(config, name, split)
-        problems += _check_images(config, name, split, seen)
+        problems += _check_images(config, name, split, copies)
     if len(splits) == 2:
         try:
             match_classes(splits["val"], list(splits["train"].categories.values()))
         except UserError as error:
             problems.append(Problem("classes", "val", error.one_line()))
-    order = list(KINDS)
-    return sorted(problems, key=lambda problem: (order.index(problem.kind), problem.path, problem.reason))
+    return in_order(problems, KINDS)
 
 
 def _check_annotations(config: CfgNode, name: str, split: CocoSplit) -> Iterator[Problem]:
@@ -97,9 +87,7 @@ def _check_annotations(config: CfgNode, name: str, split: CocoSplit) -> Iterator
                 yield Problem("empty-area", path, f"annotation {entry['id']}")
 
 
-def _check_images(
-    config: CfgNode, name: str, split: CocoSplit, seen: dict[bytes, tuple[str, str]]
-) -> Iterator[Problem]:
+def _check_images(config: CfgNode, name: str, split: CocoSplit, copies: Copies) -> Iterator[Problem]:
     inspections = _Inspections(split, "mask" in kinds_of(config.MODEL.DETECTOR) and not split.without_mask)
     loader = DataLoader(inspections, batch_size=None, num_workers=usable_workers(config), worker_init_fn=init_worker)
     for image, (digest, reason) in zip(split.images, loader):
@@ -107,8 +95,4 @@ def _check_images(
         if reason:
             yield Problem("image", path, reason)
             continue
-        if digest not in seen:
-            seen[digest] = name, path
-        else:
-            first, where = seen[digest]
-            yield Problem("duplicate" if first == name else "train-and-val", path, f"same content as {where}")
+        yield from copies.find(name, path, digest)

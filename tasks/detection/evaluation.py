@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
 from configs import UserError
 from data import usable_workers
 from utils.checkpoint import find_weights
-from utils.evaluation import check_results_folder
+from utils.evaluation import check_results_folders
 from utils.files import check_json_target, write_file, write_json, write_rows
-from utils.precision import build_precision
+from utils.precision import build_precision, unusual_precision
 from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.session import Session
@@ -19,6 +20,7 @@ from utils.session import Session
 from .coco import CocoSplit
 from .images import EvalImages
 from .inference import Result, flatten, predict
+from .keys import KEYS
 from .measurement import report_flops, report_throughput
 from .metrics import NUMBERS, Scores, kinds_of, results_of_kind, score
 from .pictures import draw_pictures
@@ -58,8 +60,8 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
         f"{len(split)} images, {split.num_objects} objects of {len(known['classes'])} classes, {precision}, "
         f"{usable_workers(config)} workers"
     )
-    folder = session.folder / "evaluation" / _name(config, path, split)
-    run_on_main_and_broadcast(lambda: check_results_folder(folder, path), processes)
+    folder = session.folder / "evaluation" / folder_name(config, path, split, processes.device)
+    run_on_main_and_broadcast(lambda: check_results_folders([folder], path), processes)
     results = predict(session, network, split, eval_loader(session, EvalImages(split, config)), precision, categories)
     about = {
         "weights": loaded,
@@ -80,11 +82,15 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
     return content
 
 
-def _name(config: CfgNode, weights: str, split: CocoSplit) -> str:
+def folder_name(config: CfgNode, weights: str, split: CocoSplit, device: torch.device) -> str:
     """The folder of an evaluation: what was evaluated, on what, and how."""
+    test = config.TEST
     parts = [Path(weights).stem, Path(config.DATA.DATA_PATH).resolve().name, split.path.stem]
-    parts += [config.TEST.WEIGHTS] * (config.TEST.WEIGHTS != "best")
-    return "-".join([*parts, str(config.TEST.MIN_SIZE)])
+    parts += [test.WEIGHTS] * (test.WEIGHTS != "best")
+    parts += [str(test.MIN_SIZE)]
+    parts += [f"to{test.MAX_SIZE}"] * (KEYS["TEST.MAX_SIZE"].default != test.MAX_SIZE)
+    parts += [f"top{test.MAX_DETECTIONS}"] * (KEYS["TEST.MAX_DETECTIONS"].default != test.MAX_DETECTIONS)
+    return "-".join(parts + unusual_precision(config, device))
 
 
 def _conclude(

@@ -7,14 +7,10 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as run_length
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
 from configs import UserError
 from configs.text import printable
-from data import ImageDataset
-from data.decoding import upright
-from data.sources import PictureSource
-from tasks.pictures import DETECTIONS, find_pictures, result_files
+from tasks.pictures import DETECTIONS, find_pictures, look_at_each, one_process, result_files
 from utils.checkpoint import find_weights
 from utils.files import write_json
 from utils.precision import build_precision
@@ -77,8 +73,7 @@ def draw_pictures(session: Session) -> None:
     (SystemExit). Raises UserError where a path does not exist, or a folder holds no picture.
     """
     config, processes, logger = session.config, session.processes, session.logger
-    if processes.distributed:
-        raise UserError("--images works on one process: start test.py without torchrun")
+    one_process(session)
     check_settings(config)
     paths = find_pictures(session.args.images, logger.info)
     network, known, loaded = load_detector(config, find_weights(config), None)
@@ -88,32 +83,22 @@ def draw_pictures(session: Session) -> None:
     categories = dict(enumerate(known["category_ids"]))
     names = dict(zip(known["category_ids"], known["classes"]))
     files_of = result_files(paths, DETECTIONS, session.args.out)
-    files = ImageDataset(PictureSource(paths), lambda image: image)
-    results, faults = [], 0
-    for index, path in enumerate(tqdm(paths, unit="picture", disable=None, leave=False)):
-        try:
-            image = upright(files.load(index))
-            view = eval_view(image, config).to(processes.device)
-            found = results_of(detect(network, view, (image.height, image.width), precision), 0, categories)
-            objects = [{**entry, "name": names[entry["category_id"]]} for entry in found]
-            for entry in objects:
-                del entry["image_id"]
-            numbers, drawing = files_of[path]
-            shown = [entry for entry in objects if entry["score"] >= config.TEST.DRAW_SCORE]
-            result = {"picture": str(path), "width": image.width, "height": image.height, "detections": objects}
-            save_picture(draw(image, shown, names), drawing)  # first: it makes the folder
-            write_json(str(numbers), {"weights": loaded, **result})
-            logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {drawing}"))
-        except UserError as error:
-            logger.error(printable(error.one_line()))
-            result = {"picture": str(path), "error": error.one_line()}
-            faults += 1
-        results.append(result)
-    if session.args.json:
-        write_json(session.args.json, {"weights": loaded, "pictures": results})
-    if faults:
-        logger.error(f"{faults} of {len(paths)} pictures: see above")
-        raise SystemExit(1)
+
+    def look(path: Path, image: Image.Image) -> dict[str, Any]:
+        view = eval_view(image, config).to(processes.device)
+        found = results_of(detect(network, view, (image.height, image.width), precision), 0, categories)
+        objects = [{**entry, "name": names[entry["category_id"]]} for entry in found]
+        for entry in objects:
+            del entry["image_id"]
+        numbers, drawing = files_of[path]
+        shown = [entry for entry in objects if entry["score"] >= config.TEST.DRAW_SCORE]
+        result = {"width": image.width, "height": image.height, "detections": objects}
+        save_picture(draw(image, shown, names), drawing)  # first: it makes the folder
+        write_json(str(numbers), {"weights": loaded, "picture": str(path), **result})
+        logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {drawing}"))
+        return result
+
+    look_at_each(session, paths, loaded, look)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -1,7 +1,5 @@
 """A page about an evaluation, which contains all that it shows: numbers, classes, worst and random pictures."""
 
-import base64
-import html
 import io
 import random
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from PIL import Image
 
 from configs import UserError
 from utils.files import write_file
+from utils.page import jpeg, page, text
 
 from .coco import CocoSplit, encode_mask
 from .images import files_of, read_image
@@ -63,20 +62,15 @@ def write_report(
     ]
     class_head = ["class", "objects", *(f"{kind} {name}" for kind in scores for name in ("AP", "AP50", "AR100"))]
     head = _row(["%", *(name.replace("_", " ") for name in NUMBERS)], "th")
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title><style>{STYLE}</style></head><body><h1>{_text(title)}</h1>
-<p>{_text(content["model"])}, {_text(content["weights"])}, {content["images"]} images of {_text(content["data"])}</p>
+    origin = f"{content['model']}, {content['weights']}, {content['images']} images of {content['data']}"
+    body = f"""<p>{text(origin)}</p>
 <div class="scroll"><table>{head}{"".join(kinds)}</table></div>
 <h2>Worst pictures</h2><p>Left the annotations, right the detections with a score of at least {lowest_score:g}. A
 mistake is an object that was missed or a detection that is none, at an overlap of one half.</p>
 <div class="pictures">{figures(worst)}</div>
 <h2>Random pictures</h2><div class="pictures">{figures(drawn)}</div>
-<h2>Classes</h2><div class="scroll"><table>{_row(class_head, "th")}{"".join(classes)}</table></div></body></html>
-"""
-    write_file(page.encode(errors="backslashreplace"), folder / "report.html")
+<h2>Classes</h2><div class="scroll"><table>{_row(class_head, "th")}{"".join(classes)}</table></div>"""
+    write_file(page(title, STYLE, body).encode(), folder / "report.html")
 
 
 def _pair(split: CocoSplit, found: Sequence[Result], index: int, lowest_score: float) -> tuple[Image.Image, ...]:
@@ -97,19 +91,14 @@ def _pair(split: CocoSplit, found: Sequence[Result], index: int, lowest_score: f
 def _figure(split: CocoSplit, index: int, pictures: Sequence[Image.Image], mistakes: int) -> str:
     images = []
     for picture in pictures:
-        small, buffer = picture.copy(), io.BytesIO()
+        small = picture.copy()
         small.thumbnail((EDGE, EDGE))
-        small.save(buffer, "JPEG", quality=80)
-        images.append(f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">')
-    caption = f"{_text(split.images[index].file_name)}: {mistakes} mistakes"
+        images.append(f'<img src="{jpeg(small, quality=80)}" alt="">')
+    caption = f"{text(split.images[index].file_name)}: {mistakes} mistakes"
     return f"<figure>{' '.join(images)}<figcaption>{caption}</figcaption></figure>"
 
 
 def _row(values: Sequence[Any], cell: str = "td") -> str:
     """A row of a table; numbers that are not there are a dash."""
     shown = ["-" if v != v else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
-    return f"<tr>{''.join(f'<{cell}>{_text(value)}</{cell}>' for value in shown)}</tr>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
+    return f"<tr>{''.join(f'<{cell}>{text(value)}</{cell}>' for value in shown)}</tr>"

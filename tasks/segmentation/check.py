@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from configs import UserError
 from data import usable_workers
 from data.workers import init_worker
 
-from ..problems import ERROR, WARNING, Problem
+from ..problems import ERROR, WARNING, Copies, Problem, in_order, open_splits
 from .folders import IGNORED, MASK_SUFFIX, MaskedImages, files_below, open_masks
 
 # kind -> (level, what it means), in the order of the report
@@ -53,24 +52,14 @@ def check(config: CfgNode) -> list[Problem]:
 
     Raises UserError where --data-path is no folder.
     """
-    if not Path(config.DATA.DATA_PATH).is_dir():
-        raise UserError(f"--data-path {config.DATA.DATA_PATH}: no such folder")
-    problems: list[Problem] = []
-    seen: dict[bytes, tuple[str, str]] = {}  # digest of an image -> split and path where it is first
-    for split in ("train", "val"):
-        try:
-            images = open_masks(config, split)
-        except UserError as error:
-            problems.append(Problem("split", split, error.one_line()))
-            continue
-        problems += _check_split(config, split, images, seen)
-    order = list(KINDS)
-    return sorted(problems, key=lambda problem: (order.index(problem.kind), problem.path, problem.reason))
+    splits, problems = open_splits(config, open_masks)
+    copies = Copies()
+    for name, images in splits.items():
+        problems += _check_split(config, name, images, copies)
+    return in_order(problems, KINDS)
 
 
-def _check_split(
-    config: CfgNode, split: str, images: MaskedImages, seen: dict[bytes, tuple[str, str]]
-) -> Iterator[Problem]:
+def _check_split(config: CfgNode, split: str, images: MaskedImages, copies: Copies) -> Iterator[Problem]:
     loader: Any = DataLoader(
         _Inspections(images),
         batch_size=None,
@@ -87,12 +76,7 @@ def _check_split(
             continue
         if not pixels.any():
             yield Problem("nothing-counts", mask, "has no pixel of any class")
-        if digest not in seen:
-            seen[digest] = split, path
-        else:
-            first_split, first = seen[digest]
-            kind = "duplicate" if first_split == split else "train-and-val"
-            yield Problem(kind, path, f"same content as {first}")
+        yield from copies.find(split, path, digest)
     for name, count in zip(images.classes, total):
         if count == 0:
             yield Problem("classes", split, f"no pixel of {name!r}")

@@ -12,9 +12,9 @@ from configs import UserError, with_num_classes
 from data import usable_workers
 from tasks.measurement import measure_throughput
 from utils.checkpoint import find_weights
-from utils.evaluation import check_results_folder
+from utils.evaluation import check_results_folders
 from utils.files import check_json_target, write_json
-from utils.precision import build_precision
+from utils.precision import build_precision, unusual_precision
 from utils.processes import gather_on_main, run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.run_log import peak_memory_mib
@@ -22,6 +22,7 @@ from utils.session import Session
 
 from .folders import MaskedImages, check_first_masks, fingerprint, open_masks
 from .inference import confusion_of, evaluation_loader
+from .keys import KEYS
 from .metrics import summarize
 from .network import Segmenter
 from .outputs import write_outputs
@@ -58,8 +59,8 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
         f"{len(images)} images of {len(classes)} classes, {precision}, {usable_workers(config)} workers; "
         f"{' and '.join(_how(config))}"
     )
-    folder = session.folder / "evaluation" / _name(config, weights)
-    run_on_main_and_broadcast(lambda: check_results_folder(folder, weights), processes)
+    folder = session.folder / "evaluation" / folder_name(config, weights, processes.device)
+    run_on_main_and_broadcast(lambda: check_results_folders([folder], weights), processes)
 
     rows: list[Tensor] = []  # of each image: correct pixels, pixels that count, its mIoU
 
@@ -77,6 +78,7 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
     def conclude() -> dict[str, Any]:
         order = torch.tensor([index for share in shares for index in share])
         by_image = torch.empty_like(gathered).index_copy_(0, order, gathered)
+        windows = ("WINDOW", "STRIDE") if config.TEST.MODE == "slide" else ()
         about = {
             "weights": loaded,
             "file": str(Path(weights).resolve()),
@@ -84,7 +86,7 @@ def evaluate_weights(session: Session) -> dict[str, Any]:
             "data": config.DATA.DATA_PATH,
             "short_side": config.DATA.IMG_SIZE,
             "max_long_side": config.DATA.MAX_LONG_SIDE,
-            **{key.lower(): config.TEST[key] for key in ("MODE", "SCALES", "FLIP", "ABSENT_CLASSES")},
+            **{key.lower(): config.TEST[key] for key in ("MODE", *windows, "SCALES", "FLIP", "ABSENT_CLASSES")},
             "precision": str(precision),
         }
         return write_outputs(folder, config, network, precision, images, confusion, by_image, about)
@@ -119,15 +121,19 @@ def _how(config: CfgNode) -> list[str]:
     return parts + ["mirrored"] * test.FLIP
 
 
-def _name(config: CfgNode, weights: str) -> str:
+def folder_name(config: CfgNode, weights: str, device: torch.device) -> str:
     """The folder of an evaluation: what was evaluated, on what, and how."""
-    test = config.TEST
-    parts = [Path(weights).stem, Path(config.DATA.DATA_PATH).resolve().name]
+    data, test = config.DATA, config.TEST
+    parts = [Path(weights).stem, Path(data.DATA_PATH).resolve().name]
+    parts += [folder.strip("/").replace("/", "_") for folder in (data.VAL_IMAGES, data.VAL_MASKS) if folder]
     parts += [test.WEIGHTS] * (test.WEIGHTS != "best")
-    parts += [str(config.DATA.IMG_SIZE)]
-    parts += ["slide"] * (test.MODE == "slide")
+    parts += [str(data.IMG_SIZE)]
+    parts += [f"to{data.MAX_LONG_SIDE}"] * (KEYS["DATA.MAX_LONG_SIDE"].default != data.MAX_LONG_SIDE)
+    parts += ["slide", *("x".join(map(str, size)) for size in (test.WINDOW, test.STRIDE))] * (test.MODE == "slide")
     parts += ["x".join(f"{x:g}" for x in test.SCALES)] * (list(test.SCALES) != [1.0])
-    return "-".join(parts + ["flip"] * test.FLIP)
+    parts += ["flip"] * test.FLIP
+    parts += ["absent_zero"] * (test.ABSENT_CLASSES == "zero")
+    return "-".join(parts + unusual_precision(config, device))
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement

@@ -108,13 +108,16 @@ _NO_CLASS = -2
 
 
 def read_raw_mask(path: Path) -> np.ndarray:
-    """The values in a mask (H, W), of a palette its indices; UserError where it has colours or cannot be read."""
+    """The values in a mask (H, W), of a palette its indices, upright as its EXIF says.
+
+    UserError where it has colours or cannot be read.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as mask:
             # Pillow spreads grey values of 2 and 4 bits over 0 to 255.
             spread = {"L;2": 85, "L;4": 17}.get(mask.tile[0].args, 1)
             if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
-                return np.asarray(mask).astype(np.int32) // spread
+                return np.asarray(upright(mask)).astype(np.int32) // spread
             mode = mask.mode
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise UserError(f"{path}: cannot be read as a PNG mask: {one_line(error)}") from None

@@ -1,8 +1,5 @@
 """What an evaluation writes: metrics.json, per_class.csv, confusion.csv and .png, images.csv, report.html."""
 
-import base64
-import html
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from utils.files import atomic_write, write_json, write_rows
+from utils.page import jpeg, page, text
 from utils.precision import Precision
 
 from .drawing import overlay, side_by_side
@@ -32,17 +30,12 @@ PICTURE_HEIGHT = 200  # pixels
 PICTURES_NAME = "predictions.png"  # of some random ones
 MOST_LABELS = 40  # classes up to which the confusion picture names them
 
-# The page fetches nothing. The policy makes browsers refuse what a class name might try to fetch.
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; }} body {{ margin: 0 auto; max-width: 70rem; padding: 1rem;
-  font: 16px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; }} figure {{ margin: 0 0 1rem; }}
-h1 {{ overflow-wrap: anywhere; }} table {{ border-collapse: collapse; }}
-td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid GrayText; }}
-td.name, th.name {{ text-align: left; }}
-</style></head><body><h1>{title}</h1>{body}</body></html>
+STYLE = """
+:root { color-scheme: light dark; } body { margin: 0 auto; max-width: 70rem; padding: 1rem;
+  font: 16px/1.5 system-ui, sans-serif; } img { max-width: 100%; } figure { margin: 0 0 1rem; }
+h1 { overflow-wrap: anywhere; } table { border-collapse: collapse; }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid GrayText; }
+td.name, th.name { text-align: left; }
 """
 
 
@@ -96,9 +89,9 @@ def write_outputs(
             for i in map(int, chosen):
                 caption = f"{images.samples[i][0]}: mIoU {shares[i][0]:.1f}, {shares[i][1]:.1f} % of its pixels"
                 body.append(_figure(pictures[i], caption))
-        page = _PAGE.format(title=html.escape(f"Evaluation {folder.name}"), body="\n".join(body))
+        written = page(f"Evaluation {folder.name}", STYLE, "\n".join(body))
         with atomic_write(folder / "report.html") as partial:
-            partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+            partial.write_text(written, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
     write_json(str(folder / "metrics.json"), metrics)
@@ -159,10 +152,7 @@ def _stack(rows: Sequence[Image.Image]) -> Image.Image:
 
 
 def _figure(picture: Image.Image, caption: str) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<figure><img src="{source}" alt=""><figcaption>{_text(caption)}</figcaption></figure>'
+    return f'<figure><img src="{jpeg(picture, quality=85)}" alt=""><figcaption>{text(caption)}</figcaption></figure>'
 
 
 def _numbers_table(metrics: dict[str, Any], numbers: Summary, names: Sequence[str]) -> str:
@@ -170,17 +160,12 @@ def _numbers_table(metrics: dict[str, Any], numbers: Summary, names: Sequence[st
     origin = " \N{MIDDLE DOT} ".join(f"{name} {metrics[name]}" for name in facts)
     order = torch.argsort(numbers.iou.nan_to_num(1e9), stable=True).tolist()
     rows = [
-        f'<tr><td class="name">{_text(names[i])}</td><td>{_number(float(numbers.iou[i]))[:6]}</td>'
+        f'<tr><td class="name">{text(names[i])}</td><td>{_number(float(numbers.iou[i]))[:6]}</td>'
         f"<td>{_number(float(numbers.accuracy[i]))[:6]}</td><td>{int(numbers.pixels[i]):,}</td></tr>"
         for i in order
     ]
     return (
-        f"<p>{_text(origin)}</p><p><b>{_text(numbers.line())}</b></p>"
+        f"<p>{text(origin)}</p><p><b>{text(numbers.line())}</b></p>"
         '<table><tr><th class="name">class</th><th>IoU</th><th>accuracy</th><th>pixels</th></tr>'
         f"{''.join(rows)}</table>"
     )
-
-
-def _text(value: Any) -> str:
-    """Escaped for HTML. Bytes of a file name that are no text are shown as \\x.."""
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())

@@ -8,14 +8,12 @@ import numpy as np
 from PIL import Image
 
 from configs import UserError, with_num_classes
-from configs.errors import one_line
 from configs.text import printable
-from data.decoding import decode_image, upright
 from utils.files import atomic_write, write_json
 from utils.precision import build_precision
 from utils.session import Session
 
-from ..pictures import CLASS_MAPS, find_pictures, result_files
+from ..pictures import CLASS_MAPS, find_pictures, look_at_each, one_process, result_files
 from .drawing import overlay, palette, with_legend
 from .inference import predict_classes
 from .transforms import evaluation_views
@@ -31,8 +29,7 @@ def segment_pictures(session: Session, weights: str) -> None:
     Raises UserError where a path does not exist, or a folder holds no picture.
     """
     config, processes, logger = session.config, session.processes, session.logger
-    if processes.distributed:
-        raise UserError("--images works on one process: start test.py without torchrun")
+    one_process(session)
     paths = find_pictures(session.args.images, logger.info)
     network, names, loaded = load_segmenter(config, weights)
     config = with_num_classes(config, len(names))
@@ -40,40 +37,21 @@ def segment_pictures(session: Session, weights: str) -> None:
     precision = build_precision(config, processes.device)
     logger.info(f"{len(paths)} pictures, {loaded}, {len(names)} classes, {precision}")
     files_of = result_files(paths, CLASS_MAPS, session.args.out)
-    results, faults = [], 0
-    for path in paths:
-        result: dict[str, Any] = {"picture": str(path)}
-        try:
-            picture = _read(path)
-            views = [v.to(processes.device) for v in evaluation_views(config, picture, list(config.TEST.SCALES))]
-            size = (picture.height, picture.width)
-            classes = predict_classes(config, network, views, size, precision).cpu().numpy()
-            pixels = np.bincount(classes.ravel(), minlength=len(names))
-            order = [int(i) for i in np.argsort(-pixels, kind="stable") if pixels[i]]
-            result["classes"] = [
-                {"class": i, "name": names[i], "share": float(f"{pixels[i] / pixels.sum():.6g}")} for i in order
-            ]
-            _write(files_of[path], picture, classes, names, {"weights": loaded} | result)
-        except UserError as error:
-            logger.error(printable(error.one_line()))
-            result["error"] = error.one_line()
-            faults += 1
-        else:
-            shares = ", ".join(f"{entry['name']} {100 * entry['share']:.1f} %" for entry in result["classes"][:5])
-            logger.info(printable(f"{path}: {shares}"))
-        results.append(result)
-    if session.args.json:
-        write_json(session.args.json, {"weights": loaded, "pictures": results})
-    if faults:
-        logger.error(f"{faults} of {len(paths)} pictures: see above")
-        raise SystemExit(1)
 
+    def look(path: Path, picture: Image.Image) -> dict[str, Any]:
+        views = [view.to(processes.device) for view in evaluation_views(config, picture, list(config.TEST.SCALES))]
+        size = (picture.height, picture.width)
+        classes = predict_classes(config, network, views, size, precision).cpu().numpy()
+        pixels = np.bincount(classes.ravel(), minlength=len(names))
+        order = [int(i) for i in np.argsort(-pixels, kind="stable") if pixels[i]]
+        shares = [{"class": i, "name": names[i], "share": float(f"{pixels[i] / pixels.sum():.6g}")} for i in order]
+        result = {"picture": str(path), "classes": shares}
+        _write(files_of[path], picture, classes, names, {"weights": loaded} | result)
+        shown = ", ".join(f"{entry['name']} {100 * entry['share']:.1f} %" for entry in shares[:5])
+        logger.info(printable(f"{path}: {shown}"))
+        return result
 
-def _read(path: Path) -> Image.Image:
-    try:
-        return upright(decode_image(path.read_bytes()))
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
+    look_at_each(session, paths, loaded, look)
 
 
 def _write(

@@ -8,6 +8,8 @@ from image_data import message_of
 from PIL import Image
 
 from tasks.detection.coco import open_split
+from tasks.detection.images import TrainImages
+from tasks.detection.metrics import score as score_of
 from tools.prepare.__main__ import main
 from tools.prepare.annotations import convert, read_voc, read_yolo
 
@@ -47,6 +49,24 @@ def test_voc_becomes_a_data_set_that_trains(voc, capsys):
     split = open_split(detection_data.config_of("--data-path", voc), "val")
     assert split.file(0) == voc / "JPEGImages" / "4.jpg" and split.file(0).is_file()
     assert split.categories == {1: "cat"} and split.objects(0)[0]["bbox"] == [2, 4, 10, 20]
+
+
+def test_difficult_objects_are_not_learned_and_count_neither_way(voc):
+    xml = voc / "Annotations" / "4.xml"
+    hard = "<object><name>cat</name><difficult>1</difficult><bndbox><xmin>21</xmin><ymin>1</ymin><xmax>40</xmax>"
+    plain = VOC.format(name=4).replace("</name>", "</name><difficult>0</difficult>")
+    xml.write_text(plain.replace("</annotation>", f"{hard}<ymax>20</ymax></bndbox></object></annotation>"))
+    main(["voc", "--data-path", str(voc)])
+    split = open_split(detection_data.config_of("--data-path", voc), "val")
+    assert [entry["iscrowd"] for entry in split.objects(0)] == [0, 1]
+    targets = TrainImages(split, {1: 1}, lambda *sample: sample, with_masks=False).targets(0)
+    assert targets["boxes"].tolist() == [[2, 4, 12, 24]]
+    found = [
+        {"image_id": 1, "category_id": 1, "bbox": entry["bbox"], "score": score}
+        for entry, score in zip(split.objects(0), (0.5, 0.9))
+    ]
+    assert score_of(split, found[:1], "box").numbers["ap"] == 100  # missed
+    assert score_of(split, found, "box").numbers["ap"] == 100  # found, and more surely than the other
 
 
 def test_voc_keeps_its_splits(voc):

@@ -23,7 +23,10 @@ SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("
 
 
 class Picture(NamedTuple):
-    """A picture and its objects, each with category (its name), bbox [x, y, width, height], maybe segmentation."""
+    """A picture and its objects.
+
+    Each has category (its name), bbox [x, y, width, height], and maybe segmentation (YOLO) or difficult (VOC).
+    """
 
     path: Path
     width: int
@@ -73,12 +76,16 @@ def _nearest(path: Path, named: str, pictures: list[Path]) -> Path:
 
 
 def _voc_object(entry: ElementTree.Element) -> dict[str, Any]:
-    """Corners count pixels from 1, the last one included; COCO's from 0."""
+    """Corners count pixels from 1, the last one included; COCO's from 0.
+
+    A difficult object is a crowd of COCO: it is not learned, and a detection of it counts as neither right nor wrong.
+    """
     left, top, right, bottom = (float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
     name = entry.findtext("name")
     if not name:
         raise ValueError("an object without a name")
-    return {"category": name.strip(), "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1]}
+    box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+    return {"category": name.strip(), "bbox": box, "difficult": entry.findtext("difficult", "0").strip() == "1"}
 
 
 def read_yolo(root: Path) -> Iterator[tuple[str, Picture]]:
@@ -190,7 +197,7 @@ def convert(root: Path, reader: Callable[[Path], Iterator[tuple[str, Picture]]])
             for entry in picture.objects:
                 box = [round(value, 3) for value in entry["bbox"]]
                 annotation = {"id": len(content["annotations"]) + 1, "image_id": image["id"], "bbox": box}
-                annotation |= {"category_id": ids[entry["category"]], "iscrowd": 0}
+                annotation |= {"category_id": ids[entry["category"]], "iscrowd": int(entry.get("difficult", False))}
                 if "segmentation" in entry:
                     annotation["segmentation"] = [[round(value, 3) for value in entry["segmentation"][0]]]
                 else:

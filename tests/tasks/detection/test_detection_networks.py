@@ -11,6 +11,7 @@ from PIL import Image
 from ranks import run_ranks
 from torchvision.models import detection
 
+from configs import with_values
 from tasks.detection.detectors import build_detector
 from tasks.detection.inference import detect
 from tasks.detection.measurement import count_flops, flops_by_part
@@ -18,6 +19,7 @@ from tasks.detection.pictures import count_mistakes, draw
 from tasks.detection.weights import load_detector, load_pretrained
 from tasks.networks import build_model
 from utils.precision import Precision
+from utils.schedule import scaled_learning_rates
 
 FLOAT32 = Precision("cpu", torch.float32, enabled=False)
 # detector and variant -> millions of parameters and GFLOPs, as printed
@@ -196,3 +198,8 @@ def test_every_card_is_a_recipe_that_reads():
         assert config.TRAIN.WARMUP_UPDATES == 1000
         assert list(config.DATA.CROP) == ([384, 600] if long else [])
         assert (config.TRAIN.REFERENCE_BATCH, config.TRAIN.BASE_LR, config.TRAIN.CLIP_GRAD) == (16, 1e-4, 1.0)
+        assert not config.EMA.ENABLED
+        # Of the page: what one GPU learns at, and what it needs to learn as eight do.
+        assert scaled_learning_rates(config, 1).base == 1.25e-5
+        eight = with_values(config, {"TRAIN.ACCUMULATION_STEPS": 8})
+        assert scaled_learning_rates(eight, 1) == scaled_learning_rates(config, 8)

@@ -14,6 +14,9 @@ from ranks import run_ranks, train_in_fork
 
 import tasks
 import train
+from tasks.detection import inference
+from tasks.detection.coco import open_split
+from tasks.detection.evaluation import folder_name
 from utils.checkpoint import load_file
 from utils.optimizer import build_optimizer
 from utils.session import run_script, start_session
@@ -69,6 +72,21 @@ def test_a_stopped_and_continued_run_ends_with_the_same_bits(scenes, trained, tm
 
 
 @pytest.mark.launch
+def test_a_run_killed_in_validation_ends_with_the_same_bits(scenes, trained, tmp_path):
+    args = detection_data.arguments(scenes, tmp_path)
+    # After each of two epochs, the network and its average see five images each.
+    for call in (3, 13):
+        status, text = train_in_fork(args, runs.kill_at_call(inference, "detect", call))
+        assert status == -signal.SIGKILL, text
+    folder = tmp_path.joinpath(*RUN)
+    assert (folder / "ckpt_epoch_0.pth").exists() and not (folder / "ckpt_epoch_1.pth").exists()
+    status, text = train_in_fork(args)
+    assert status == 0, text
+    for name in ("ckpt_epoch_1.pth", "ckpt_best.pth"):
+        assert runs.digest(folder / name) == runs.digest(trained / name)
+
+
+@pytest.mark.launch
 def test_results_have_the_same_bytes_on_any_number_of_processes(scenes, trained, tmp_path):
     written = []
     for processes in (1, 2, 3):
@@ -104,6 +122,20 @@ def test_no_evaluation_overwrites_one_of_other_weights(scenes, trained, tmp_path
     assert names == {f"ckpt_best-data-instances_val-{which}-32" for which in ("raw", "ema")}
     other = shutil.copy(trained / "ckpt_best.pth", tmp_path)
     assert "holds the evaluation of" in message_of(evaluate, other, "raw")
+
+
+@pytest.mark.parametrize(
+    ("opts", "name"),
+    [
+        ((), "32"),
+        (("TEST.MAX_SIZE", "60", "AMP_OPT_LEVEL", "O1"), "32-to60-bfloat16"),
+        (("TEST.MAX_DETECTIONS", "10", "TEST.WEIGHTS", "ema"), "ema-32-top10"),
+    ],
+)
+def test_evaluations_that_differ_have_names_of_their_own(scenes, opts, name):
+    config = detection_data.config_of("--data-path", scenes, "--opts", *detection_data.TINY, *opts)
+    found = folder_name(config, "x/best.pth", open_split(config, "val"), torch.device("cpu"))
+    assert found == f"best-data-instances_val-{name}"
 
 
 @pytest.mark.launch

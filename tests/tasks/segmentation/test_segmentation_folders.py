@@ -131,6 +131,23 @@ def test_an_image_is_turned_as_its_mask_is(folder, orientation):
     assert np.array_equal(image, before) and np.array_equal(again, classes)
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_image_and_its_mask_that_exif_turns_stay_together(folder, dtype, orientation):
+    """A camera's orientation copied to the mask, as annotation programs do; grey pictures of 16 bits too."""
+    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = opened(folder).load(0)[1]
+    levels = (expected + 1).astype(dtype) * (50 if dtype == np.uint8 else 50 * 257)
+    for name, values in (("images", levels), ("annotations", expected.clip(0).astype(dtype))):
+        picture = Image.fromarray(values).transpose(stored)
+        picture.save(folder / name / "training" / "000.png", exif=exif)
+    image, classes = opened(folder).load(0)
+    assert np.array_equal(classes, expected.clip(0))
+    assert np.array_equal(np.asarray(image), np.stack([(expected + 1) * 50] * 3, -1))
+
+
 def test_the_fingerprint_covers_names_sizes_and_meanings(folder):
     before = fingerprint(opened(folder))
     assert fingerprint(opened(folder)) == before != fingerprint(opened(folder, split="val"))

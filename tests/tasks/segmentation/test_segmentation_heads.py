@@ -70,6 +70,19 @@ def test_the_shipped_networks_have_the_sizes_of_the_table(variant, head):
     assert (f"{parameters:.{digits[0]}f}", f"{flops:.{digits[1]}f}") == SIZES[variant, head]
 
 
+# Head -> updates, learning rate for 16 images, weight decay, power of poly, weight of the auxiliary head.
+RECIPES = {"upernet": (160_000, 6e-5, 0.01, 1.0, 0.4), "semantic_fpn": (80_000, 1e-4, 1e-4, 0.9, 0.0)}
+
+
+@pytest.mark.parametrize(("variant", "head"), SIZES)
+def test_the_cards_train_as_their_relatives_do(variant, head):
+    config = read_config(["--cfg", f"configs/segmentation/{head}_groupmixformer_{variant}_ade20k.yaml"], keys_of)
+    train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    recipe = (train.UPDATES, train.BASE_LR, train.WEIGHT_DECAY, schedule.POWER, config.MODEL.AUX_WEIGHT)
+    assert recipe == RECIPES[head] and schedule.NAME == "poly" and train.REFERENCE_BATCH == 16
+    assert not config.EMA.ENABLED
+
+
 def test_counting_needs_no_computation():
     network = Segmenter(small_config("MODEL.HEAD", "upernet"), auxiliary=False)
     counts = count_multiply_adds(network, (64, 96))

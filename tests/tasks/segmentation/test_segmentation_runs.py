@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 import runs
 import torch
+from image_data import message_of
 from PIL import Image
 from ranks import run_ranks, train_in_fork
 from segmentation_data import CARD, CLASSES, SMALL, small_config, write_folder
 
+import tasks
 import train
 from configs import UserError
+from tasks.segmentation import inference
+from tasks.segmentation.evaluation import folder_name
 from tasks.segmentation.weights import load_segmenter
 from utils.checkpoint import load_file
-from utils.session import run_script
+from utils.session import run_script, start_session
 
 
 def arguments(data: Path, output: Path, *opts: str, flags: tuple[str, ...] = ()) -> list[str]:
@@ -68,6 +73,21 @@ def test_a_stopped_and_continued_run_ends_with_the_same_bits(folder, tmp_path, p
     run("stopped", 0)
     for name in ("ckpt_epoch_1.pth", "ckpt_best.pth"):
         assert runs.digest(stopped / name) == runs.digest(straight / name)
+
+
+@pytest.mark.launch
+def test_a_run_killed_in_validation_ends_with_the_same_bits(folder, trained, tmp_path):
+    args = arguments(folder, tmp_path)
+    # After each of two epochs, the network and its average see five images each.
+    for call in (3, 13):
+        status, text = train_in_fork(args, runs.kill_at_call(inference, "predict_classes", call))
+        assert status == -signal.SIGKILL, text
+    written = runs.run_folder(tmp_path)
+    assert (written / "ckpt_epoch_0.pth").exists() and not (written / "ckpt_epoch_1.pth").exists()
+    status, text = train_in_fork(args)
+    assert status == 0, text
+    for name in ("ckpt_epoch_1.pth", "ckpt_best.pth"):
+        assert runs.digest(written / name) == runs.digest(trained / name)
 
 
 def test_an_update_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch):
@@ -121,6 +141,45 @@ def test_test_py_finds_what_training_validated(folder, trained, tmp_path):
     assert metrics["pixel_acc"] == 100 * hits / total
     page = (written / "report.html").read_text()
     assert page.count("<figure>") == 10 and "<h2>Worst" in page and "<h2>Random" in page
+
+
+SLIDE = ("TEST.MODE", "slide")
+OWN_FOLDERS = [
+    *("DATA.TRAIN_IMAGES", "a", "DATA.TRAIN_MASKS", "b"),
+    *("DATA.VAL_IMAGES", "images/validation", "DATA.VAL_MASKS", "annotations/validation"),
+]
+
+
+@pytest.mark.parametrize(
+    ("opts", "name"),
+    [
+        ((), "0"),
+        (SLIDE, "0-slide-32x32-20x20"),
+        ((*SLIDE, "TEST.WINDOW", "[32, 64]"), "0-slide-32x64-20x20"),
+        ((*SLIDE, "TEST.STRIDE", "[16, 20]"), "0-slide-32x32-16x20"),
+        (("TEST.ABSENT_CLASSES", "zero", "TEST.FLIP", "True"), "0-flip-absent_zero"),
+        (("DATA.MAX_LONG_SIDE", "60", "AMP_OPT_LEVEL", "O1"), "0-to60-bfloat16"),
+        (("TEST.WEIGHTS", "raw", "TEST.SCALES", "[1.0, 1.5]"), "raw-0-1x1.5"),
+        (OWN_FOLDERS, "images_validation-annotations_validation-0"),
+    ],
+)
+def test_evaluations_that_differ_have_names_of_their_own(folder, opts, name):
+    config = small_config(*opts, flags=("--data-path", str(folder)))
+    assert folder_name(config, "x/best.pth", torch.device("cpu")) == f"best-shapes-{name}"
+
+
+def test_no_evaluation_overwrites_one_of_other_weights(folder, trained, tmp_path, monkeypatch):
+    def evaluate_here(weights):
+        given = arguments(folder, tmp_path / "out", *SLIDE, flags=("--resume", str(weights)))
+        monkeypatch.setattr("sys.argv", ["test.py", *given])
+        tasks.evaluate(start_session("", tasks.keys_of))
+
+    evaluate_here(trained / "ckpt_best.pth")
+    (written,) = (runs.run_folder(tmp_path / "out") / "evaluation").iterdir()
+    metrics = json.loads((written / "metrics.json").read_text())
+    assert metrics["window"] == [32, 32] and metrics["stride"] == [20, 20]
+    other = shutil.copy(trained / "ckpt_best.pth", tmp_path)
+    assert f"{written.name}: holds the evaluation of" in message_of(evaluate_here, other)
 
 
 def test_pictures_get_a_class_map_and_shares(folder, trained, tmp_path, monkeypatch):
