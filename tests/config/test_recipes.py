@@ -81,7 +81,7 @@ def test_a_recipe_holds_its_promises_with_every_variant(recipe, variant):
     config, alone = read(variant, recipe), read(variant)
     assert {name: value(config, name) for name in PROMISED[recipe.stem]} == PROMISED[recipe.stem]
     assert [config.MODEL.GMA[name] for name in NETWORK] == [alone.MODEL.GMA[name] for name in NETWORK]
-    assert (config.MODEL.NAME, config.TAG) == (variant.stem, recipe.stem), "the run folder says both"
+    assert (variant.stem, recipe.stem) == (config.MODEL.NAME, config.TAG), "the run folder says both"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -90,9 +90,11 @@ def test_a_recipe_says_its_own_command(recipe):
     text = "\n".join(lines).replace("\\\n", " ")
     (command,) = (shlex.split(line) for line in text.splitlines() if " train.py " in line)
     config = read_config(command[command.index("train.py") + 1 :], keys_of, notify=pytest.fail)
-    assert config.TAG == recipe.stem and config.MODEL.NAME == "groupmixformer_small"
+    assert recipe.stem == config.TAG and config.MODEL.NAME == "groupmixformer_small"
     gpus = int(command[2]) if command[0] == "torchrun" else 1
     assert gpus * config.DATA.BATCH_SIZE == config.TRAIN.RECIPE_BATCH
+    assert config.TRAIN.RECIPE_BATCH % config.DATA.REPEATS == 0, "which the order of samples needs"
+    assert config.DATA.BATCH_SIZE % 2 == 0, "which mixup needs"
 
 
 def test_every_recipe_and_every_variant_is_tested():
