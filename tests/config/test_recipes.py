@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import read_config
+from configs import UserError, read_config
 from tasks import keys_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -122,6 +122,8 @@ def test_later_files_win_each_after_its_base(tmp_path, make_config):
     assert (config.SEED, config.TAG, config.SAVE_FREQ, config.SAVE_KEEP) == (1, "second", 5, 7)
     assert make_config("--cfg", second, first).TAG == "first"
     assert make_config("--cfg", second, "--cfg", first).SEED == 2, "a flag that is repeated replaces, as before"
+    with pytest.raises(UserError, match=r"^stray: no such configuration file"):
+        make_config("--cfg", first, "stray")
 
 
 def test_only_the_length_of_a_later_file_takes_the_warmup_along(tmp_path, make_config):
