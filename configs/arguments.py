@@ -51,7 +51,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str], str]:
+def parse_sources(argv: Sequence[str] | None) -> tuple[list[str], list[str], str]:
     """The values of --cfg and --opts, and the weights that are named to evaluate, '' for none.
 
     They decide the task, and the task decides which other flags there are.
@@ -63,7 +63,7 @@ def parse_sources(argv: Sequence[str] | None) -> tuple[str | None, list[str], st
     known, _ = parser.parse_known_args(argv)
     pairs = dict(zip(known.opts[::2], known.opts[1::2]))
     resume, pretrained = pairs.get("MODEL.RESUME", ""), pairs.get("MODEL.PRETRAINED", "")
-    return known.cfg, known.opts, known.resume or resume or known.pretrained or pretrained
+    return known.cfg or [], known.opts, known.resume or resume or known.pretrained or pretrained
 
 
 def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser:
@@ -98,7 +98,11 @@ def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cfg", metavar="FILE", help="YAML file of the variant, configs/*.yaml; default: what --resume holds (test.py)"
+        "--cfg",
+        nargs="+",
+        metavar="FILE",
+        help="YAML file of the variant, configs/*.yaml, and of a recipe, configs/recipes/*.yaml, if any: later files "
+        "win; default: what --resume holds (test.py)",
     )
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any configuration key"

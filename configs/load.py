@@ -1,8 +1,8 @@
 """How a run's configuration is put together, checked and frozen.
 
-A value comes from, later wins: the default on its card, the YAML files named in BASE, the YAML file, --opts, flags.
-Where no YAML file is named, what the weights to evaluate are kept with takes its place. Where one of these sets only
-the length of a run, the warm-up follows (`configs.length`).
+A value comes from, later wins: the default on its card, the YAML files of --cfg, each after those that its BASE names,
+--opts, flags. Where no YAML file is named, what the weights to evaluate are kept with takes its place. Where one of
+these sets only the length of a run, the warm-up follows (`configs.length`).
 """
 
 import ast
@@ -69,7 +69,7 @@ def read_command(
     cfg, opts, weights = parse_sources(argv)
     stored = config_of(weights) if weights and not cfg else None
     kept = [Setting(weights, name, value) for name, value in (stored or {}).items()]
-    settings = list(_read_file(Path(cfg))) if cfg else []
+    settings = [setting for file in cfg for setting in _read_file(Path(file))]
     settings += [Setting("--opts", name, value) for name, value in zip(opts[::2], opts[1::2])]
     task = KEYS["TASK"].default
     for setting in kept + settings:

@@ -58,7 +58,7 @@ def how_to_prepare(root: Path, name: str, split: str) -> str:
     with_images = [folder for folder in folders[:2] if any(map(is_image_name, loose_files(root / folder)))]
     if len(with_images) > 1:
         out = root.resolve().with_name(f"{root.resolve().name}_split")
-        return _command("class folders", "split", root, out, "--links")
+        return f"{_command('class folders', 'split', root, out, '--links')}; or set DATA.VAL_SHARE 0.1"
     return ""
 
 

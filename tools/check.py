@@ -4,7 +4,8 @@ The splits are opened, and every image is read and decoded, as training does it,
 missing, misnamed, empty, damaged, or stored twice, above all in both train and val. Exit status: 0 nothing that harms
 training or evaluation; 1 something does (with --strict: anything was found); 2 wrong use.
 
-With --cfg FILE of a detector or segmenter, its data are checked: annotations or masks, and the images.
+With --cfg FILE of a detector or segmenter, its data are checked: annotations or masks, and the images. With one that
+sets DATA.VAL_SHARE, a folder without validation images is checked in the two parts that training makes of it.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from configs.errors import first_line, one_line
 from configs.text import printable
 from data.decoding import decode_image, lost_content
 from data.files import IMAGE_FORMATS, class_folders, files_below, is_image_name, loose_files
+from data.holdout import has_validation, open_parts
 from data.sources import MAX_MEMBER_BYTES, FolderSource, Source, ZipSource, count_images, fingerprint
 from data.splits import one_level_too_many, open_source, with_classes, without_images
 from data.workers import available_cores, set_parent_death_signal
@@ -85,23 +87,29 @@ class Report:
 
 
 # ------------------------------------------------------------------------------------------------------------ the check
-def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> Report:
+def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int, val_share: float = 0) -> Report:
     """Inspect both splits of the data set below `data_path` in `workers` processes.
 
-    The report does not depend on the number of processes. Raises UserError if the folder does not exist.
+    With `val_share`, DATA.VAL_SHARE, they are parts of the training images where there are no others. The report does
+    not depend on the number of processes. Raises UserError if the folder does not exist.
     """
     if not Path(data_path).is_dir():
         raise UserError(f"--data-path {data_path}: no such folder")
     report = Report(data_path, {})
     problems, digests = report.problems, {}
-    for split, name in SPLIT_NAMES[dataset].items():
+    parts = val_share > 0 and not has_validation(data_path, dataset, zipped)
+    names = {split: name for split, name in SPLIT_NAMES[dataset].items() if split == "train" or not parts}
+    for split, name in names.items():
         try:
-            report.splits[split] = open_source(data_path, dataset, split, zipped, "no", 0, 1)
+            if parts:
+                report.splits = open_parts(data_path, dataset, val_share, zipped)
+            else:
+                report.splits[split] = open_source(data_path, dataset, split, zipped, "no", 0, 1)
         except UserError as error:
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
     problems += _match_classes(report)
     for split, source in report.splits.items():
-        if odd := one_level_too_many(source):
+        if split in names and (odd := one_level_too_many(source)):
             problems.append(Problem("levels", SPLIT_NAMES[dataset][split], odd))
         digests[split] = np.zeros(len(source.samples), "S16")
         inspected = tqdm(inspect_all(source, workers), split, len(source.samples), unit="image", disable=None)
@@ -117,7 +125,7 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int) -> 
             raise UserError(
                 f"{where}, or an image soon after it, ends or blocks the process that decodes it: {first_line(error)}"
             ) from None
-        if isinstance(source, FolderSource):
+        if isinstance(source, FolderSource) and split in names:
             problems += _not_read(source)
     problems += _repeated(report.splits, digests)
     order = list(KINDS)
@@ -303,7 +311,9 @@ def format_json(report: Report, strict: bool) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("tools.check", __doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds the splits")
-    parser.add_argument("--cfg", metavar="FILE", help="YAML file of the task; default: images in class folders")
+    parser.add_argument(
+        "--cfg", nargs="+", metavar="FILE", help="YAML files of the run; default: classification, with two splits"
+    )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="with --cfg: set configuration keys")
     parser.add_argument("--dataset", choices=tuple(SPLIT_NAMES), default="imagenet", help="decides the splits' names")
     parser.add_argument("--zip", action="store_true", help="check train.zip and val.zip instead of folders")
@@ -318,16 +328,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _check_task(args: argparse.Namespace) -> Report | None:
-    """The report of the task that --cfg configures, by its module `check`; None for images in class folders."""
-    if not args.cfg:
-        return None
-    opts = ["--opts", *args.opts] if args.opts else []
-    config = read_config(["--cfg", args.cfg, "--data-path", args.data_path, *opts], keys_of)
-    if config.TASK == "classification":
-        return None
-    task = import_module(f"{TASKS[config.TASK]}.check")
-    return Report(args.data_path, {}, task.check(with_values(config, {"DATA.NUM_WORKERS": args.workers})), task.KINDS)
+def _check(args: argparse.Namespace) -> Report:
+    """The report of images in class folders, or of another task that --cfg configures, by its module `check`."""
+    share = 0.0
+    if args.cfg:
+        opts = ["--opts", *args.opts] if args.opts else []
+        config = read_config(["--cfg", *args.cfg, "--data-path", args.data_path, *opts], keys_of)
+        if config.TASK != "classification":
+            task = import_module(f"{TASKS[config.TASK]}.check")
+            problems = task.check(with_values(config, {"DATA.NUM_WORKERS": args.workers}))
+            return Report(args.data_path, {}, problems, task.KINDS)
+        share = config.DATA.VAL_SHARE
+    return check_data_set(args.data_path, args.dataset, args.zip, args.workers, share)
 
 
 @command("tools.check")
@@ -335,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit status. `argv` are the arguments without the program's name."""
     args = _parse(argv)
     try:
-        report = _check_task(args) or check_data_set(args.data_path, args.dataset, args.zip, args.workers)
+        report = _check(args)
     except KeyboardInterrupt:
         print("tools.check: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

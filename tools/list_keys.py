@@ -21,8 +21,8 @@ INTRODUCTION = """\
 After this page you can find every flag and every key, its default, and whether it may change when a run continues.
 `python -m tools.list_keys` writes this page from the cards in `configs/keys.py` and in each task's `keys.py`.
 
-Later wins: defaults, files named in `BASE`, the YAML file, `--opts KEY VALUE`, flags. Everything is checked before
-anything is built. A mistake is one line that names key, value and the nearest valid name.
+Later wins: defaults, files named in `BASE`, the YAML files of `--cfg` in their order, `--opts KEY VALUE`, flags.
+Everything is checked before anything is built. A mistake is one line that names key, value and the nearest valid name.
 
 Each key belongs to one of four things:
 

@@ -1,7 +1,7 @@
 """What a file of weights says of the run that it comes from: its configuration and its folder."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,12 @@ def differences(config: CfgNode, keys: Mapping[str, Key], weights: str | Path) -
     ]
 
 
-def remarks(config: CfgNode, keys: Mapping[str, Key], measures: bool, cfg: str | None) -> list[str]:
+def remarks(config: CfgNode, keys: Mapping[str, Key], measures: bool, cfg: Sequence[str] | None) -> list[str]:
     """What to log before weights are evaluated: files that are named and not used, and `differences`.
 
     Args:
         measures: no weights are used, only the network's shape.
-        cfg: the YAML file that was named, if any.
+        cfg: the YAML files that were named, if any.
     """
     resume, pretrained = config.MODEL.RESUME, config.MODEL.PRETRAINED
     unused = [("--pretrained", pretrained, f"{resume} is evaluated")] if resume and pretrained else []

@@ -210,7 +210,7 @@ def exit_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         (["--batch_size=4"], "unknown argument --batch_size; did you mean --batch-size?"),
         (["--outp", "x"], "unknown argument --outp; did you mean"),  # no guessing by abbreviation
-        (["stray"], "unknown argument stray"),
+        (["--batch-size", "4", "stray"], "unknown argument stray"),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["--cache-mode", "all"], "--cache-mode: invalid choice: 'all'"),
         (["--opts"], "--opts: expected at least one argument"),

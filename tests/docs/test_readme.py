@@ -23,7 +23,7 @@ from tasks.networks import build_model
 from tools import list_keys
 
 README = (runs.ROOT / "README.md").read_text()
-OWN_TESTS = ("detection.md", "segmentation.md", "preparing-data.md")  # tests/docs/test_<...>_page.py
+OWN_TESTS = ("detection.md", "segmentation.md", "preparing-data.md", "fine-tuning.md")  # tests/docs/test_<...>_page.py
 NAMED = sorted(page for page in (runs.ROOT / "docs").glob("*.md") if page.name not in OWN_TESTS)
 PAGES = [README, *(page.read_text() for page in NAMED)]
 ALL_PAGES = [runs.ROOT / "README.md", *sorted((runs.ROOT / "docs").glob("*.md"))]

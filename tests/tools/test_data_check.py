@@ -81,6 +81,21 @@ def test_clean_data_set(root, zip_root, capsys, zipped):
         assert content["fingerprint"] == fingerprint(source), "what training notes"
 
 
+def test_one_folder_is_checked_as_training_splits_it(root, capsys):
+    """With a configuration that sets DATA.VAL_SHARE; what belongs to the whole folder is named once."""
+    shutil.rmtree(root / "val")
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    cfg = str(Path(__file__).resolve().parents[2] / "configs" / "recipes" / "fine_tuning.yaml")
+    for folder in (root, root / "train"):  # which may hold the classes itself
+        result = Result(folder, capsys, "--cfg", cfg)
+        assert {name: list(split["classes"].values()) for name, split in result.json["splits"].items()} == {
+            "train": [2, 2],
+            "val": [1, 1],
+        }
+        assert [problem["kind"] for problem in result.json["problems"]] == ["not-image"] and result.exit_code == 0
+    assert Result(root, capsys).exit_code == 1, "without it, validation images are missing"
+
+
 def test_progress_bar_on_a_terminal(root, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
