@@ -57,14 +57,13 @@ _EPOCHS_RISE = Rule(
             and pairs[-1][1] < config.TRAIN.EPOCHS
         )
     ),
-    "first epochs must be 0, then each greater than the one before and less than TRAIN.EPOCHS = {TRAIN.EPOCHS}",
+    "first epochs must rise from 0 and be less than TRAIN.EPOCHS = {TRAIN.EPOCHS}",
 )
 _ARE_NOT_PADDED = Rule(  # `transforms.SMALL_IMAGE`
     lambda pairs, config: all(
         32 < edge <= largest for size, _ in pairs for edge, largest in zip(edges(size), image_size(config))
     ),
-    "sizes must lie between 33 pixels (smaller images are padded and cropped, never resized) and "
-    "DATA.IMG_SIZE = {DATA.IMG_SIZE}",
+    "each size must lie between 33 and DATA.IMG_SIZE = {DATA.IMG_SIZE}",
 )
 _COUNTS_EPOCHS = Rule(
     lambda value, config: not value or not (config.TRAIN.UPDATES or config.TRAIN.WARMUP_UPDATES),

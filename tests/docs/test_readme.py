@@ -62,6 +62,7 @@ def test_commands_of_both_scripts_work(command, image_folder, tmp_path, monkeypa
     places = {"datasets/digits": str(image_folder), quickstart: str(released)}
     places |= {
         "<ImageNet>": str(image_folder),
+        "<photographs>": str(image_folder),
         "<checkpoint>": str(released),
         "groupmixformer_small.pth": str(released),
     }
