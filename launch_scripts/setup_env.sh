@@ -47,10 +47,12 @@ find_python() {
     die "${old:-no python3 found}: install Python 3.10 or newer, or set PYTHON to where it is"
 }
 
-# install_state FILE: a hash of what an install depends on: the contents of FILE and the version of Python.
+# install_state: a hash of what an install depends on: the version of Python, and the lists of requirements, which name
+# one another.
 install_state() {
-    "${PYTHON_COMMAND[@]}" -c 'import hashlib, sys
-print(hashlib.sha256(repr(sys.version_info[:2]).encode() + open(sys.argv[1], "rb").read()).hexdigest())' "$1"
+    "${PYTHON_COMMAND[@]}" -c 'import hashlib, pathlib, sys
+lists = b"".join(path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).glob("requirements*.txt")))
+print(hashlib.sha256(repr(sys.version_info[:2]).encode() + lists).hexdigest())' "$ROOT"
 }
 
 # Makes .venv unless there is one that works, and sets PYTHON_COMMAND to its interpreter.
@@ -77,7 +79,7 @@ make_venv() {
 # repeats an interrupted install.
 install() {
     local stamp=$ROOT/.venv/.installed-$1 state
-    state=$(install_state "$ROOT/$1")
+    state=$(install_state)
     [[ ! -f $stamp || $(<"$stamp") != "$state" ]] || return 0
     echo "Installing $1 into $ROOT/.venv"
     # PIP_USER=0: a user-wide `pip config` asking for --user fails in a virtual environment.

@@ -240,6 +240,11 @@ def test_setup_installs_once(checkout, tmp_path):
     assert checkout.run(SETUP).returncode == 0
     assert checkout.calls() == [install(checkout, "requirements.txt")]
 
+    # The lists name one another.
+    (checkout.root / "requirements-extras.txt").write_text("onnx\n")
+    assert checkout.run(SETUP, "dev").returncode == 0
+    assert checkout.calls() == [install(checkout, "requirements.txt"), install(checkout, "requirements-dev.txt")]
+
     # Another Python below the same environment does not see what was installed for the old one.
     assert checkout.run(SETUP, STUB_VERSION="3 12").returncode == 0
     assert checkout.calls() == [install(checkout, "requirements.txt")]
