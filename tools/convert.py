@@ -129,6 +129,9 @@ def read_weights(path: str | Path, which: str = "best") -> Weights:
     wrong = [name for name in (*own, *state) if name not in own or name not in state]
     wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
+        task = (stored_config(checkpoint) or {}).get("TASK", "classification")
+        if task != "classification":
+            raise UserError(f"{path}: is of TASK {task!r}; only classifiers are converted: docs/weights.md")
         raise UserError(f"{path}: not the weights of one whole GroupMixFormer; look at {some(wrong)}")
     return Weights(checkpoint, {name: state[name] for name in own}, about)  # safetensors files sort by name
 

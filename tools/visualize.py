@@ -1,6 +1,6 @@
 """What a trained network sees in one picture, as one PNG.
 
-    python -m tools.visualize --resume FILE --image FILE [--stage 4] [--block -1] [--out FILE] [--json FILE]
+    python -m tools.visualize --resume FILE --image FILE [--stage N] [--block -1] [--out FILE] [--json FILE]
 
 The PNG shows the input, Grad-CAM for the predicted class, the top-5, the response maps of all branches of one
 Group-Mix Attention (single tokens, 3x3, 5x5 and 7x7 groups, local branch), and the share of each branch in every block.
@@ -220,9 +220,14 @@ def _short(name: str, length: int = 28) -> str:
     return in_picture(name if len(name) <= length else name[: length - 1] + "…")
 
 
-def choose_block(branches: Sequence[Branches], stage: int, block: int) -> Branches:
-    """The block of a stage, both from 1; a negative block counts from the end. UserError where there is none."""
+def choose_block(branches: Sequence[Branches], stage: int | None, block: int) -> Branches:
+    """The block of a stage, both from 1; a negative block counts from the end. UserError where there is none.
+
+    None is the last stage whose maps have more than one token, where there is such a stage.
+    """
     last_stage = branches[-1].stage
+    if stage is None:
+        stage = max((b.stage for b in branches if b.responses[0].size > 1), default=last_stage)
     if not 1 <= stage <= last_stage:
         raise UserError(f"--stage {stage}: there are stages 1 to {last_stage}")
     blocks = [b for b in branches if b.stage == stage]
@@ -232,7 +237,7 @@ def choose_block(branches: Sequence[Branches], stage: int, block: int) -> Branch
 
 
 def visualize(
-    config: CfgNode, image: Path, stage: int, block: int, out: Path, notify: Callable[[str], None]
+    config: CfgNode, image: Path, stage: int | None, block: int, out: Path, notify: Callable[[str], None]
 ) -> dict[str, Any]:
     """Draw the explanation of a picture and return its numbers. UserError for missing weights or block."""
     network, names, loaded = load_classifier(config, find_weights(config), notify)
@@ -260,7 +265,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the picture of a command line."""
     parser = CommandParser("tools.visualize", __doc__)
     parser.add_argument("--image", required=True, type=Path, metavar="FILE", help="the picture, of any size")
-    parser.add_argument("--stage", type=int, default=4, metavar="N", help="stage of the response maps, 1 to 4")
+    parser.add_argument(
+        "--stage",
+        type=int,
+        metavar="N",
+        help="of the response maps, from 1; default: the last with more than a token",
+    )
     parser.add_argument("--block", type=int, default=-1, metavar="N", help="its block, from 1; -1 is the last")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: visualized/<picture>.png in the run folder, else in output/"

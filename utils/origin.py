@@ -25,7 +25,8 @@ def check_named_files(config: CfgNode, keys: Mapping[str, Key]) -> None:
     """Raise UserError where a file that a key names does not exist, whether or not it is used."""
     for name, value in flatten(config):
         if value and keys[name].kind == "file" and not os.path.exists(value):  # noqa: PTH110 - no error for any name
-            raise UserError(f"{keys[name].flag or name} {value}: no such file")
+            hint = "; docs/evaluation.md says where released weights are" if name == "MODEL.PRETRAINED" else ""
+            raise UserError(f"{keys[name].flag or name} {value}: no such file{hint}")
 
 
 def run_folder_of(weights: str | Path) -> Path | None:

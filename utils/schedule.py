@@ -111,9 +111,9 @@ def unusual_settings(config: CfgNode, world_size: int, length: RunLength) -> lis
     lines = []
     if train.RECIPE_BATCH not in (0, batch):
         lines.append(
-            f"global batch {batch} instead of the recipe's {train.RECIPE_BATCH}: all learning rates are "
-            f"{batch / train.RECIPE_BATCH:g} times the recipe's; change --batch-size or --accumulation-steps, or say "
-            f"that it is meant with TRAIN.RECIPE_BATCH {batch}"
+            f"global batch {batch} instead of the recipe's {train.RECIPE_BATCH}, and learning rates are BASE_LR x "
+            f"batch / {train.REFERENCE_BATCH}, TRAIN.REFERENCE_BATCH; change --batch-size or --accumulation-steps or "
+            f"that key, or say that it is meant with TRAIN.RECIPE_BATCH {batch}"
         )
     if ema.ENABLED and not ema.WARMUP and length.updates * (1 - ema.DECAY) < 1:
         lines.append(

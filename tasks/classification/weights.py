@@ -179,8 +179,9 @@ def _whose(network: GroupMixFormer, checkpoint: dict[str, Any], state: dict[str,
     other = "weights of another network than the configuration describes"
     if architecture_of(state) == architecture_of(network.state_dict()):
         return "not all weights of this network, or more"
-    if stored_config(checkpoint):
-        return f"{other}; leave --cfg out, the file holds its own"
+    if stored := stored_config(checkpoint):
+        name = stored.get("MODEL.NAME")
+        return f"{other}; train with the --cfg of {name}, or evaluate without --cfg: the file holds its own"
     known = fitting_config(state)
     return f"weights of {known}, use --cfg configs/{known}.yaml" if known else other
 

@@ -95,7 +95,8 @@ def draw_pictures(session: Session) -> None:
         result = {"width": image.width, "height": image.height, "detections": objects}
         save_picture(draw(image, shown, names), drawing)  # first: it makes the folder
         write_json(str(numbers), {"weights": loaded, "picture": str(path), **result})
-        logger.info(printable(f"{path}: {len(shown)} of {len(objects)} detections drawn: {drawing}"))
+        which = f"{len(shown)} of {len(objects)} detections drawn, from TEST.DRAW_SCORE {config.TEST.DRAW_SCORE:g} on"
+        logger.info(printable(f"{path}: {which}: {drawing}"))
         return result
 
     look_at_each(session, paths, loaded, look)

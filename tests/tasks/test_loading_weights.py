@@ -133,7 +133,7 @@ def test_advice_is_given_only_where_it_differs_from_what_was_done(tmp_path, make
         assert said in message and "--cfg" not in message
     torch.save({"model": make_network().state_dict(), "config": "MODEL: {NAME: mine}"}, tmp_path / "w.pth")
     message = message_of(load_pretrained, network, tmp_path / "w.pth")
-    assert "another network than the configuration describes; leave --cfg out, the file holds its own" in message
+    assert "than the configuration describes; train with the --cfg of mine, or evaluate without --cfg" in message
 
 
 def test_a_released_training_checkpoint(tmp_path, make_network):

@@ -43,6 +43,13 @@ def test_responses_are_those_of_each_segment_alone(network: GroupMixFormer) -> N
     assert not attention.proj._forward_hooks, "hooks are removed"
 
 
+@pytest.mark.parametrize(("size", "stage"), [(64, 4), (32, 3), (33, 4)])
+def test_by_default_the_last_maps_that_show_something_are_drawn(network: GroupMixFormer, size: int, stage: int) -> None:
+    assert (
+        visualize.choose_block(visualize.explain(network, torch.randn(3, size, size)).branches, None, -1).stage == stage
+    )
+
+
 def test_without_the_local_branch_the_others_are_the_whole_output() -> None:
     torch.manual_seed(0)
     network = GroupMixFormer(3, 3, (16, 16), (1, 1), (2, 2), local_branch=False, num_heads=1).eval()
