@@ -294,7 +294,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the results for programs; - is standard output")
     args = parser.parse_args(argv)
     if args.img_size is not None:
-        args.opts += ["DATA.IMG_SIZE", str(args.img_size)]  # a list of one or two
+        size = args.img_size if len(args.img_size) > 1 else args.img_size[0]  # a segmenter takes squares alone
+        args.opts += ["DATA.IMG_SIZE", str(size)]
     return args
 
 
