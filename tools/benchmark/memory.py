@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,19 +70,26 @@ def _forward_passes(
     for name, model in RELATIVES.items():
         size = dict(img_size=args.size) if model.startswith("swin") else {}
         networks[name] = timm.create_model(model, **size).to(device).train()
-    budgets = {}
     if compiled:  # train.py refuses to compile in CPU's bfloat16
         for budget in BUDGETS:
-            name = f"compiled, budget {budget:g}"
-            networks[name], budgets[name] = plain(), budget
-            ways.compile_blocks(networks[name])
+            networks[f"compiled, budget {budget:g}"] = plain()
+            ways.compile_blocks(networks[f"compiled, budget {budget:g}"], backend=_inductor_with(budget))
 
     def forward(name: str) -> Tensor:
-        budget = functorch_config.patch(activation_memory_budget=budgets[name]) if name in budgets else nullcontext()
-        with budget, precision(device, name):
+        with precision(device, name):
             return networks[name](images).float().logsumexp(dim=1).mean()
 
     return {name: lambda name=name: forward(name) for name in networks}
+
+
+def _inductor_with(budget: float) -> Callable:
+    """Inductor with a memory budget. Of one backend, networks of the same code would share the first compilation."""
+
+    def backend(graph: Any, inputs: Any, options: dict[str, Any]) -> Callable:
+        with functorch_config.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs, config_patches=options)
+
+    return backend
 
 
 def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
