@@ -211,7 +211,7 @@ def test_evaluating_without_weights(run, image_folder, script, words):
 def test_weights_that_cannot_be_loaded(run, make_config, image_folder, tmp_path, flag):
     path = tmp_path / "w.pth"
     words = ["--data-path", image_folder, flag, path]
-    assert error_line(run("test", *words), "test") .startswith(f"{flag} {path}: no such file")
+    assert error_line(run("test", *words), "test").startswith(f"{flag} {path}: no such file")
     save_weights(make_config, path)
     path.write_bytes(path.read_bytes()[:5000])
     assert error_line(run("test", *words), "test").startswith(f"{path}: damaged")

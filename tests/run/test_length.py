@@ -114,7 +114,7 @@ def test_a_run_that_continues_keeps_the_warm_up_that_it_began_with(data, tmp_pat
     ("cfg", "processes", "opts", "lines"),
     [
         ("small", 8, (), []),
-        ("small", 16, (), ["global batch 2048 instead of the recipe's 1024, and learning rates are BASE_LR x batch / 512"]),
+        ("small", 16, (), ["global batch 2048 instead of the recipe's 1024, and learning rates"]),
         ("small", 16, ("TRAIN.RECIPE_BATCH", "2048"), []),
         ("small", 1, ("TRAIN.ACCUMULATION_STEPS", "8"), []),
         ("large_384", 8, ("DATA.BATCH_SIZE", "16", "TRAIN.ACCUMULATION_STEPS", "4"), []),
