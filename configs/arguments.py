@@ -34,6 +34,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.keys: Mapping[str, Key] = {}  # that flags or --opts set; for suggestions
         # argparse takes -0.1 for a value but -1e-3 for a flag: `--opts TRAIN.BASE_LR -1e-3` would not name the key.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
@@ -41,9 +42,16 @@ class OneLineParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=", 1)[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            self.error(f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            near = self._keys_named(word) or difflib.get_close_matches(word, self._option_string_actions, 1, 0.7)
+            self.error(f"unknown argument {word}; " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
         return known
+
+    def _keys_named(self, word: str) -> list[str]:
+        """How to set the keys whose names end in this word or have it within: --lr -> --opts TRAIN.BASE_LR VALUE ..."""
+        wanted = "_" + word.strip("-").replace("-", "_").upper() + "_"
+        within = [name for name in self.keys if wanted in f"_{name.rpartition('.')[2]}_"]
+        exact = [name for name in within if f"_{name.rpartition('.')[2]}_" == wanted]
+        return [self.keys[name].flag or f"--opts {name} VALUE" for name in (exact or within)[:3]]
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
@@ -69,6 +77,7 @@ def parse_sources(argv: Sequence[str] | None) -> tuple[list[str], list[str], str
 def make_parser(keys: Mapping[str, Key], parser: OneLineParser) -> OneLineParser:
     """Add the whole command line to a parser, which may have flags of its own."""
     _add_sources(parser)
+    parser.keys = keys
     parser.epilog = "In brackets: the key that a flag sets, and its default, which a YAML file may replace."
     groups = {name: parser.add_argument_group(name) for name in ("data", "network and weights", "training")}
     groups |= {name: parser.add_argument_group(name) for name in ("evaluation", "run")}

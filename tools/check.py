@@ -4,8 +4,9 @@ The splits are opened, and every image is read and decoded, as training does it,
 missing, misnamed, empty, damaged, or stored twice, above all in both train and val. Exit status: 0 nothing that harms
 training or evaluation; 1 something does (with --strict: anything was found); 2 wrong use.
 
-With --cfg FILE of a detector or segmenter, its data are checked: annotations or masks, and the images. With one that
-sets DATA.VAL_SHARE, a folder without validation images is checked in the two parts that training makes of it.
+With --cfg FILE of a detector or segmenter, its data are checked: annotations or masks, and the images. With one of a
+classifier, there must be images enough for an update; if it sets DATA.VAL_SHARE, a folder without validation images is
+checked in the two parts that training makes of it.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from data.splits import one_level_too_many, open_source, with_classes, without_i
 from data.workers import available_cores, set_parent_death_signal
 from tasks import TASKS, keys_of
 from tasks.problems import ERROR, WARNING, Problem
+from utils.schedule import global_batch_size
 from utils.shortages import named_shortages
 
 # kind -> (level, what it means), in the order of the report
@@ -52,6 +54,7 @@ KINDS = {
     "train-and-val": (ERROR, "image that is in both train and val"),
     "nearly-constant": (WARNING, "image that comes out nearly constant, though its file is not"),
     "levels": (WARNING, "folders that may be one level too deep"),
+    "few-images": (WARNING, "fewer training images than one update takes"),
     "class-not-in-val": (WARNING, "classes without validation images"),
     "unread-image": (WARNING, "image that training does not read"),
     "duplicate": (WARNING, "image that is in a split twice"),
@@ -87,7 +90,9 @@ class Report:
 
 
 # ------------------------------------------------------------------------------------------------------------ the check
-def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int, val_share: float = 0) -> Report:
+def check_data_set(
+    data_path: str, dataset: str, zipped: bool, workers: int, val_share: float = 0, images_per_update: int = 1
+) -> Report:
     """Inspect both splits of the data set below `data_path` in `workers` processes.
 
     With `val_share`, DATA.VAL_SHARE, they are parts of the training images where there are no others. The report does
@@ -108,6 +113,9 @@ def check_data_set(data_path: str, dataset: str, zipped: bool, workers: int, val
         except UserError as error:
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
     problems += _match_classes(report)
+    if "train" in report.splits and (images := len(report.splits["train"].samples)) < images_per_update:
+        few = f"{images} images, and an update takes {images_per_update}: give train.py a smaller --batch-size"
+        problems.append(Problem("few-images", names["train"], f"{few} (docs/fine-tuning.md, few pictures)"))
     for split, source in report.splits.items():
         if split in names and (odd := one_level_too_many(source)):
             problems.append(Problem("levels", SPLIT_NAMES[dataset][split], odd))
@@ -330,7 +338,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> Report:
     """The report of images in class folders, or of another task that --cfg configures, by its module `check`."""
-    share = 0.0
+    share, images_per_update = 0.0, 1
     if args.cfg:
         opts = ["--opts", *args.opts] if args.opts else []
         config = read_config(["--cfg", *args.cfg, "--data-path", args.data_path, *opts], keys_of)
@@ -338,8 +346,8 @@ def _check(args: argparse.Namespace) -> Report:
             task = import_module(f"{TASKS[config.TASK]}.check")
             problems = task.check(with_values(config, {"DATA.NUM_WORKERS": args.workers}))
             return Report(args.data_path, {}, problems, task.KINDS)
-        share = config.DATA.VAL_SHARE
-    return check_data_set(args.data_path, args.dataset, args.zip, args.workers, share)
+        share, images_per_update = config.DATA.VAL_SHARE, global_batch_size(config, world_size=1)
+    return check_data_set(args.data_path, args.dataset, args.zip, args.workers, share, images_per_update)
 
 
 @command("tools.check")

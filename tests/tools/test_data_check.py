@@ -87,13 +87,16 @@ def test_one_folder_is_checked_as_training_splits_it(root, capsys):
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     cfg = str(Path(__file__).resolve().parents[2] / "configs" / "recipes" / "fine_tuning.yaml")
     for folder in (root, root / "train"):  # which may hold the classes itself
-        result = Result(folder, capsys, "--cfg", cfg)
+        result = Result(folder, capsys, "--cfg", cfg, "--opts", "DATA.BATCH_SIZE", "4")
         assert {name: list(split["classes"].values()) for name, split in result.json["splits"].items()} == {
             "train": [2, 2],
             "val": [1, 1],
         }
         assert [problem["kind"] for problem in result.json["problems"]] == ["not-image"] and result.exit_code == 0
     assert Result(root, capsys).exit_code == 1, "without it, validation images are missing"
+    result = Result(root, capsys, "--cfg", cfg)
+    assert result.problems["few-images", "train"].startswith("4 images, and an update takes 64: give train.py a sm")
+    assert "0 errors, 2 warnings: usable, with what the warnings say" in result.console
 
 
 def test_progress_bar_on_a_terminal(root, monkeypatch):
@@ -182,7 +185,7 @@ def test_each_defect_is_named(root, capsys, kind, path, reason, plant):
 
 
 def test_every_kind_is_planted_by_a_test():
-    assert {kind for kind, *_ in DEFECTS} == set(KINDS)
+    assert {kind for kind, *_ in DEFECTS} == set(KINDS) - {"few-images"}  # which needs a recipe, above
 
 
 def test_the_check_and_training_agree(root, capsys):
