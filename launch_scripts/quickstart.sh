@@ -18,10 +18,10 @@ case ${1:-} in -h | --help) show_help && exit 0 ;; esac
 
 case ${1:-} in
 detection | segmentation)
-    maker=scenes folder=datasets/digit_scenes part=/$1 network=$1_digits cfg=$1/digits
+    maker=scenes folder=datasets/digit_scenes part=/$1 network=$1_digits cfg=$1/digits next=$1
     shift
     ;;
-*) maker=digits folder=datasets/digits part='' network=groupmixformer_digits cfg=groupmixformer_digits ;;
+*) maker=digits folder=datasets/digits part='' network=groupmixformer_digits cfg=groupmixformer_digits next=fine-tuning ;;
 esac
 
 setup_env
@@ -44,3 +44,4 @@ tensorboard=("$folder/tensorboard")
 echo "Run folder: $run_folder"
 [[ -z $part ]] || echo "Predictions: $(ls "$run_folder"/evaluation/*/predictions.png)"
 echo "Look at it: $(printf '%q ' "${tensorboard[@]}" --logdir "$run_folder")"
+echo "Next: pictures of your own, docs/$next.md"

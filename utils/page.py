@@ -3,9 +3,10 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 # Browsers refuse what a class name or a file's name might try to fetch.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -37,3 +38,14 @@ def jpeg(picture: Image.Image, quality: int) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
     return data_uri(buffer.getvalue(), "jpeg")
+
+
+def with_titles(sheet: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """A sheet of columns of equal width, with a title above each."""
+    font, height = ImageFont.load_default(size=14), 20
+    titled = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    titled.paste(sheet, (0, height))
+    canvas = ImageDraw.Draw(titled)
+    for number, title in enumerate(titles):
+        canvas.text((number * sheet.width / len(titles) + 3, 1), title, fill="black", font=font)
+    return titled

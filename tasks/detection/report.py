@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs import UserError
 from utils.files import write_file
-from utils.page import jpeg, page, text
+from utils.page import jpeg, page, text, with_titles
 
 from .coco import CocoSplit, encode_mask
 from .images import files_of, read_image
@@ -47,8 +47,8 @@ def write_report(
     worst = [i for i in sorted(range(len(results)), key=lambda i: -mistakes[i])[:WORST] if mistakes[i]]
     drawn = sorted(random.Random(0).sample(range(len(results)), min(RANDOM, len(results))))
     pairs = {index: _pair(split, results[index], index, lowest_score) for index in {*worst, *drawn}}
-    sheet = io.BytesIO()
-    grid([picture for index in drawn for picture in pairs[index]], columns=6, edge=256).save(sheet, "PNG")
+    sheet, pictures = io.BytesIO(), [picture for index in drawn for picture in pairs[index]]
+    with_titles(grid(pictures, columns=6, edge=256), ["annotations", "detections"] * 3).save(sheet, "PNG")
     write_file(sheet.getvalue(), folder / GRID_NAME)
 
     def figures(indices: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from utils.files import atomic_write, write_json, write_rows
-from utils.page import jpeg, page, text
+from utils.page import jpeg, page, text, with_titles
 from utils.precision import Precision
 
 from .drawing import overlay, side_by_side
@@ -82,7 +82,8 @@ def write_outputs(
         worst = [i for i in np.argsort(by_image[:, 2].numpy(), kind="stable") if by_image[i, 1] > 0][:SHOWN]
         random = np.sort(np.random.default_rng(0).permutation(len(images))[:SHOWN])
         pictures = {int(i): _show(config, network, precision, images, int(i)) for i in {*worst, *random}}
-        _stack([pictures[int(i)] for i in random[:6]]).save(folder / PICTURES_NAME)
+        sheet = _stack([pictures[int(i)] for i in random[:6]])
+        with_titles(sheet, ["image", "mask", "prediction"]).save(folder / PICTURES_NAME)
         body = [_numbers_table(metrics, numbers, names)]
         for title, chosen in (("Worst", worst), ("Random", random)):
             body.append(f"<h2>{title}: image, mask, prediction</h2>")

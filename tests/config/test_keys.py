@@ -211,7 +211,7 @@ def exit_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--batch_size=4"], "unknown argument --batch_size; did you mean --batch-size?"),
         (["--outp", "x"], "unknown argument --outp; did you mean"),  # no guessing by abbreviation
         (["--epochs", "3"], "unknown argument --epochs; did you mean --opts TRAIN.EPOCHS VALUE?"),
-        (["--lr", "3"], "did you mean --opts TRAIN.BASE_LR VALUE or --opts TRAIN.WARMUP_LR VALUE or --opts TRAIN.MIN_LR"),
+        (["--lr", "3"], "did you mean --opts TRAIN.BASE_LR VALUE or --opts TRAIN.WARMUP_LR VALUE or --opts TR"),
         (["--workers", "3"], "did you mean --opts DATA.NUM_WORKERS VALUE?"),
         (["--gpus", "3"], "unknown argument --gpus; see --help"),  # not the nearest by letters, --opts
         (["--batch-size", "4", "stray"], "unknown argument stray"),

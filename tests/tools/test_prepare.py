@@ -45,7 +45,9 @@ def yolo(tmp_path):
 
 def test_voc_becomes_a_data_set_that_trains(voc, capsys):
     assert main(["voc", "--data-path", str(voc)]) == 0
-    assert "instances_train.json: 4 pictures, 4 objects" in capsys.readouterr().out
+    written = capsys.readouterr().out
+    assert "instances_train.json: 4 pictures, 4 objects" in written
+    assert written.endswith(f"1 classes: cat\nready: --data-path {voc}\n")
     split = open_split(detection_data.config_of("--data-path", voc), "val")
     assert split.file(0) == voc / "JPEGImages" / "4.jpg" and split.file(0).is_file()
     assert split.categories == {1: "cat"} and split.objects(0)[0]["bbox"] == [2, 4, 10, 20]

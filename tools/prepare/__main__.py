@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     if args.form in READERS:
         write_annotations(args.data_path, args.form)
+        print(f"ready: --data-path {args.data_path}")
         return
     kind = ZipTarget if args.zip else FolderTarget
     splits = FORMS[args.form](args)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs import UserError
 from configs.errors import one_line
+from configs.text import printable
 from data.decoding import upright
 from data.files import files_below, is_image_name
 from utils.files import write_file
@@ -213,3 +214,5 @@ def write_annotations(root: Path, form: str) -> None:
         path = root / "annotations" / f"instances_{split}.json"
         write_file(json.dumps(content).encode(), path)
         print(f"{path}: {len(content['images'])} pictures, {len(content['annotations'])} objects")
+    names = [category["name"] for category in content["categories"]]
+    print(printable(f"{len(names)} classes: {', '.join(names)}"))
