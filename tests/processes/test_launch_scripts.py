@@ -309,8 +309,9 @@ def test_quickstart(checkout, tmp_path):
         ["test.py", *flags, "--resume", "output/groupmixformer_digits/quickstart/ckpt_best.pth"],
     ]
     folder = f"{checkout.root}/output/groupmixformer_digits/quickstart"
-    *_, run_folder, tensorboard = result.stdout.splitlines()
+    *_, run_folder, tensorboard, page = result.stdout.splitlines()
     assert run_folder == f"Run folder: {folder}"
+    assert page == "Next: pictures of your own, docs/fine-tuning.md" and (ROOT / "docs/fine-tuning.md").is_file()
     assert shlex.split(tensorboard)[-2:] == ["--logdir", folder]
 
 

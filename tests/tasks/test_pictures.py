@@ -14,6 +14,7 @@ from tasks import keys_of
 from tasks.detection.detectors import build_detector
 from tasks.pictures import result_files
 from tasks.segmentation.network import Segmenter
+from utils.page import with_titles
 from utils.session import start_session
 
 
@@ -53,3 +54,13 @@ def test_a_new_folder_gets_the_results_of_upright_pictures(tmp_path, monkeypatch
     sizes = [Image.open(tmp_path / "new" / folder / f"a.jpg.{drawing}").size for folder in ("one", "two")]
     assert sizes == [(48, 64), (64, 48)]
     assert json.loads((tmp_path / "new" / "one" / f"a.jpg.{suffix}").read_text())["picture"] == f"{shown[0]}/a.jpg"
+
+
+def test_each_column_of_a_sheet_has_its_title():
+    sheet = Image.new("RGB", (180, 60), "grey")
+    titled = with_titles(sheet, ["image", "mask", "prediction"])
+    above = titled.height - sheet.height
+    assert titled.crop((0, above, 180, titled.height)).tobytes() == sheet.tobytes()
+    for left in (0, 60, 120):
+        darkest, _ = titled.crop((left, 0, left + 60, above)).convert("L").getextrema()
+        assert darkest < 100, "nothing is written above this column"
