@@ -1,13 +1,14 @@
 """What test.py does, and train.py with --eval, --throughput, --flops or --images."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
-from configs import UserError, image_size, with_num_classes, with_values
+from configs import image_size, with_num_classes, with_values
 from data import fingerprint, usable_workers
 from tasks.measurement import report_flops, report_throughput
 from tasks.networks import build_model, inference_network
@@ -19,12 +20,9 @@ from utils.processes import run_on_main_and_broadcast
 from utils.resume import check_same_everywhere
 from utils.session import Session
 
-from . import multi_label
+from . import multi_label, single_label
 from .images import holds_out, open_for_evaluation
-from .inference import predict
-from .outputs import describe, summarize, write_outputs
 from .pictures import label_pictures
-from .predictions import Predictions
 from .validation_sets import NUM_CLASSES, ValidationSet, open_validation_set
 from .weights import load_weights, read_weights
 
@@ -53,46 +51,22 @@ def evaluate(session: Session) -> None:
 def evaluate_weights(session: Session) -> list[dict[str, Any]]:
     """Evaluate given weights on the validation images, at one size or several; logs and writes the numbers.
 
-    Returns one dictionary per size; keys as in `summarize`; the same on every process. The last line logged is
-    ` * Acc@1 ... Acc@5 ...`, of the last size.
+    Returns one dictionary per size; keys as in `summarize`, or `multi_label.evaluate`; the same on every process. The
+    last line logged is ` * Acc@1 ... Acc@5 ...` or ` * mAP ...`, of the last size.
     """
-    config, processes, logger = session.config, session.processes, session.logger
+    config, processes = session.config, session.processes
     weights = find_weights(config)
-    read = read_weights(weights, config.TEST.WEIGHTS)
-    trained_on = read.checkpoint.get("classes")
-    images = _open_images(session, trained_on if isinstance(trained_on, list) else [])
-    found = fingerprint(images.source)
-    check_same_everywhere(session, {"val_fingerprint": found})
-    if holds_out(config) and read.checkpoint.get("val_fingerprint", found) != found:
-        logger.warning(
-            f"{config.DATA.DATA_PATH}: the images that DATA.VAL_SHARE holds out are not those of the run; {weights} "
-            "may have been trained on some of them, so accuracies may be too high"
-        )
-    num_outputs = NUM_CLASSES if config.TEST.VAL_SET else len(images.source.classes)
-    config = with_num_classes(config, num_outputs)
-
-    network = build_model(config).to(processes.device)
-    classes = [] if config.TEST.VAL_SET else images.source.classes
-    load_weights(network, read, weights, classes, logger.warning)
-    loaded = read.about
-    del read  # as large as the network, and with optimizer and average four times
-    logger.info(f"evaluating {loaded}")
-    network = inference_network(config, network)
+    config, network, images, loaded = _open(session, weights)
     precision = build_precision(config, processes.device)
-    logger.info(
+    session.logger.info(
         f"{len(images.source.samples)} images of {len(images.source.classes)} classes, {precision}, "
         f"{usable_workers(config)} workers"
     )
-    present = len({label for _, label in images.source.samples})
-    if config.TEST.VAL_SET and present < len(images.source.classes):
-        logger.warning(
-            f"only {present} of the {len(images.source.classes)} classes of ImageNet's set {config.TEST.VAL_SET!r} are "
-            f"in {config.DATA.DATA_PATH}: numbers are over these, and mean nothing where it is another data set"
-        )
     sizes = config.TEST.SIZES or [config.DATA.IMG_SIZE]
     sized_configs = [with_values(config, {"DATA.IMG_SIZE": size}) for size in sizes]
     folders = [session.folder / "evaluation" / _name(sized, weights, processes.device) for sized in sized_configs]
     run_on_main_and_broadcast(lambda: check_results_folders(folders, weights), processes)
+    kind = multi_label if config.DATA.MULTI_LABEL else single_label
     results: list[dict[str, Any]] = []
     for size, sized, folder in zip(sizes, sized_configs, folders):
         title = "Test: " if len(sizes) == 1 else f"Test ({size} x {size}): "
@@ -110,29 +84,48 @@ def evaluate_weights(session: Session) -> list[dict[str, Any]]:
             "compiled": config.COMPILE,
             "fast_loading": config.DATA.FAST_LOADING == "all",
         }
-        if config.DATA.MULTI_LABEL:
-            how = (precision, about, folder, title)
-            results.append(multi_label.evaluate(session, sized, network, images.source, *how))
-            continue
-        predictions = predict(session, sized, network, images.source, precision, images.outputs, title)
-        results.append(
-            run_on_main_and_broadcast(
-                lambda p=predictions, a=about, f=folder: _conclude(session, p, images, a, f), processes
-            )
-        )
-    if len(results) > 1 and not config.DATA.MULTI_LABEL:
-        logger.info(f"{'size':>5} {'Acc@1':>8} {'Acc@5':>8} {'NLL':>8} {'ECE':>7}")
-        for row in results:
-            numbers = f"{row['acc1']:8.3f} {row['acc5']:8.3f} {row['nll']:8.4f} {row['ece']:7.4f}"
-            logger.info(f"{row['image_size']:5d} {numbers}")
+        results.append(kind.evaluate(session, sized, network, images, precision, about, folder, title))
+    if len(results) > 1:
+        for line in _table(results, kind.TABLE):
+            session.logger.info(line)
     if session.args.json and processes.is_main:
         write_json(session.args.json, results if config.TEST.SIZES else results[0])
-    last = results[-1]
-    if config.DATA.MULTI_LABEL:
-        logger.info(f" * mAP {last['map']:.3f}")
-    else:
-        logger.info(f" * Acc@1 {last['acc1']:.3f} Acc@5 {last['acc5']:.3f}")
+    session.logger.info(kind.last_line(results[-1]))
     return results
+
+
+def _open(session: Session, weights: str) -> tuple[CfgNode, nn.Module, ValidationSet, str]:
+    """The configuration for as many classes as there are, network, images, and what was loaded into the network."""
+    config, logger = session.config, session.logger
+    read = read_weights(weights, config.TEST.WEIGHTS)
+    trained_on = read.checkpoint.get("classes")
+    images = _open_images(session, trained_on if isinstance(trained_on, list) else [])
+    classes, found = images.source.classes, fingerprint(images.source)
+    check_same_everywhere(session, {"val_fingerprint": found})
+    if holds_out(config) and read.checkpoint.get("val_fingerprint", found) != found:
+        logger.warning(
+            f"{config.DATA.DATA_PATH}: the images that DATA.VAL_SHARE holds out are not those of the run; {weights} "
+            "may have been trained on some of them, so accuracies may be too high"
+        )
+    val_set = config.TEST.VAL_SET
+    present = len({label for _, label in images.source.samples})
+    if val_set and present < len(classes):
+        logger.warning(
+            f"only {present} of the {len(classes)} classes of ImageNet's set {val_set!r} are in "
+            f"{config.DATA.DATA_PATH}: numbers are over these, and mean nothing where it is another data set"
+        )
+    config = with_num_classes(config, NUM_CLASSES if val_set else len(classes))
+    network = build_model(config).to(session.processes.device)
+    load_weights(network, read, weights, [] if val_set else classes, logger.warning)
+    logger.info(f"evaluating {read.about}")
+    return config, inference_network(config, network), images, read.about
+
+
+def _table(rows: list[dict[str, Any]], columns: Sequence[tuple[str, str, int]]) -> Iterator[str]:
+    """A line for each size; columns are a title, a key and the number of decimals."""
+    yield " ".join(["size".rjust(5), *(title.rjust(8) for title, _, _ in columns)])
+    for row in rows:
+        yield " ".join([f"{row['image_size']:5d}", *(f"{row[key]:8.{decimals}f}" for _, key, decimals in columns)])
 
 
 def _open_images(session: Session, trained_on: list[str]) -> ValidationSet:
@@ -140,23 +133,6 @@ def _open_images(session: Session, trained_on: list[str]) -> ValidationSet:
     if session.config.TEST.VAL_SET:
         return open_validation_set(session.config)
     return ValidationSet(open_for_evaluation(session.config, trained_on, session.logger.warning), None, None)
-
-
-def _conclude(
-    session: Session, predictions: Predictions, images: ValidationSet, about: dict[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Compute, log and write what follows from the predictions; on the main process."""
-    if not np.isfinite(predictions.nll[predictions.labelled]).all():
-        raise UserError(f"{about['weights']}: gives outputs that are not finite; the weights or AMP_DTYPE are at fault")
-    summary = about | summarize(predictions, images.label_sets)
-    for line in describe(summary):
-        session.logger.info(line)
-    try:
-        write_outputs(folder, predictions, summary)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
-    session.logger.info(f"predictions, accuracy by class, confusion and metrics are in {folder}")
-    return summary
 
 
 def _name(config: CfgNode, weights: str, device: torch.device) -> str:

@@ -27,6 +27,9 @@ from utils.session import Session
 
 from .images import eval_dataset
 from .inference import gather_in_order, predict_batch, relative_path
+from .validation_sets import ValidationSet
+
+TABLE = (("mAP", "map", 3), ("loss", "loss", 4))  # title, key, decimals
 
 # What is made for one class an image, with the values that turn it off; refused, not dropped.
 _OFF = {
@@ -66,7 +69,7 @@ def validate(
     """The numbers of `numbers_of` on the validation images; loader and batches are `build_eval_loader`'s."""
     rows = run_network(session, config, network, loader, batches, precision)
     numbers = run_on_main_and_broadcast(lambda: numbers_of(*rows)[0], session.processes)
-    session.logger.info(f" * mAP {numbers['map']:.3f}")
+    session.logger.info(last_line(numbers))
     return numbers
 
 
@@ -116,17 +119,18 @@ def evaluate(
     session: Session,
     config: CfgNode,
     network: nn.Module,
-    source: Source,
+    images: ValidationSet,
     precision: Precision,
     about: dict[str, Any],
     folder: Path,
     title: str,
 ) -> dict[str, Any]:
-    """Evaluate on the images of a source and write metrics.json, per_class.csv and predictions.csv to `folder`.
+    """Evaluate at one size and write metrics.json, per_class.csv and predictions.csv to `folder`.
 
-    Returns what metrics.json holds, on every process: `about`, and the numbers.
+    Returns what metrics.json holds, on every process: `about`, and the numbers. UserError where an output is not
+    finite.
     """
-    processes = session.processes
+    processes, source = session.processes, images.source
     share = (processes.rank, processes.world_size, processes.device.type == "cuda")
     loader, batches = build_eval_loader(config, eval_dataset(config, source), *share)
     rows = run_network(session, config, network, loader, batches, precision, title)
@@ -154,6 +158,11 @@ def evaluate(
         return summary
 
     return run_on_main_and_broadcast(conclude, processes)
+
+
+def last_line(numbers: dict[str, Any]) -> str:
+    """What test.py, and every validation, ends with."""
+    return f" * mAP {numbers['map']:.3f}"
 
 
 def _predictions(source: Source, logits: np.ndarray, targets: np.ndarray) -> Iterable[tuple[str, str, str]]:

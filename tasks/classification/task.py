@@ -20,7 +20,7 @@ from utils.precision import build_precision
 from utils.session import Session
 from utils.task import Task
 
-from . import multi_label
+from . import multi_label, single_label
 from .distillation import Teacher, distillation_loss
 from .images import class_balance, eval_dataset, open_train_and_val, train_dataset
 from .inference import run_network
@@ -109,7 +109,7 @@ def build(session: Session) -> Task:
         if not math.isfinite(sums.loss_sum):
             logger.warning(f"outputs are not finite: loss {sums.loss_sum} over {sums.count} images")
         numbers = sums.means()
-        logger.info(f" * Acc@1 {numbers['acc1']:.3f} Acc@5 {numbers['acc5']:.3f}")
+        logger.info(single_label.last_line(numbers))
         return numbers
 
     def start_from(path: str) -> str:

@@ -171,6 +171,12 @@ def test_a_run_resumes_exactly_and_its_evaluation_is_exact_on_any_number_of_rank
     with pytest.raises(UserError, match="is of images of several classes"):
         read_evaluation(results)
 
+    opts = ["--opts", *files[4:], "DATA.NUM_WORKERS", "0"]
+    result = run_ranks("test.py", [*map(str, words), "--sizes", "48", str(metrics["image_size"]), *opts])
+    header, larger, same, last = (line.split("INFO: ")[-1] for line in result.stdout.splitlines()[-4:])
+    assert header.split() == ["size", "mAP", "loss"] and larger.split()[0] == "48"
+    assert same.split()[1:] == [f"{best:.3f}", f"{metrics['loss']:.4f}"] and last == f" * mAP {best:.3f}"
+
     picture = image_folder / "val" / "ant" / "0.png"
     result = run_ranks("test.py", ["--resume", str(folder / "ckpt_best.pth"), "--images", str(picture)])
     assert result.returncode == 0, result.stderr
