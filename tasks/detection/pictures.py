@@ -22,7 +22,7 @@ from .task import check_settings
 from .weights import load_detector
 
 MASK_OPACITY = 0.45
-# One colour a class, in turn: bright, and told apart by most eyes.
+# Of the classes, in turn: bright, and told apart by most eyes.
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#f032e6", "#000075")
 
 
@@ -35,22 +35,23 @@ def draw(image: Image.Image, objects: Sequence[dict[str, Any]], names: dict[int,
             (compressed run lengths).
         names: {category id: name}.
     """
+    colors = {category: COLORS[number % len(COLORS)] for number, category in enumerate(names)}
     pixels = np.asarray(image).astype(np.float32)
-    for number, entry in enumerate(objects):
+    for entry in objects:
         if entry.get("segmentation"):
             mask = run_length.decode(entry["segmentation"]).astype(bool)
-            color = np.array(_rgb(COLORS[number % len(COLORS)]), np.float32)
+            color = np.array(_rgb(colors[entry["category_id"]]), np.float32)
             pixels[mask] += MASK_OPACITY * (color - pixels[mask])
     drawn = Image.fromarray(pixels.astype(np.uint8))
     canvas, edge = ImageDraw.Draw(drawn), max(image.size)
     font, width = ImageFont.load_default(size=max(10, edge // 50)), max(1, edge // 400)
-    for number, entry in enumerate(objects):
+    for entry in objects:
         left, top, box_width, box_height = entry["bbox"]
-        color = COLORS[number % len(COLORS)]
+        color = colors[entry["category_id"]]
         # An annotation may have a width below 0, which evaluation never finds.
         corners = (left, top, left + max(0, box_width), top + max(0, box_height))
         canvas.rectangle(corners, outline=color, width=width)
-        label = names.get(entry["category_id"], str(entry["category_id"]))
+        label = names[entry["category_id"]]
         label += f" {entry['score']:.2f}" if "score" in entry else ""
         text = canvas.textbbox((left, top), label, font=font)
         # Above the box, or within it at the top of the picture.

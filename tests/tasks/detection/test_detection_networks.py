@@ -161,6 +161,9 @@ def test_drawing_changes_boxes_and_masks_alone():
     drawn = draw(image, objects, {3: "a name"})
     assert drawn.getpixel((10, 30)) != (255, 255, 255)  # the mask
     assert drawn.getpixel((40, 40)) == (230, 25, 75)  # the box
+    # A class has its colour wherever it comes, so that annotations and detections can be compared.
+    other = draw(image, [{"bbox": [2, 20, 9, 30], "category_id": 5}, *objects], {3: "a name", 5: "other"})
+    assert other.getpixel((40, 40)) == (230, 25, 75) != other.getpixel((2, 40))
     assert draw(image, [{"bbox": [40, 20, -30, 30], "category_id": 3}], {3: "a name"}).size == image.size
     assert drawn.getpixel((5, 55)) == image.getpixel((5, 55)) == (255, 255, 255)
 
