@@ -457,6 +457,12 @@ def test_kaggles_own_folder_gives_the_command_too(tmp_path):
     assert "tools.prepare" not in text and "a folder of its own in val/" in text
 
 
+@pytest.mark.parametrize("form", ["imagenet", "kaggle", "parquet"])
+def test_a_raw_data_set_gives_the_command_with_val_share_too(form, tmp_path):
+    root = WRITERS[form](tmp_path / "raw")
+    assert f"run python -m tools.prepare {form} " in message_of(open_parts, str(root), "imagenet", 0.1, False)
+
+
 def test_shards_in_folders_of_splits_give_the_command_too(tmp_path):
     rows = [(image, None, i % 2) for i, image in enumerate(train_images().values())]
     for split in ("train", "val"):
