@@ -101,3 +101,4 @@ def test_a_segmenter(tmp_path, monkeypatch, picture):
 def test_weights_without_a_configuration_are_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "bare.pth")
     assert "holds no configuration of its network" in message_of(tasks.load_model, tmp_path / "bare.pth")
+    assert "must be one of best, raw, ema" in message_of(tasks.load_model, tmp_path / "bare.pth", "newest")
