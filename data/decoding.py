@@ -18,7 +18,7 @@ _FRAMES_COMPARED = 16
 def decode_image(encoded: bytes) -> Image.Image:
     """Decode to RGB as torchvision's default loader does; 16 bits a pixel become their upper 8 instead of white."""
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 def upright(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
@@ -33,7 +33,7 @@ def upright(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Im
     return turned if size in (None, turned.size) else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, decided by the mode, as Pillow opens IMAGE_FORMATS.
 
     - 1, L, LA, P, PA, RGB, RGBA, CMYK, YCbCr, LAB: 8 bits or fewer; Pillow's conversion. Transparency is left out.
@@ -68,12 +68,12 @@ def lost_content(encoded: bytes) -> str:
         return ""
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
         if image.mode[0] in "IF":
-            return _lost_values(np.asarray(image), np.asarray(_to_rgb(image))[..., 0], not _defined_bits(image))
+            return _lost_values(np.asarray(image), np.asarray(to_rgb(image))[..., 0], not _defined_bits(image))
         deep = ";16" in str(image.tile[:1])  # 16 bits a colour, of which Pillow keeps the upper 8
         frames = image.n_frames if getattr(image, "is_animated", False) else 1
         if not (deep or frames > 1 or image.has_transparency_data):
             return ""
-        colours = _contrast(_to_rgb(image))
+        colours = _contrast(to_rgb(image))
         if colours >= FEW_LEVELS:
             return ""
         if image.has_transparency_data and _contrast(_transparency(image)) >= FEW_LEVELS:
@@ -82,7 +82,7 @@ def lost_content(encoded: bytes) -> str:
             return f"its values of 16 bits become {colours + 1} of 256 levels; save it with 8 bits"
         for frame in range(1, min(frames, _FRAMES_COMPARED)):
             image.seek(frame)
-            if _contrast(_to_rgb(image)) >= FEW_LEVELS:
+            if _contrast(to_rgb(image)) >= FEW_LEVELS:
                 return f"it is one colour in the first of its {frames} frames, which is read; save another one"
     return ""
 

@@ -37,11 +37,8 @@ def is_flat(folder: Path) -> bool:
     return folder.is_dir() and not class_folders(folder) and any(map(is_image_name, loose_files(folder)))
 
 
-def how_to_prepare(root: Path, name: str, split: str) -> str:
-    """What a folder holds in place of `<name>/<class>/<image>`, and the command for it; '' where it is nothing known.
-
-    `name` is what the folder of `split` ('train' or 'val') must be called.
-    """
+def raw_form(root: Path) -> str:
+    """ImageNet's archives, Kaggle's tree or Parquet shards, and the command for what a folder holds; '' for others."""
     if any((root / tar).is_file() for tar in (TRAIN_TAR, VAL_TAR)):
         return _command("ImageNet's archives", "imagenet", root, root / "imagenet")
     kaggle = find_cls_loc(root)
@@ -49,8 +46,16 @@ def how_to_prepare(root: Path, name: str, split: str) -> str:
         kaggle = kaggle.resolve()
         top = kaggle.parents[2] if kaggle.parts[-3:] == CLS_LOC.parts else kaggle.parent
         return _command("ImageNet with a flat val/", "kaggle", root, top / "imagenet", "--links")
-    if find_shards(root):
-        return _command("Parquet shards", "parquet", root, root / "prepared")
+    return _command("Parquet shards", "parquet", root, root / "prepared") if find_shards(root) else ""
+
+
+def how_to_prepare(root: Path, name: str, split: str) -> str:
+    """What a folder holds in place of `<name>/<class>/<image>`, and the command for it; '' where it is nothing known.
+
+    `name` is what the folder of `split` ('train' or 'val') must be called.
+    """
+    if raw := raw_form(root):
+        return raw
     renamed = next((other for other in OTHER_NAMES[split] if other != name and (root / other).is_dir()), None)
     if renamed:
         return f"has {renamed}/ for {name}/: run {shlex.join(['ln', '-s', renamed, str(root / name)])}"

@@ -9,7 +9,7 @@ import numpy as np
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
-from .raw import how_to_prepare, is_flat
+from .raw import how_to_prepare, is_flat, raw_form
 from .sources import UNLABELLED, FolderSource, Source, ZipSource, count_images, list_names
 
 
@@ -45,6 +45,8 @@ def open_source(
     if not zip_mode and is_flat(folder):
         what = how_to_prepare(root, name, split) or f"move the images of each class into a folder of its own in {name}/"
         raise UserError(f"{folder}: holds images and no class folders; {what}")
+    if not zip_mode and (folder == root or not class_folders(folder)) and (raw := raw_form(root)):
+        raise UserError(f"--data-path {data_path}: {raw}")
     if zip_mode:
         source = ZipSource(root, name, cache_mode, rank, world_size, block, gaps)
     else:

@@ -58,6 +58,8 @@ def load_model(path: str | PathLike, weights: str = "best", device: str | torch.
 
     Raises UserError where the file cannot be read, or holds no configuration of its network.
     """
+    if weights not in (choices := ("best", "raw", "ema")):  # the parser would end the process
+        raise UserError(f"weights={weights!r}: must be one of {', '.join(choices)}")
     words = [f"--resume={os.fspath(path)}", f"--weights={weights}"]
     _, config, _ = read_command(words, keys_of, lambda line: None, config_of=config_of)
     task = _module(config.TASK)

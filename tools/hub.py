@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from configs import UserError, image_size, read_command, with_num_classes
 from configs.keys import Key
 from configs.load import flatten
+from configs.text import printable
 from data.normalization import pixel_statistics
 from data.sources import list_names
 from models.groupmixformer import HUB_TAG, VARIANTS
@@ -46,8 +47,9 @@ def hub_files(source: str, weights: Weights, encoded: bytes, name: str, cfg: str
     description = describe(config, keys, known_names(weights.checkpoint.get("classes")))
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\n[tool.ruff]")[0]
     card = {
-        "name": name,
-        "license": license,
+        "name": _as_markdown(name),
+        "header": yaml.safe_dump({"license": license}, width=1000).strip(),
+        "license": _as_markdown(license),
         "network": str(architecture_of(weights.state)),
         "parameters": sum(p.numel() for p in network.parameters()),
         "num_classes": network.num_classes,
@@ -129,7 +131,7 @@ def _entry_point(config: CfgNode) -> str:
 # --------------------------------------------------------------------------------------------------------------- card
 CARD = """\
 ---
-license: {license}
+{header}
 library_name: timm
 pipeline_tag: image-classification
 tags:
@@ -185,6 +187,11 @@ In GroupMixFormer's own code: `python test.py --resume FOLDER --data-path DIR`.
 NOT_STORED = "Not stored with these weights."
 
 
+def _as_markdown(text: str) -> str:
+    """A name that people chose, shown letter by letter: it neither formats nor ends what is around it."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", printable(text))
+
+
 def _kind(weights: Weights) -> str:
     """'raw weights' or 'ema weights', without the path, which is nobody else's business."""
     return weights.about.partition(" of ")[0]
@@ -204,7 +211,7 @@ def _numbers(source: Path, weights: Weights, config: CfgNode) -> list[str]:
             if found["file"] != str(source.resolve()) or not found["weights"].startswith(kind):
                 continue
             low, high = found["acc1_interval"]
-            on = f"{Path(found['data']).name}, {found['val_set'] or 'val'}"
+            on = _as_markdown(f"{Path(found['data']).name}, {found['val_set'] or 'val'}")
             numbers = f"{found['acc1']:.3f} ({low:.2f} to {high:.2f}) | {found['acc5']:.3f} | {found['nll']:.4f}"
             rows.append(f"| {on} | {found['image_size']} | {found['counted']:,} | {numbers} | {found['ece']:.4f} |")
         except (OSError, ValueError, KeyError, TypeError):  # of another task, or not whole
@@ -217,7 +224,7 @@ def _numbers(source: Path, weights: Weights, config: CfgNode) -> list[str]:
 
 def _data(weights: Weights, description: Mapping[str, Any]) -> str:
     folder = Path(str((stored_config(weights.checkpoint) or {}).get("DATA.DATA_PATH", ""))).name
-    names = description.get("label_names", [])
+    folder, names = printable(folder).replace("`", "'"), list(map(_as_markdown, description.get("label_names", [])))
     lines = [f"Trained on a folder called `{folder}`."] * bool(folder)
     lines += [f"Classes, in order: {list_names(names, 20)}."] * bool(names)
     return "\n".join(lines) or NOT_STORED

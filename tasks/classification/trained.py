@@ -5,6 +5,8 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
+from data.decoding import to_rgb
+
 from ..trained import TrainedModel
 from .inference import class_probabilities
 from .transforms import eval_transform
@@ -19,7 +21,7 @@ def load(config: CfgNode, path: str, device: torch.device) -> TrainedModel:
 
     @torch.inference_mode()
     def predict(picture: Image.Image) -> Tensor:
-        logits = network(transform(picture.convert("RGB"))[None].to(device))
+        logits = network(transform(to_rgb(picture))[None].to(device))
         return class_probabilities(config, logits)[0].float().cpu()
 
     return TrainedModel(network, classes, predict, config)

@@ -117,7 +117,7 @@ def test_photographs_cost_no_second_look(monkeypatch):
     """Neither JPEGs nor other images of 8 bits are decoded again."""
     (jpeg, form, options), buffer = made_images()["rgb.jpeg"], io.BytesIO()
     jpeg.save(buffer, form, **options)
-    monkeypatch.setattr("data.decoding._to_rgb", None)
+    monkeypatch.setattr("data.decoding.to_rgb", None)
     assert lost_content(png(3)) == ""
     monkeypatch.setattr("data.decoding.Image", None)
     assert lost_content(buffer.getvalue()) == ""

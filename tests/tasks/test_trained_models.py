@@ -3,6 +3,7 @@
 import json
 
 import detection_data
+import numpy as np
 import pytest
 import runs
 import segmentation_data
@@ -26,10 +27,16 @@ def write_checkpoint(path, network, config, classes, **more):
     return path
 
 
-@pytest.fixture
-def picture(tmp_path):
+@pytest.fixture(params=["RGB", "16 bits", "turned"])
+def picture(tmp_path, request):
     path = tmp_path / "picture.png"
-    Image.effect_noise((61, 47), 90).convert("RGB").save(path)
+    noise = Image.effect_noise((61, 47), 90)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    if request.param == "16 bits":
+        Image.fromarray(np.asarray(noise).astype(np.uint16) * 257).save(path)
+    else:
+        noise.convert("RGB").save(path, **({"exif": turned} if request.param == "turned" else {}))
     return path
 
 
@@ -83,7 +90,8 @@ def test_a_segmenter(tmp_path, monkeypatch, picture):
     path = write_checkpoint(tmp_path / "ckpt.pth", Segmenter(config), config, names)
     loaded = tasks.load_model(path)
     classes = loaded.predict(Image.open(picture))
-    assert classes.shape == (47, 61) and classes.dtype == torch.int64 and loaded.classes == names
+    shape = (61, 47) if "exif" in Image.open(picture).info else (47, 61)
+    assert classes.shape == shape and classes.dtype == torch.int64 and loaded.classes == names
     reported = what_test_py_says(monkeypatch, tmp_path, path, picture)["classes"]
     shares = {entry["class"]: entry["share"] for entry in reported}
     counted = classes.flatten().bincount().double() / classes.numel()
@@ -93,3 +101,4 @@ def test_a_segmenter(tmp_path, monkeypatch, picture):
 def test_weights_without_a_configuration_are_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "bare.pth")
     assert "holds no configuration of its network" in message_of(tasks.load_model, tmp_path / "bare.pth")
+    assert "must be one of best, raw, ema" in message_of(tasks.load_model, tmp_path / "bare.pth", "newest")

@@ -10,9 +10,11 @@ import pytest
 import runs
 import timm
 import torch
+import yaml
 from image_data import message_of
 from PIL import Image
 
+import tasks
 from configs import read_command
 from models import GroupMixFormer
 from models.groupmixformer import HUB_TAG
@@ -114,6 +116,18 @@ def test_classes_of_imagenet_are_ids_with_words(trained, tmp_path):
     convert(tmp_path / "ckpt.pth", "hub", tmp_path / "hub")
     described = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert described["label_names"][0] == "n01440764" and "tench" in described["label_descriptions"]["n01440764"]
+
+
+def test_names_of_any_letters_are_shown_and_kept(trained, tmp_path):
+    names = ["<b>a</b>", "b: `c` | _d_ #", "caf\udce9\n---\n# e"]
+    torch.save(load_file(trained) | {"classes": names}, tmp_path / "ckpt.pth")
+    convert(tmp_path / "ckpt.pth", "hub", tmp_path / "hub", name="# a | b", license="other: [mine]")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    header, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(header)["license"] == "other: [mine]" and text.startswith("# \\# a \\| b\n")
+    assert r"order: \<b\>a\</b\>, b: \`c\` \| \_d\_ \#, caf\\udce9\\n---\\n\# e." in text
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["label_names"] == names
+    assert tasks.load_model(tmp_path / "hub").classes == names
 
 
 def test_released_weights_get_the_variants_configuration(tmp_path):

@@ -168,4 +168,97 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
 def test_the_json_is_one_that_others_read(yolo):
     main(["yolo", "--data-path", str(yolo)])
     content = json.loads((yolo / "annotations" / "instances_val.json").read_text())
-    assert set(content) == {"images", "annotations", "categories"}
+    assert set(content) == {"info", "images", "annotations", "categories"}
+
+
+def test_a_json_of_others_is_not_lost(yolo, capsys):
+    path = yolo / "annotations" / "instances_val.json"
+    path.parent.mkdir()
+    path.write_text('{"images": []}')
+    assert main(["yolo", "--data-path", str(yolo)]) == 2
+    assert "is there already, and not by tools.prepare" in capsys.readouterr().err
+    assert path.read_text() == '{"images": []}' and not path.with_name("instances_train.json").exists()
+    path.unlink()
+    assert main(["yolo", "--data-path", str(yolo)]) == main(["yolo", "--data-path", str(yolo)]) == 0
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_texts_as_windows_writes_them(voc, yolo):
+    (yolo / "data.yaml").write_bytes(BOM + b"names:\r\n  0: no\r\n  1: cat\r\n")
+    (yolo / "train" / "labels" / "a.txt").write_bytes(BOM + b"1 0.5 0.5 0.2 0.4\r\n0 0.5 0.5 0.2 0.4\r\n\r\n")
+    names = [category["name"] for category in convert(yolo, read_yolo)["train"]["categories"]]
+    assert names == ["cat", "no"]
+    (yolo / "data.yaml").unlink()
+    (yolo / "classes.txt").write_bytes(BOM + b"no\r\ncat\r\n")
+    assert [category["name"] for category in convert(yolo, read_yolo)["train"]["categories"]] == names
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    (voc / "ImageSets" / "Main" / "train.txt").write_bytes(BOM + b"1\r\n2.jpg\r\n")
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (voc / folder / f"0.{suffix}").rename(voc / folder / f"my cat.{suffix}")
+    (voc / "ImageSets" / "Main" / "val.txt").write_bytes(BOM + b"my cat\r\n")
+    contents = convert(voc, read_voc)
+    assert [len(contents[split]["images"]) for split in ("train", "val")] == [2, 1]
+    for split in ("train", "val"):
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("others\n")
+    assert "ImageSets/Main names none of its XML files" in message_of(convert, voc, read_voc)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("data.yaml", "names: {cat: 0, dog: 1}", "names must be a list"),
+        ("data.yaml", "- cat", "must hold keys"),
+        ("data.yaml", b"names: [caf\xe9]", "not a text in UTF-8"),
+        ("train/labels/a.txt", b"0 .5 .5 .1 \xe9", "not a text in UTF-8"),
+        ("train/labels/a.txt", "0 20 15 10 8", "not in pixels"),
+        ("train/labels/a.txt", "0 .5 .5 -.1 .1", "shares of the picture"),
+        ("train/labels/a.txt", "0 3 4 30 5 20 20", "not in pixels"),
+    ],
+)
+def test_what_yolo_does_not_allow_is_one_line(yolo, file, content, words):
+    (yolo / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = message_of(convert, yolo, read_yolo)
+    assert words in message and file in message
+
+
+def test_pictures_without_any_object_are_refused(yolo):
+    for split in ("train", "valid"):
+        (yolo / split / "labels" / "a.txt").write_text("")
+    assert "none of its 4 pictures has an object" in message_of(convert, yolo, read_yolo)
+
+
+def test_an_unknown_encoding_of_xml_is_named(voc):
+    (voc / "Annotations" / "0.xml").write_text(f'<?xml version="1.0" encoding="x-none"?>{VOC.format(name=0)}')
+    assert "0.xml: not an annotation" in message_of(convert, voc, read_voc)
+
+
+def test_texts_without_a_picture_are_counted(yolo, capsys):
+    (yolo / "train" / "labels" / "gone.txt").write_text("0 .5 .5 .1 .1")
+    assert main(["yolo", "--data-path", str(yolo)]) == 0
+    assert "1 texts have no picture that is read, such as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["folders", "lists", "up", "elsewhere", "same", "root"])
+def test_splits_of_yolo_are_those_of_data_yaml(how, tmp_path):
+    for number in range(6):
+        folder = "a" if number < 4 else "b"
+        picture(tmp_path / "images" / folder / f"{number}.jpg")
+        (tmp_path / "labels" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "labels" / folder / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+        with open(tmp_path / f"{folder}.txt", "a") as file:
+            file.write(f"./images/{folder}/{number}.jpg\n")
+    splits = {
+        "folders": ("images/a", "[images/b]"),
+        "lists": ("a.txt", "b.txt"),
+        "up": ("../images/a", "../images/b"),
+        "elsewhere": ("/gone/a", "/gone/b"),
+        "same": ("images/a", "images/a"),
+        "root": ("images", "images/b"),
+    }
+    train, val = splits[how]
+    (tmp_path / "data.yaml").write_text(f"path: ../gone\ntrain: {train}\nval: {val}\nnames: [cat]\n")
+    found = {split: [i["file_name"] for i in c["images"]] for split, c in convert(tmp_path, read_yolo).items()}
+    of_b = [f"images/b/{number}.jpg" for number in (4, 5)]
+    assert found["val"] == (["images/b/4.jpg"] if how in ("elsewhere", "same") else of_b)

@@ -1,11 +1,13 @@
 """Data sets as they come, made into class folders or zip files: whole, counted, and continued after a kill."""
 
+import errno
+import gc
 import os
 import shlex
 import shutil
 import tarfile
 from pathlib import Path
-from zipfile import ZipInfo
+from zipfile import ZipFile, ZipInfo
 
 import pytest
 import raw_data
@@ -218,6 +220,46 @@ def test_an_image_that_kaggle_lists_and_is_not_there(tmp_path, capsys):
     assert "train: 11 images instead of 12, by train_cls.txt: 3 of n01443537 instead of 4" in text
 
 
+# -------------------------------------------------------------------------------------------------------------- targets
+def test_what_is_there_already_and_is_something_else_is_no_success(tmp_path, capsys):
+    root, out = raw_data.write_tars(tmp_path / "raw"), tmp_path / "out"
+    (out / "train").mkdir(parents=True)
+    assert "train: is there already, and holds no class" in message(capsys, "imagenet", root, out)
+    (out / "train" / "cat").mkdir()
+    assert "train: is there already, and holds cat; choose another" in message(capsys, "imagenet", root, out)
+    (out / "train_map.txt").write_text("mine")
+    assert "train_map.txt: is there already, without" in message(capsys, "imagenet", root, out, "--zip")
+    assert (out / "train_map.txt").read_text() == "mine"
+    (out / "train.zip").write_text("no zip")
+    assert "train.zip: not a readable zip file" in message(capsys, "imagenet", root, out, "--zip")
+
+
+@pytest.mark.parametrize("at", ["image", "end"])
+def test_a_full_disk_is_one_line_with_zip_too(at, tmp_path, capsys, monkeypatch):
+    root, out = raw_data.write_class_folders(tmp_path / "raw"), tmp_path / "out"
+
+    class Full(ZipFile):
+        def _full(self, *_):
+            if self.fp:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        writestr, close = (_full, _full) if at == "image" else (ZipFile.writestr, _full)
+
+    unraisable = []
+    monkeypatch.setattr("sys.unraisablehook", unraisable.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.prepare.writing.ZipFile", Full)
+        assert ".val.zip.partial: cannot be written: No space" in message(capsys, "split", root, out, "--zip")
+    gc.collect()
+    assert not unraisable and prepare("split", root, out, "--zip") == 0
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path, capsys):
+    root = raw_data.write_class_folders(tmp_path / "raw")
+    (root / "n01443537" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(raw_data.jpeg(50))
+    assert "not a name in UTF-8" in message(capsys, "split", root, tmp_path / "out", "--zip")
+
+
 # ---------------------------------------------------------------------------------------------------------------- links
 @pytest.mark.parametrize("top", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
 def test_kaggle_by_links_writes_no_image(top, tmp_path):
@@ -227,6 +269,32 @@ def test_kaggle_by_links_writes_no_image(top, tmp_path):
     assert content_of(tmp_path / "out") == expected() and content_of(root) == before
     assert all(folder.is_symlink() for folder in (tmp_path / "out" / "train").iterdir()), "a link for each class"
     assert all(path.is_symlink() for path in (tmp_path / "out" / "val").rglob("*.JPEG"))
+
+
+def test_links_leave_an_empty_image_and_a_broken_link_of_the_source_as_they_are(tmp_path):
+    root = raw_data.write_kaggle(tmp_path / "raw")
+    folder = root / "ILSVRC/Data/CLS-LOC/train/n01443537"
+    (folder / "n01443537_2.JPEG").write_bytes(b"")
+    (folder / "n01443537_3.JPEG").unlink()
+    (folder / "n01443537_3.JPEG").symlink_to("elsewhere")
+    assert prepare("kaggle", root, tmp_path / "out", "--links") == 0
+    assert (folder / "n01443537_2.JPEG").read_bytes() == b"" and not (folder / "n01443537_2.JPEG").is_symlink()
+    assert (folder / "n01443537_3.JPEG").readlink() == Path("elsewhere")
+
+
+@pytest.mark.parametrize("first", ["links", "copies"])
+def test_links_and_copies_are_not_mixed(first, tmp_path, capsys):
+    """What a copy writes below a link to a class is in the source."""
+    root, out = raw_data.write_kaggle(tmp_path / "raw"), tmp_path / "out"
+    image = root / "ILSVRC/Data/CLS-LOC/train/n01443537/n01443537_2.JPEG"
+    content = image.read_bytes()
+    image.unlink()
+    flags = ["--links"] if first == "links" else []
+    assert "11 images instead of 12" in message(capsys, "kaggle", root, out, *flags)
+    image.write_bytes(content)
+    other = [] if flags else ["--links"]
+    assert f"holds {first} of an earlier start; remove it" in message(capsys, "kaggle", root, out, *other)
+    assert prepare("kaggle", root, out, *flags) == 0 and content_of(out) == expected()
 
 
 def test_links_go_with_files_alone(tmp_path, capsys):
@@ -283,6 +351,13 @@ def test_the_target_is_not_in_the_source(tmp_path, capsys):
     assert content_of(root) == train_images()
 
 
+def test_folders_of_splits_are_no_classes(tmp_path, capsys):
+    root = raw_data.write_class_folders(tmp_path / "raw" / "train").parent
+    text = message(capsys, "split", root, tmp_path / "out")
+    assert "folders train hold class folders" in text and f"--data-path {root / 'train'}" in text
+    assert prepare("split", root / "train", tmp_path / "out") == 0
+
+
 # -------------------------------------------------------------------------------------------------------------- Parquet
 def test_shards_without_names_and_paths_become_numbered_folders(tmp_path):
     rows = [(image, None, 9 + i % 2) for i, image in enumerate(train_images().values())]
@@ -301,6 +376,41 @@ def test_shards_with_names_become_folders_of_these_names(tmp_path):
     assert prepare("parquet", tmp_path / "raw", tmp_path / "out") == 0
     content = content_of(tmp_path / "out")
     assert content["train/cat_dog/00000000.jpeg"] == rows[0][0] and content["val/ant/00000001.jpeg"] == rows[1][0]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a\0b", "a" * 300, ".hidden"])
+def test_names_that_no_file_can_have_become_numbers(name, tmp_path):
+    """'..' would lead out of the folder that is written."""
+    rows = [(image, "same.jpg", i % 2) for i, image in enumerate(train_images().values())]
+    rows[0] = (rows[0][0], name, 0)
+    for split in ("train", "validation"):
+        raw_data.write_shard(tmp_path / "raw" / f"{split}.parquet", rows, (name, "ant"))
+    assert prepare("parquet", tmp_path / "raw", tmp_path / "out") == 0
+    content = content_of(tmp_path / "out")
+    assert content["train/0/00000000.jpeg"] == rows[0][0] and len(content) == 24
+    assert {path.split("/")[0] for path in content} == {"train", "val"}
+
+
+def test_columns_and_labels_of_each_shard_are_looked_at(tmp_path, capsys):
+    rows = [(image, None, i % 2) for i, image in enumerate(train_images().values())]
+    for number in (0, 1):
+        raw_data.write_shard(tmp_path / "raw" / f"train-0000{number}-of-00002-4f2a.parquet", rows)
+    raw_data.write_shard(tmp_path / "raw" / "test.parquet", rows)
+    shard = tmp_path / "raw" / "train-00001-of-00002-4f2a.parquet"
+    table = parquet().read_table(shard)
+    parquet().write_table(table.rename_columns(["image", "class"]), shard)
+    text = message(capsys, "parquet", tmp_path / "raw", tmp_path / "out")
+    assert f"{shard}: has no column 'label', only image, class" in text
+    parquet().write_table(table.set_column(1, "label", [[None] * 12]), shard)
+    assert "without a label" in message(capsys, "parquet", tmp_path / "raw", tmp_path / "out")
+    shard.unlink()
+    assert "1 of 2 shards of train are missing" in message(capsys, "parquet", tmp_path / "raw", tmp_path / "out")
+
+
+def parquet():
+    import pyarrow.parquet
+
+    return pyarrow.parquet
 
 
 def test_damaged_and_missing_shards_are_named(tmp_path, capsys, monkeypatch):
@@ -345,6 +455,20 @@ def test_kaggles_own_folder_gives_the_command_too(tmp_path):
     (folder / "val" / "cat.1.jpg").write_bytes(raw_data.jpeg(1))
     text = message_of(open_source, str(folder), "imagenet", "val", False, "no", 0, 1)
     assert "tools.prepare" not in text and "a folder of its own in val/" in text
+
+
+@pytest.mark.parametrize("form", ["imagenet", "kaggle", "parquet"])
+def test_a_raw_data_set_gives_the_command_with_val_share_too(form, tmp_path):
+    root = WRITERS[form](tmp_path / "raw")
+    assert f"run python -m tools.prepare {form} " in message_of(open_parts, str(root), "imagenet", 0.1, False)
+
+
+def test_shards_in_folders_of_splits_give_the_command_too(tmp_path):
+    rows = [(image, None, i % 2) for i, image in enumerate(train_images().values())]
+    for split in ("train", "val"):
+        raw_data.write_shard(tmp_path / split / "0000.parquet", rows)
+        text = message_of(open_source, str(tmp_path), "imagenet", split, False, "no", 0, 1)
+        assert "holds Parquet shards: run python -m tools.prepare parquet" in text
 
 
 def test_validation_by_another_name(image_folder):

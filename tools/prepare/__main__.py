@@ -11,7 +11,7 @@ on. A split has its name only once all of it is there.
 
     voc    Pascal VOC: one XML a picture, anywhere below DIR; splits by ImageSets/Main/{train,val}.txt where it has them
     yolo   YOLO: one text a picture, in labels/ or beside the pictures; boxes, or polygons as masks. Names come from
-           data.yaml or classes.txt; splits are folders named train, val (valid) and test
+           data.yaml or classes.txt; splits are those of data.yaml, else folders named train, val (valid) and test
 
 These write COCO's JSON, DIR/annotations/instances_{train,val}.json, into --data-path; the pictures stay where they are.
 Without splits of its own, every fifth picture is for validation. A split named test is for validation where there is no
