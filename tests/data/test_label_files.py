@@ -81,6 +81,8 @@ def test_numbers_are_sorted_as_numbers_and_other_columns_passed_over(image_folde
         (["train/ant/0.png,a,b"], ":2: has other fields than the header"),
         (["/train/ant/0.png,a"], ":2: the path '/train/ant/0.png' does not lie below"),
         ([",a"], ":2: the path '' does not lie below"),
+        (["train/ant/0.png,a", "train/../../data.png,b"], ":3: the path 'train/../../data.png' does not lie below"),
+        (["train/ant/0.png,a", "./train//ant/0.png,b"], ":3: ./train//ant/0.png is named a second time"),
         (['"train/ant/0.png,a'], ": cannot be read: "),
         (["train/ant/0.png,a", "train/ant/1.png,a"], ": has 2 images of 1 classes; a classifier needs two"),
         ([], ": has 0 images of 0 classes"),
@@ -91,7 +93,19 @@ def test_mistakes_are_one_line_with_their_place(image_folder, tmp_path, lines, m
     assert message_of(LabelFileSource, image_folder, file).startswith(f"{file}{message}")
 
 
+def test_numbers_of_one_value_have_one_order(image_folder, tmp_path):
+    """In a set, the order of names is another one in every process."""
+    lines = lines_of(image_folder, "train")
+    names = ["1", "01", "001", "0001", "00001", "000001", "2"]
+    file = write_csv(tmp_path / "a.csv", [f"{line.split(',')[0]},{name}" for line, name in zip(lines, names)])
+    assert LabelFileSource(image_folder, file).classes == sorted(names)
+    write_csv(file, [f"{lines[0].split(',')[0]},{'9' * 5000}", f"{lines[1].split(',')[0]},2"])
+    assert LabelFileSource(image_folder, file).classes == ["2", "9" * 5000], "too long for int()"
+
+
 def test_files_that_are_no_label_files_are_one_line(image_folder, tmp_path):
+    file = write_csv(tmp_path / "a.csv", [], header="path,class,class")
+    assert message_of(LabelFileSource, image_folder, file) == f"{file}: has 2 columns class; keep one of them"
     file = write_csv(tmp_path / "a.csv", [], header="image,label")
     assert message_of(LabelFileSource, image_folder, file).endswith(
         "has no column path and none class; its columns are image, label"
