@@ -9,7 +9,7 @@ import numpy as np
 from configs import SPLIT_NAMES, UserError
 
 from .files import class_folders, is_image_name, loose_files
-from .raw import how_to_prepare, is_flat
+from .raw import find_shards, how_to_prepare, is_flat
 from .sources import UNLABELLED, FolderSource, Source, ZipSource, count_images, list_names
 
 
@@ -42,6 +42,8 @@ def open_source(
         if not train_may_be_root:
             raise UserError(f"--data-path {data_path}: has no folder {name}/{_hint(root, names, split)}")
         folder = root
+    if not zip_mode and not class_folders(folder) and find_shards(root):
+        raise UserError(f"--data-path {data_path}: {how_to_prepare(root, name, split)}")
     if not zip_mode and is_flat(folder):
         what = how_to_prepare(root, name, split) or f"move the images of each class into a folder of its own in {name}/"
         raise UserError(f"{folder}: holds images and no class folders; {what}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from data.raw import find_shards
 from .writing import LabelledImage, Split
 
 BATCH = 64  # images in memory
-_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.parquet")
+MAX_NAME = 200  # bytes; file systems take 255, of which writing needs some
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-\w+)?\.parquet")  # some end with a hash
 _WNID = re.compile(r"n\d{8}")
 _CLASS_IN_NAME = re.compile(r"_n\d{8}(?=\.\w+$)")  # the hub puts ImageNet's class behind the name of the image
 
@@ -87,25 +89,29 @@ def _columns(path: Path) -> Columns:
         features, kinds = {}, {}
     image = next((name for name, kind in kinds.items() if kind == "Image"), "image")
     label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label")
-    if lacking := [name for name in (image, label) if name not in schema.names]:
-        raise UserError(f"{path}: has no column {lacking[0]!r}, only {', '.join(schema.names)}")
+    _check_columns(path, schema.names, image, label)
     fields = {field.name for field in schema.field(image).type} if schema.field(image).type.num_fields else set()
     names = features.get(label, {}).get("names") or []
     return Columns(image, label, [str(name) for name in names], "path" in fields)
 
 
+def _check_columns(path: Path, there: list[str], *wanted: str) -> None:
+    if lacking := [name for name in wanted if name not in there]:
+        raise UserError(f"{path}: has no column {lacking[0]!r}, only {', '.join(there)}")
+
+
 def _rows(path: Path, columns: Columns) -> list[tuple[str, int]]:
     """The path ('' for none) and label of each image, without reading the images."""
     wanted = [f"{columns.image}.path", columns.label] if columns.has_path else [columns.label]
+    shard = _open(path)
+    _check_columns(path, shard.schema_arrow.names, columns.image, columns.label)
     try:
-        table = _open(path).read(wanted).to_pydict()
-        labels = [int(label) for label in table[columns.label]]
-    except UserError:
-        raise
+        table = shard.read(wanted).to_pydict()
+        labels = [-1 if label is None else int(label) for label in table[columns.label]]
     except Exception as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     if min(labels, default=0) < 0:
-        raise UserError(f"{path}: has images without a label (-1): not a split to train or validate on")
+        raise UserError(f"{path}: has images without a label (-1 or none): not a split to train or validate on")
     entries = table[columns.image] if columns.has_path else [None] * len(labels)
     return [((entry or {}).get("path") or "", label) for entry, label in zip(entries, labels)]
 
@@ -120,10 +126,16 @@ def _class_folders(columns: Columns, rows: list[tuple[str, int]]) -> dict[int, s
     if len(columns.names) == len(labels):
         names = [name.replace("/", "_").replace("\\", "_").strip() for name in columns.names]
         differ = len({name.lower() for name in names}) == len(names)
-        if differ and all(name and not is_companion(name) for name in names):
+        if differ and all(map(_is_file_name, names)):
             return dict(enumerate(names))
     digits = len(str(labels[-1] if labels else 0))
     return {label: f"{label:0{digits}d}" for label in labels}
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file or folder may have this name, and is read then. '..' would lead out of the folder."""
+    fits = 0 < len(os.fsencode(name)) <= MAX_NAME and min(name) >= " "
+    return fits and name not in (".", "..") and not is_companion(name)
 
 
 def _names(shards: list[list[tuple[str, int]]], classes: dict[int, str]) -> list[list[str]]:
@@ -132,7 +144,7 @@ def _names(shards: list[list[tuple[str, int]]], classes: dict[int, str]) -> list
     rows = [(classes[label], _CLASS_IN_NAME.sub("", PurePosixPath(path).name)) for path, label in every]
     times = Counter(rows)
     names = iter(
-        f"{folder}/{file if file and not is_companion(file) and times[folder, file] == 1 else f'{number:08d}'}"
+        f"{folder}/{file if _is_file_name(file) and times[folder, file] == 1 else f'{number:08d}'}"
         for number, (folder, file) in enumerate(rows)
     )
     return [[next(names) for _ in rows] for rows in shards]
@@ -147,7 +159,7 @@ def _images(paths: list[Path], names: list[list[str]], columns: Columns) -> Iter
             for number, (name, entry) in enumerate(zip(of_shard, entries, strict=True)):
                 content = entry["bytes"] if isinstance(entry, dict) else entry
                 if not isinstance(content, bytes) or not content:
-                    raise UserError(f"{path}: row {number} holds no image")
+                    raise UserError(f"{path}: row {number} holds no image; download shards that hold the images' bytes")
                 if not is_image_name(name):
                     name += _suffix(path, number, content)
                 yield LabelledImage(name, partial(bytes, content))

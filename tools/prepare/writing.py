@@ -1,5 +1,6 @@
 """Labelled images written as class folders or as a zip file of them: continued after a kill, and whole or not there."""
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
-from zipfile import ZipFile, ZipInfo
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from tqdm import tqdm
 
@@ -46,7 +47,8 @@ class Target(Protocol):
 
     final: Path  # is there once all is written
 
-    def open(self) -> None: ...
+    def classes(self) -> set[str]: ...  # of what is there in the final place
+    def open(self, links: bool) -> None: ...
     def has(self, name: str) -> bool: ...
     def write(self, name: str, content: bytes) -> None: ...
     def names(self) -> list[str]: ...
@@ -59,8 +61,16 @@ class FolderTarget:
     def __init__(self, out: Path, split: str) -> None:
         self.final, self.partial = out / split, out / f".{split}.partial"
 
-    def open(self) -> None:
+    def classes(self) -> set[str]:
+        return set(class_folders(self.final))
+
+    def open(self, links: bool) -> None:
+        """UserError where an earlier start copied and this one links, or the other way: one would write to the other's
+        files, which for links are the source's."""
         self.partial.mkdir(parents=True, exist_ok=True)
+        if any(_is_linked(folder) is not links for folder in self.partial.iterdir() if _is_linked(folder) is not None):
+            kind = "copies" if links else "links"
+            raise UserError(f"{self.partial}: holds {kind} of an earlier start; remove it, and start again")
 
     def has(self, name: str) -> bool:
         path = self.partial / name
@@ -85,6 +95,15 @@ class FolderTarget:
         os.replace(self.partial, self.final)
 
 
+def _is_linked(folder: Path) -> bool | None:
+    """Whether a class is there by links: to its folder, or to its files; None where nothing of it is there yet."""
+    if folder.is_symlink():
+        return True
+    below = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
+    first = next(below, None)
+    return None if first is None else first.is_symlink()
+
+
 class ZipTarget:
     """`<out>/<split>.zip` and `<split>_map.txt`, for --zip. After a kill, the zip file goes on behind its last member.
 
@@ -95,8 +114,17 @@ class ZipTarget:
         self.final, self.map = out / f"{split}.zip", out / f"{split}_map.txt"
         self.partial = out / f".{split}.zip.partial"
 
-    def open(self) -> None:
+    def classes(self) -> set[str]:
+        try:
+            with ZipFile(self.final) as archive:
+                return {name.partition("/")[0] for name in archive.namelist()}
+        except (OSError, BadZipFile) as error:
+            raise UserError(f"{self.final}: not a readable zip file: {one_line(error)}; remove it") from None
+
+    def open(self, links: bool) -> None:
         self.partial.parent.mkdir(parents=True, exist_ok=True)
+        if self.map.exists() and not self.partial.exists():
+            raise UserError(f"{self.map}: is there already, without {self.final.name}; choose another --out")
         file = open(self.partial, "r+b" if self.partial.exists() else "w+b")  # noqa: SIM115 - closed by `finish`
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,8 +144,16 @@ class ZipTarget:
             raise UserError(f"{name!r}: has a line break in its name, which map files cannot hold; rename it")
         try:
             self.archive.writestr(ZipInfo(name), content)  # as it is: images are compressed already
+        except UnicodeEncodeError:
+            raise UserError(f"{name!r}: not a name in UTF-8, which map files need; rename it") from None
         except OSError as error:
-            raise UserError(f"{self.partial}: cannot be written: {one_line(error)}") from None
+            raise self._given_up(error) from None
+
+    def _given_up(self, error: OSError) -> UserError:
+        self.archive.fp = None  # else it writes its directory when it is thrown away, which fails again
+        with contextlib.suppress(OSError):
+            self.file.close()
+        return UserError(f"{self.partial}: cannot be written: {one_line(error)}")
 
     def names(self) -> list[str]:
         return self.archive.namelist()
@@ -127,8 +163,11 @@ class ZipTarget:
         # In the order that class folders are read in: a run may go on with either.
         names = sorted(self.names(), key=lambda name: (name.split("/")[0], *name.rpartition("/")))
         lines = "".join(f"{name}\t{index_of[name.split('/')[0]]}\n" for name in names)
-        self.archive.close()
-        self.file.close()
+        try:
+            self.archive.close()
+            self.file.close()
+        except OSError as error:
+            raise self._given_up(error) from None
         write_file(lines.encode(), self.map)
         os.replace(self.partial, self.final)
 
@@ -174,9 +213,13 @@ def write_split(split: Split, target: Target, links: bool = False, allow_missing
     the next call goes on.
     """
     if target.final.exists():
+        there = target.classes()
+        if not there or there - set(split.classes):
+            what = list_names(sorted(there - set(split.classes))) or "no class"
+            raise UserError(f"{target.final}: is there already, and holds {what}; choose another --out")
         return f"{target.final}: is there already, left as it is"
     try:
-        target.open()
+        target.open(links)
     except OSError as error:
         raise UserError(f"{target.final}: cannot be written: {one_line(error)}") from None
     if links:
@@ -191,7 +234,9 @@ def write_split(split: Split, target: Target, links: bool = False, allow_missing
             if image.name in names:
                 raise UserError(f"{image.name}: is twice in the source")
             names.add(image.name)
-            if not target.has(image.name):
+            # A class that is a link to its folder has all its images. What is written there changes the source.
+            by_folder = links and image.name.partition("/")[0] in split.folders
+            if not by_folder and not target.has(image.name):
                 if links:
                     target.link(image.name, image.path)
                 else:
