@@ -78,7 +78,7 @@ def build(session: Session) -> Task:
     criterion = nn.BCEWithLogitsLoss() if several else build_criterion(config, mixup is not None, counts)
     criterion.to(processes.device)
     # After the network: its initial weights are the same with a teacher and without.
-    teacher = Teacher(config, processes.device) if config.DISTILL.TEACHER else None
+    teacher = Teacher(config, processes.device, classes, logger.warning) if config.DISTILL.TEACHER else None
     precision = build_precision(config, processes.device)
 
     def inputs_and_targets(batch: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import normalize
 
 from configs import UserError, with_num_classes
+from data.normalization import pixel_statistics
 from tasks.classification.distillation import Teacher, distillation_loss
 from utils.checkpoint import load_file
 
@@ -46,6 +47,34 @@ def test_logits_are_those_of_timms_network(config_of, weights):
     torch.testing.assert_close(logits, expected)
     assert not logits.requires_grad and not teacher.network.training
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(("name", "mean", "std"), [(TEACHER, 0.5, 0.5), ("test_efficientnet", None, None)])
+def test_a_teacher_of_grey_images(config_of, tmp_path, name, mean, std):
+    """Its stem for colour is summed; grey values are normalised by the means over its colours."""
+    torch.manual_seed(0)
+    path, size = tmp_path / "weights.pth", {"img_size": 32} if name == TEACHER else {}
+    torch.save({"state_dict": timm.create_model(name, num_classes=3, **size).state_dict()}, path)
+    teacher = Teacher(config_of("MODEL.GMA.IN_DIM", "1", name=name, path=path), CPU)
+    grey = torch.rand(2, 1, 32, 32)
+    (usual_mean,), (usual_std,) = pixel_statistics(1)
+    images = normalize(grey, [usual_mean], [usual_std])
+    expected = teacher.network(normalize(grey, [mean or usual_mean], [std or usual_std]))
+    torch.testing.assert_close(teacher(images), expected)
+    assert mean or torch.equal(teacher(images), teacher.network(images)), "with the same statistics, the same bits"
+
+
+def test_other_names_of_classes_are_one_line(config_of, tmp_path):
+    """Classes in another order would teach each the outputs of another."""
+    path, notices = tmp_path / "ckpt_best.pth", []
+    weights = timm.create_model("groupmixformer_miny", num_classes=3).state_dict()
+    torch.save({"model": weights, "classes": ["ant", "bee", "cat"]}, path)
+    config = config_of(name="groupmixformer_miny", path=path)
+    Teacher(config, CPU, ["ant", "bee", "cat"], notices.append)
+    assert notices == []
+    Teacher(config, CPU, ["ant", "cat", "bee"], notices.append)
+    (line,) = notices
+    assert line.startswith(f"DISTILL.WEIGHTS {path}: 2 of its 3 classes have other names than the data's, the first")
 
 
 def test_a_teacher_of_this_family_from_a_checkpoint(config_of, tmp_path):
