@@ -164,8 +164,10 @@ def test_what_does_not_fit_is_told_before_training(config_of, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_teacher_without_weights_is_refused(make_config):
+def test_a_teacher_without_weights_is_refused_and_weights_without_a_teacher(make_config):
     with pytest.raises(
         UserError, match=r"DISTILL.TEACHER = 'resnet18': needs a file of its weights in DISTILL.WEIGHTS"
     ):
         make_config("--opts", "DISTILL.TEACHER", "resnet18")
+    with pytest.raises(UserError, match=r"^DISTILL.WEIGHTS = 'w.pth': are weights of a teacher; name its network in"):
+        make_config("--opts", "DISTILL.WEIGHTS", "w.pth")

@@ -123,6 +123,10 @@ def test_extreme_outputs_give_numbers_or_nan():
             (*OFF, "LOSS.CLASS_WEIGHTS", "balanced"),
             "DATA.MULTI_LABEL: takes no LOSS.CLASS_WEIGHTS; set LOSS.CLASS_WEIGHTS ''",
         ),
+        (
+            (*OFF, "LOSS.NAME", "bce", "LOSS.BCE_THRESHOLD", "0.5"),
+            "DATA.MULTI_LABEL: takes no LOSS.BCE_THRESHOLD; set LOSS.BCE_THRESHOLD None",
+        ),
         ((*OFF, "DATA.TRAIN_LABELS", ""), "DATA.MULTI_LABEL: needs files with the classes of the images"),
     ],
 )
