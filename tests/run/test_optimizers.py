@@ -5,7 +5,7 @@ import io
 import pytest
 import runs
 import torch
-from timm.optim import Lion, Muon, list_optimizers
+from timm.optim import MADGRAD, Adopt, Lion, Muon, list_optimizers
 from torch import nn
 
 from configs import UserError
@@ -70,6 +70,25 @@ def test_a_run_with_muon_that_is_stopped_ends_with_the_same_bits(data, tmp_path,
     assert runs.train_here(monkeypatch, two, stop_at=3) == 75
     assert runs.train_here(monkeypatch, two) == 0
     assert runs.final_state(tmp_path / "one", 2) == runs.final_state(tmp_path / "two", 2)
+
+
+@pytest.mark.parametrize("name", ["madgrad", "adopt"])
+def test_another_optimizer_starts_without_the_state_of_the_one_before(data, tmp_path, monkeypatch, name):
+    """It took that state: some failed at their first update, others went on with wrong moments."""
+    assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path), stop_at=3) == 75
+    args = runs.arguments(data, tmp_path, "TRAIN.OPTIMIZER.NAME", name)
+    with pytest.raises(UserError, match=rf"TRAIN.OPTIMIZER.NAME 'adamw' -> '{name}'; restore these values"):
+        runs.train_here(monkeypatch, args)
+    started = []
+    with monkeypatch.context() as patch:
+        step = {"madgrad": MADGRAD, "adopt": Adopt}[name].step
+        patch.setattr(
+            f"timm.optim.{name}.{step.__qualname__}", lambda self: started.append(len(self.state)) or step(self)
+        )
+        assert runs.train_here(monkeypatch, ["--allow-changes", *args]) == 0
+    assert started[0] == 0 < started[1]
+    log = (runs.run_folder(tmp_path) / "log_rank0.txt").read_text()
+    assert f"holds the state of the optimizer adamw; that of {name} begins anew" in log
 
 
 def test_arguments_reach_the_optimizer_and_the_rest_is_its_own(make_config):
