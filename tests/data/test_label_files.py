@@ -131,6 +131,14 @@ def test_a_share_of_a_file_validates(make_config, image_folder, files):
     assert list(open_split(config, "val", 0, 1).samples) == list(val.samples)
 
 
+def test_a_validation_file_is_used_instead_of_a_share(make_config, image_folder, files):
+    notices = []
+    config = make_config("--data-path", image_folder, "--opts", *files, "DATA.VAL_SHARE", "0.3")
+    train, val = open_train_and_val(config, 0, 1, notices.append)
+    assert (count_images(train), count_images(val)) == ([6] * 3, [2] * 3)
+    assert notices == ["DATA.VAL_SHARE = 0.3: is not used, the data have a validation set"]
+
+
 def test_classes_of_an_evaluation(make_config, image_folder, files, tmp_path):
     """The checkpoint's, else those of the training file, whatever part of them the validation file has."""
     few = write_csv(tmp_path / "few.csv", lines_of(image_folder, "val")[2:])

@@ -1,5 +1,7 @@
 """DISTILL: a teacher's logits beside the labels."""
 
+import json
+
 import pytest
 import runs
 import timm
@@ -129,10 +131,14 @@ def test_the_teacher_sees_the_students_images_and_is_in_no_checkpoint(data, tmp_
     (_, _), (images, training) = seen  # the first is the trial before training
     assert torch.equal(images, shown[0]) and not training
 
-    one = run("one", *distill, "DISTILL.KIND", "hard")
+    distill = (*distill, "DISTILL.KIND", "hard", "DISTILL.WEIGHT", "0.3")
+    one = run("one", *distill)
+    line = json.loads((one / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["train_loss"] == pytest.approx(0.7 * line["train_labels"] + 0.3 * line["train_teacher"], rel=1e-5)
+    assert line["train_labels"] != pytest.approx(line["train_teacher"], rel=1e-3)
     assert "\tlabels " in (one / "log_rank0.txt").read_text() and "\tteacher " in (one / "log_rank0.txt").read_text()
-    run("two", *distill, "DISTILL.KIND", "hard", stop_at=3)
-    run("two", *distill, "DISTILL.KIND", "hard")
+    run("two", *distill, stop_at=3)
+    run("two", *distill)
     ends = [runs.final_state(tmp_path / name, 2) for name in ("one", "two", "plain")]
     assert ends[0] == ends[1] != ends[2]
 

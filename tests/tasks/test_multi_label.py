@@ -135,6 +135,28 @@ def test_recipes_that_do_not_go_with_it_are_refused(image_folder, files, tmp_pat
     assert message_of(runs.train_here, monkeypatch, args).startswith(message)
 
 
+def test_the_loss_is_binary_cross_entropy(image_folder, files, tmp_path, monkeypatch):
+    found = []
+
+    def watched(task):
+        def loss(model, batch):
+            images, targets = batch
+            right = model(images).detach().sigmoid()  # batch norms see the same batch, and no path is dropped
+            total, parts = task.loss(model, batch)
+            by_hand = -(targets * right.log() + (1 - targets) * (1 - right).log()).mean()
+            found.append((total.detach(), by_hand))
+            return total, parts
+
+        return {"loss": loss}
+
+    runs.change_task(monkeypatch, watched)
+    args = runs.arguments(image_folder, tmp_path, *files, *OFF, "MODEL.GMA.DROP_PATH_RATE", "0")
+    assert runs.train_here(monkeypatch, args, stop_at=2) == 75
+    assert len(found) == 2
+    for total, by_hand in found:
+        torch.testing.assert_close(total, by_hand)
+
+
 @pytest.mark.launch
 def test_a_run_resumes_exactly_and_its_evaluation_is_exact_on_any_number_of_ranks(
     image_folder, files, tmp_path, monkeypatch
