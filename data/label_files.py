@@ -48,8 +48,8 @@ class LabelFileSource(FileSource):
         file: the label file.
         several: images have several classes, or none: labels are tuples of class indices.
 
-    Raises UserError, which names the line, where the file cannot be read, lacks a column, names an image twice or one
-    that is not there, or gives an image no class; and where all images are of one class.
+    Raises UserError, which names the line, where the file cannot be read, lacks a column or has it twice, names an
+    image twice or one that is not there, or gives an image no class; and where all images are of one class.
     """
 
     left_out = ""
@@ -57,18 +57,21 @@ class LabelFileSource(FileSource):
     def __init__(self, root: str | Path, file: str | Path, several: bool = False) -> None:
         self.root, self.file = Path(root), Path(file)
         samples: dict[str, tuple[str, ...]] = {}
+        named: set[str] = set()
         for where, path, value in _rows(self.file):
-            if path in samples:
+            plain = os.path.normpath(path or "/")  # 'a.png' of './a.png': one image has several spellings
+            if plain in named:
                 raise UserError(f"{where}: {path} is named a second time; put its classes into one line")
+            named.add(plain)
             samples[path] = self._classes_in(value, where, several)
-            if not path or Path(path).is_absolute():
+            if Path(plain).is_absolute() or os.pardir in Path(plain).parts[:1]:
                 raise UserError(f"{where}: the path {path!r} does not lie below {self.root}; make it relative")
             if not os.path.isfile(f"{self.root}{os.sep}{path}"):  # noqa: PTH113 - a million times
                 raise UserError(f"{where}: {path}: no such file below {self.root}")
         names = {name for classes in samples.values() for name in classes}
         if not samples or len(names) < 2 - several:
             raise UserError(f"{self.file}: has {len(samples)} images of {len(names)} classes; a classifier needs two")
-        self.classes = sorted(names, key=int if all(map(str.isdecimal, names)) else None)
+        self.classes = sorted(sorted(names), key=int if all(map(_is_number, names)) else None)  # '01' beside '1' too
         index_of = {name: index for index, name in enumerate(self.classes)}
         labelled = ((f"{self.root}{os.sep}{path}", sorted(map(index_of.get, c))) for path, c in samples.items())
         self.samples = LabelSetList(labelled) if several else SampleList((path, label) for path, (label,) in labelled)
@@ -82,6 +85,10 @@ class LabelFileSource(FileSource):
         if not several and len(found) != 1:
             raise UserError(f"{where}: has {len(found)} classes instead of one; for several set DATA.MULTI_LABEL True")
         return tuple(found)
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and len(name) < 100
 
 
 def _rows(file: Path) -> Iterator[tuple[str, str, Any]]:
@@ -120,5 +127,8 @@ def _rows_of_parquet(file: Path) -> Iterator[tuple[str, str, Any]]:
 
 
 def _check_columns(file: Path, names: Sequence[str]) -> None:
+    for name in ("path", "class"):
+        if names.count(name) > 1:
+            raise UserError(f"{file}: has {names.count(name)} columns {name}; keep one of them")
     if missing := [name for name in ("path", "class") if name not in names]:
         raise UserError(f"{file}: has no column {' and none '.join(missing)}; its columns are {', '.join(names)}")

@@ -68,8 +68,10 @@ class Explanation:
     branches: list[Branches]  # of all blocks, in order of depth
 
 
-def explain(network: nn.Module, image: Tensor) -> Explanation:
+def explain(network: nn.Module, image: Tensor, several: bool = False) -> Explanation:
     """Run a network in evaluation mode on one normalised image (3, H, W), and record what the picture shows.
+
+    With `several`, DATA.MULTI_LABEL, each class has a probability of its own; else they add up to 1.
 
     The response of a branch at a token is the norm of W_proj[:, segment] y[segment]. The projection after the attention
     is linear, so its output is the sum of these vectors and the bias. A segment's y comes from its own v, and
@@ -102,7 +104,8 @@ def explain(network: nn.Module, image: Tensor) -> Explanation:
         values = [proxies[2][0]] if local is None else [proxies[2][0], local[0]]
         norms = _norms(attention.proj.weight, y[0], torch.cat(values, dim=-1), attention.aggregator.segment_dim, size)
         branches.append(Branches(stage, block, names, *norms))
-    return Explanation(_grad_cam(logits, seen[network.norm4][1]), logits.detach().softmax(0).cpu().numpy(), branches)
+    probabilities = logits.detach().sigmoid() if several else logits.detach().softmax(0)
+    return Explanation(_grad_cam(logits, seen[network.norm4][1]), probabilities.cpu().numpy(), branches)
 
 
 def branch_names(aggregator: nn.Module) -> list[str]:
@@ -242,7 +245,7 @@ def visualize(
     """Draw the explanation of a picture and return its numbers. UserError for missing weights or block."""
     network, names, loaded = load_classifier(config, find_weights(config), notify)
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
-    result = explain(network, views[0])
+    result = explain(network, views[0], config.DATA.MULTI_LABEL)
     chosen = choose_block(result.branches, stage, block)
     shown = denormalize(views[:1])[0].clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()  # -> (H, W, 3), grey too
     draw(out, in_picture(f"{config.MODEL.NAME} on {image.name}"), shown, names, result, chosen)

@@ -26,12 +26,15 @@ def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer
     One-dimensional parameters and biases carry no weight decay. Groups come in the released order (with decay,
     without), so that released optimizer states load. With TRAIN.LAYER_DECAY there are two groups a block, by the
     network's `group_matcher`, from the stem on; their `lr_scale` is what timm's schedulers multiply the learning rate
-    by. UserError where a network has nothing to be decayed by, and where timm cannot make the optimizer.
+    by. UserError where a network has nothing to be decayed by, and where timm cannot make the optimizer or would pass
+    over an argument.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
     without_decay = getattr(network, "no_weight_decay", set)()  # timm's contract, which other networks need not know
     common: dict[str, Any] = dict(weight_decay=train.WEIGHT_DECAY, no_weight_decay_list=without_decay)
     args = parse_arguments(options.ARGS)
+    defaults = _own_defaults(options.NAME)
+    _check_arguments(options.NAME, args)
     if "fallback_list" in args:  # patterns of names that Muon leaves to AdamW: it goes by groups
         patterns = args.pop("fallback_list")
         common["fallback_list"] = [patterns] if isinstance(patterns, str) else patterns
@@ -51,7 +54,7 @@ def build_optimizer(config: CfgNode, network: nn.Module, lr: float) -> Optimizer
     elif options.NAME == "sgd":  # timm's name for SGD with Nesterov momentum, which needs some
         name, args = "sgd" if options.MOMENTUM > 0 else "momentum", dict(momentum=options.MOMENTUM) | args
     else:
-        name, args = options.NAME, _own_defaults(options.NAME) | args
+        name, args = options.NAME, defaults | args
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, **args)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
@@ -89,6 +92,26 @@ def _own_defaults(name: str) -> dict[str, Any]:
     if inspect.isclass(info.opt_class) and "deterministic" in inspect.signature(info.opt_class).parameters:
         return {"deterministic": True}  # else Kron would draw other numbers on each process, and networks drift apart
     return {}
+
+
+def _check_arguments(name: str, args: dict[str, Any]) -> None:
+    """UserError for arguments that timm would drop without a word, or that would end the first update."""
+    optimizer = optim.get_optimizer_info(name.removeprefix("lookahead_")).opt_class
+    if not inspect.isclass(optimizer):  # of a library that is not loaded yet; it checks them itself
+        return
+    defaults = {key: value.default for key, value in inspect.signature(optimizer).parameters.items()}
+    known = defaults.keys() - {"self", "params", *_HAVE_KEYS}
+    known |= {"fallback_list"} if "fallback_lr_scale" in known else set()  # Muon and its kin
+    for key, value in args.items():
+        if key not in known:
+            what = f"{name} takes no {key}; it takes {', '.join(sorted(known))}"
+        elif isinstance(defaults.get(key), tuple) and not (
+            isinstance(value, tuple | list) and len(value) == len(defaults[key])
+        ):
+            what = f"{key} of {name} must be {len(defaults[key])} numbers, such as {key}={defaults[key]}"
+        else:
+            continue
+        raise UserError(f"TRAIN.OPTIMIZER.ARGS: {what}")
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:

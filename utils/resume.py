@@ -242,8 +242,9 @@ def restore(
 ) -> LoopState:
     """Put a loaded training checkpoint, ours or a released one, into `state`; returns where the run is.
 
-    A released one has no EMA, which then starts from its weights. Raises UserError where the checkpoint does not fit,
-    and, without TRAIN.ALLOW_CHANGES, where recipe or data are not what they were.
+    A released one has no EMA, which then starts from its weights. Another optimizer starts without a state. Raises
+    UserError where the checkpoint does not fit, and, without TRAIN.ALLOW_CHANGES, where recipe or data are not what
+    they were.
     """
     config, logger, world_size = session.config, session.logger, session.processes.world_size
     if "optimizer" not in saved or "epoch" not in saved:
@@ -268,8 +269,13 @@ def restore(
     load_exactly(state.network, select_weights(saved, "raw", path)[0], path)
     if state.ema is not None:
         _restore_ema(session, state.ema, saved, path)
+    name = config.TRAIN.OPTIMIZER.NAME
+    before = (stored_config(saved) or {}).get("TRAIN.OPTIMIZER.NAME", name)
     try:
-        load_optimizer(state.optimizer, saved["optimizer"])
+        if before == name:
+            load_optimizer(state.optimizer, saved["optimizer"])
+        else:  # which would read that state as its own, or fail at its first update
+            logger.warning(f"{path}: holds the state of the optimizer {before}; that of {name} begins anew")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     if saved.get("scaler") and state.scaler.is_enabled():
@@ -283,8 +289,8 @@ def restore(
     if same_epochs and done < min(length.updates, length.updates_before(loop.next_epoch)):
         # TRAIN.UPDATES had cut the last epoch short. A run that is longer now continues within it.
         loop.next_epoch, loop.next_update = length.position(done)
-    before = in_epoch(saved.get("global_batch", identity["global_batch"]), loop.next_epoch)
-    samples_seen, images = loop.next_update * before, in_epoch(identity["global_batch"], loop.next_epoch)
+    images_before = in_epoch(saved.get("global_batch", identity["global_batch"]), loop.next_epoch)
+    samples_seen, images = loop.next_update * images_before, in_epoch(identity["global_batch"], loop.next_epoch)
     loop.next_update = min(samples_seen // images, length.updates_of(loop.next_epoch))
     state.num_updates = min(length.updates_before(loop.next_epoch) + loop.next_update, length.updates)
     logger.info(f"resumed from {path}: epoch {loop.next_epoch}, update {loop.next_update}")

@@ -1,11 +1,12 @@
 """Distillation: a teacher, another network that is trained already, whose logits a network learns from."""
 
 import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -14,30 +15,35 @@ import models  # noqa: F401 - teachers of this family: timm knows them from then
 from configs import UserError
 from configs.errors import one_line
 from data import as_stages
+from data.normalization import pixel_statistics
 from utils.checkpoint import load_file, select_weights
 
 from .stages import training_stages
+from .weights import renamed_classes
 
 
 class Teacher:
     """DISTILL.TEACHER with its weights: images (B, C, H, W), normalised for the student -> its logits (B, K).
 
     It is no module, so that it is part of no network: in no checkpoint, moving average or optimizer. It stays in
-    evaluation mode. Raises UserError where timm has no such network, or weights, classes or image size do not fit it.
+    evaluation mode. `notify` is called with one line where its checkpoint has other names than `classes`, those of the
+    data. Raises UserError where timm has no such network, or weights, classes or image size do not fit it.
     """
 
-    def __init__(self, config: CfgNode, device: torch.device) -> None:
-        self.network = _create(config).to(device).eval().requires_grad_(False)
-        expected = {key: self.network.pretrained_cfg.get(key) for key in ("mean", "std")}
-        mean, own_mean, std, own_std = (
-            torch.tensor(values, device=device).view(-1, 1, 1)
-            for values in (
-                IMAGENET_DEFAULT_MEAN,
-                expected["mean"] or IMAGENET_DEFAULT_MEAN,
-                IMAGENET_DEFAULT_STD,
-                expected["std"] or IMAGENET_DEFAULT_STD,
-            )
-        )
+    def __init__(
+        self,
+        config: CfgNode,
+        device: torch.device,
+        classes: Sequence[str] = (),
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        checkpoint = load_file(config.DISTILL.WEIGHTS)
+        if renamed := renamed_classes(checkpoint, classes):
+            notify(f"DISTILL.WEIGHTS {config.DISTILL.WEIGHTS}: {renamed}: it teaches these only if they are the same")
+        self.network = _create(config, checkpoint).to(device).eval().requires_grad_(False)
+        usual = pixel_statistics(config.MODEL.GMA.IN_DIM)
+        both = (*usual, *_statistics(self.network.pretrained_cfg, usual))
+        mean, std, own_mean, own_std = (torch.tensor(values, device=device)[:, None, None] for values in both)
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
         self.as_student = bool((self.scale == 1).all() and (self.shift == 0).all())
         for _, stage in as_stages(training_stages(config)):
@@ -58,13 +64,19 @@ class Teacher:
             raise UserError(f"DISTILL.TEACHER = {config.DISTILL.TEACHER!r}: gives {shape}, no logits of classes")
 
 
-def _create(config: CfgNode) -> nn.Module:
+def _statistics(own: dict[str, Any], usual: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """Mean and standard deviation of a teacher's images; of grey ones, the means over its three colours."""
+    found = [own.get(key) or values for key, values in zip(("mean", "std"), usual)]
+    return [values if len(values) == len(usual[0]) else [sum(values) / len(values)] for values in found]
+
+
+def _create(config: CfgNode, checkpoint: dict[str, Any]) -> nn.Module:
     name, path, num_classes = config.DISTILL.TEACHER, config.DISTILL.WEIGHTS, config.MODEL.GMA.NUM_CLASSES
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see timm.list_models()"
         raise UserError(f"DISTILL.TEACHER = {name!r}: timm has no such network; {hint}")
-    state, _ = select_weights(load_file(path), "best", path)
+    state, _ = select_weights(checkpoint, "best", path)
     try:
         fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
         return timm.create_model(

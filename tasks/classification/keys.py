@@ -72,6 +72,10 @@ _COUNTS_EPOCHS = Rule(
 _HAS_WEIGHTS = Rule(
     lambda name, config: not name or config.DISTILL.WEIGHTS, "needs a file of its weights in DISTILL.WEIGHTS"
 )
+_HAS_TEACHER = Rule(
+    lambda path, config: not path or config.DISTILL.TEACHER,
+    "are weights of a teacher; name its network in DISTILL.TEACHER, or leave them out",
+)
 
 # fmt: off
 KEYS: dict[str, Key] = {
@@ -117,7 +121,8 @@ KEYS: dict[str, Key] = {
     "LOSS.EFFECTIVE_BETA": recipe(0.999, "beta of CLASS_WEIGHTS 'effective'", BELOW_ONE),
     "DISTILL.TEACHER": recipe(
         "", "timm's name of a trained network whose outputs are learnt beside the labels; '': none", _HAS_WEIGHTS),
-    "DISTILL.WEIGHTS": recipe("", "file of the teacher's weights, for the classes of the data", kind="file"),
+    "DISTILL.WEIGHTS": recipe(
+        "", "file of the teacher's weights, for the classes of the data", _HAS_TEACHER, kind="file"),
     "DISTILL.KIND": recipe(
         "soft", "learn the teacher's probabilities, or its most probable class", one_of("soft", "hard")),
     "DISTILL.WEIGHT": recipe(0.5, "the teacher's share of the loss; the labels' is the rest", SHARE),

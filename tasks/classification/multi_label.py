@@ -39,6 +39,7 @@ _OFF = {
     "MODEL.LABEL_SMOOTHING": 0,
     "DATA.CLASS_BALANCE": 0,
     "LOSS.CLASS_WEIGHTS": "",
+    "LOSS.BCE_THRESHOLD": None,
     "DISTILL.TEACHER": "",
 }
 

@@ -27,6 +27,7 @@ from .inference import run_network
 from .losses import build_criterion
 from .stages import training_stages
 from .transforms import build_mixup
+from .unused import unused_settings
 from .weights import load_pretrained
 
 
@@ -38,6 +39,8 @@ def build(session: Session) -> Task:
     several = config.DATA.MULTI_LABEL
     if several:
         multi_label.check_recipe(config)
+    for line in unused_settings(config):
+        logger.warning(line)
     share = (processes.rank, processes.world_size)
     train_source, val_source = open_train_and_val(config, *share, logger.warning)
     classes = train_source.classes
@@ -78,7 +81,7 @@ def build(session: Session) -> Task:
     criterion = nn.BCEWithLogitsLoss() if several else build_criterion(config, mixup is not None, counts)
     criterion.to(processes.device)
     # After the network: its initial weights are the same with a teacher and without.
-    teacher = Teacher(config, processes.device) if config.DISTILL.TEACHER else None
+    teacher = Teacher(config, processes.device, classes, logger.warning) if config.DISTILL.TEACHER else None
     precision = build_precision(config, processes.device)
 
     def inputs_and_targets(batch: list[Tensor]) -> tuple[Tensor, Tensor]:

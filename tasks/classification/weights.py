@@ -85,11 +85,11 @@ def load_weights(
             "data folder that the weights were trained on (all its classes), or fine-tune with train.py --pretrained"
         )
     _fill(network, weights, path)
-    if renamed := _renamed_classes(weights.checkpoint, classes):
+    if renamed := renamed_classes(weights.checkpoint, classes):
         notify(f"{path}: {renamed}: the accuracy means nothing unless they are the same classes in the same order")
 
 
-def _renamed_classes(checkpoint: dict[str, Any], classes: Sequence[str]) -> str:
+def renamed_classes(checkpoint: dict[str, Any], classes: Sequence[str]) -> str:
     """How the class names in a checkpoint differ from the data's; '' where they do not, or one of them has none."""
     trained_on, now = known_names(checkpoint.get("classes")), known_names(classes)
     renamed = [pair for pair in zip(trained_on, now) if pair[0] != pair[1]]
@@ -118,7 +118,7 @@ def load_pretrained(network: GroupMixFormer, path: str | Path, class_map: str = 
         what = f"head of {loaded} classes left out" if loaded else "no head in it"
         note = f"; {what}, a fresh one has {own}"
     else:
-        if renamed := _renamed_classes(weights.checkpoint, classes):
+        if renamed := renamed_classes(weights.checkpoint, classes):
             note = f"; its head too, although {renamed}"
         note += f"; MODEL.CLASS_MAP {class_map} is not used: its head has {own} classes already" * bool(class_map)
     if sum_colours(weights.state, network):

@@ -265,6 +265,7 @@ IMPOSSIBLE = [
     ("LOSS.CLASS_WEIGHTS", "[0, 0]"),
     ("LOSS.BCE_THRESHOLD", "0.5"),  # without LOSS.NAME bce
     ("DISTILL.TEACHER", "resnet18"),  # without a file of its weights
+    ("DISTILL.WEIGHTS", "weights.pth"),  # without a teacher
     ("DATA.TRAIN_SIZES", "[[128, 1]]"),
     ("SEED", str(2**63)),  # torch could not take it
 ]

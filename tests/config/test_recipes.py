@@ -65,8 +65,8 @@ PROMISED = {
 
 
 def read(*files: Path):
-    words = ["--cfg", *map(str, files), "--opts", "DISTILL.WEIGHTS", "teacher.pth"]
-    return read_config(words, keys_of, notify=pytest.fail)
+    weights = ["--opts", "DISTILL.WEIGHTS", "teacher.pth"] if files[-1].stem == "distillation" else []
+    return read_config(["--cfg", *map(str, files), *weights], keys_of, notify=pytest.fail)
 
 
 def value(config, name: str):

@@ -81,6 +81,8 @@ def test_numbers_are_sorted_as_numbers_and_other_columns_passed_over(image_folde
         (["train/ant/0.png,a,b"], ":2: has other fields than the header"),
         (["/train/ant/0.png,a"], ":2: the path '/train/ant/0.png' does not lie below"),
         ([",a"], ":2: the path '' does not lie below"),
+        (["train/ant/0.png,a", "train/../../data.png,b"], ":3: the path 'train/../../data.png' does not lie below"),
+        (["train/ant/0.png,a", "./train//ant/0.png,b"], ":3: ./train//ant/0.png is named a second time"),
         (['"train/ant/0.png,a'], ": cannot be read: "),
         (["train/ant/0.png,a", "train/ant/1.png,a"], ": has 2 images of 1 classes; a classifier needs two"),
         ([], ": has 0 images of 0 classes"),
@@ -91,7 +93,19 @@ def test_mistakes_are_one_line_with_their_place(image_folder, tmp_path, lines, m
     assert message_of(LabelFileSource, image_folder, file).startswith(f"{file}{message}")
 
 
+def test_numbers_of_one_value_have_one_order(image_folder, tmp_path):
+    """In a set, the order of names is another one in every process."""
+    lines = lines_of(image_folder, "train")
+    names = ["1", "01", "001", "0001", "00001", "000001", "2"]
+    file = write_csv(tmp_path / "a.csv", [f"{line.split(',')[0]},{name}" for line, name in zip(lines, names)])
+    assert LabelFileSource(image_folder, file).classes == sorted(names)
+    write_csv(file, [f"{lines[0].split(',')[0]},{'9' * 5000}", f"{lines[1].split(',')[0]},2"])
+    assert LabelFileSource(image_folder, file).classes == ["2", "9" * 5000], "too long for int()"
+
+
 def test_files_that_are_no_label_files_are_one_line(image_folder, tmp_path):
+    file = write_csv(tmp_path / "a.csv", [], header="path,class,class")
+    assert message_of(LabelFileSource, image_folder, file) == f"{file}: has 2 columns class; keep one of them"
     file = write_csv(tmp_path / "a.csv", [], header="image,label")
     assert message_of(LabelFileSource, image_folder, file).endswith(
         "has no column path and none class; its columns are image, label"
@@ -115,6 +129,14 @@ def test_a_share_of_a_file_validates(make_config, image_folder, files):
     train, val = open_train_and_val(config, 0, 1, print)
     assert (count_images(train), count_images(val)) == ([4] * 3, [2] * 3)
     assert list(open_split(config, "val", 0, 1).samples) == list(val.samples)
+
+
+def test_a_validation_file_is_used_instead_of_a_share(make_config, image_folder, files):
+    notices = []
+    config = make_config("--data-path", image_folder, "--opts", *files, "DATA.VAL_SHARE", "0.3")
+    train, val = open_train_and_val(config, 0, 1, notices.append)
+    assert (count_images(train), count_images(val)) == ([6] * 3, [2] * 3)
+    assert notices == ["DATA.VAL_SHARE = 0.3: is not used, the data have a validation set"]
 
 
 def test_classes_of_an_evaluation(make_config, image_folder, files, tmp_path):

@@ -96,6 +96,9 @@ def test_they_get_what_tensorboard_gets_and_a_run_that_continues_goes_on(data, t
     assert told.keys() == shown.keys() and ("val/acc1_ema", 8) in told
     assert all(told[key] == pytest.approx(shown[key], rel=1e-6) for key in told)
     assert warnings_of(tmp_path) == []
+    anew = runs.arguments(data, tmp_path, *TRACKERS, "TRAIN.AUTO_RESUME", "False")
+    assert runs.train_here(monkeypatch, anew, stop_at=1) == 75
+    assert wandb.begun[2]["id"] is None and len(mlflow.states) == 6, "a new run in the same folder is another one"
 
 
 def test_a_failure_is_one_warning_and_changes_no_bit(data, tmp_path, monkeypatch, libraries):

@@ -1,5 +1,7 @@
 """DISTILL: a teacher's logits beside the labels."""
 
+import json
+
 import pytest
 import runs
 import timm
@@ -9,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import normalize
 
 from configs import UserError, with_num_classes
+from data.normalization import pixel_statistics
 from tasks.classification.distillation import Teacher, distillation_loss
 from utils.checkpoint import load_file
 
@@ -46,6 +49,34 @@ def test_logits_are_those_of_timms_network(config_of, weights):
     torch.testing.assert_close(logits, expected)
     assert not logits.requires_grad and not teacher.network.training
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(("name", "mean", "std"), [(TEACHER, 0.5, 0.5), ("test_efficientnet", None, None)])
+def test_a_teacher_of_grey_images(config_of, tmp_path, name, mean, std):
+    """Its stem for colour is summed; grey values are normalised by the means over its colours."""
+    torch.manual_seed(0)
+    path, size = tmp_path / "weights.pth", {"img_size": 32} if name == TEACHER else {}
+    torch.save({"state_dict": timm.create_model(name, num_classes=3, **size).state_dict()}, path)
+    teacher = Teacher(config_of("MODEL.GMA.IN_DIM", "1", name=name, path=path), CPU)
+    grey = torch.rand(2, 1, 32, 32)
+    (usual_mean,), (usual_std,) = pixel_statistics(1)
+    images = normalize(grey, [usual_mean], [usual_std])
+    expected = teacher.network(normalize(grey, [mean or usual_mean], [std or usual_std]))
+    torch.testing.assert_close(teacher(images), expected)
+    assert mean or torch.equal(teacher(images), teacher.network(images)), "with the same statistics, the same bits"
+
+
+def test_other_names_of_classes_are_one_line(config_of, tmp_path):
+    """Classes in another order would teach each the outputs of another."""
+    path, notices = tmp_path / "ckpt_best.pth", []
+    weights = timm.create_model("groupmixformer_miny", num_classes=3).state_dict()
+    torch.save({"model": weights, "classes": ["ant", "bee", "cat"]}, path)
+    config = config_of(name="groupmixformer_miny", path=path)
+    Teacher(config, CPU, ["ant", "bee", "cat"], notices.append)
+    assert notices == []
+    Teacher(config, CPU, ["ant", "cat", "bee"], notices.append)
+    (line,) = notices
+    assert line.startswith(f"DISTILL.WEIGHTS {path}: 2 of its 3 classes have other names than the data's, the first")
 
 
 def test_a_teacher_of_this_family_from_a_checkpoint(config_of, tmp_path):
@@ -100,10 +131,14 @@ def test_the_teacher_sees_the_students_images_and_is_in_no_checkpoint(data, tmp_
     (_, _), (images, training) = seen  # the first is the trial before training
     assert torch.equal(images, shown[0]) and not training
 
-    one = run("one", *distill, "DISTILL.KIND", "hard")
+    distill = (*distill, "DISTILL.KIND", "hard", "DISTILL.WEIGHT", "0.3")
+    one = run("one", *distill)
+    line = json.loads((one / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["train_loss"] == pytest.approx(0.7 * line["train_labels"] + 0.3 * line["train_teacher"], rel=1e-5)
+    assert line["train_labels"] != pytest.approx(line["train_teacher"], rel=1e-3)
     assert "\tlabels " in (one / "log_rank0.txt").read_text() and "\tteacher " in (one / "log_rank0.txt").read_text()
-    run("two", *distill, "DISTILL.KIND", "hard", stop_at=3)
-    run("two", *distill, "DISTILL.KIND", "hard")
+    run("two", *distill, stop_at=3)
+    run("two", *distill)
     ends = [runs.final_state(tmp_path / name, 2) for name in ("one", "two", "plain")]
     assert ends[0] == ends[1] != ends[2]
 
@@ -135,8 +170,10 @@ def test_what_does_not_fit_is_told_before_training(config_of, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_teacher_without_weights_is_refused(make_config):
+def test_a_teacher_without_weights_is_refused_and_weights_without_a_teacher(make_config):
     with pytest.raises(
         UserError, match=r"DISTILL.TEACHER = 'resnet18': needs a file of its weights in DISTILL.WEIGHTS"
     ):
         make_config("--opts", "DISTILL.TEACHER", "resnet18")
+    with pytest.raises(UserError, match=r"^DISTILL.WEIGHTS = 'w.pth': are weights of a teacher; name its network in"):
+        make_config("--opts", "DISTILL.WEIGHTS", "w.pth")

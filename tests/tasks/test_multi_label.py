@@ -123,12 +123,38 @@ def test_extreme_outputs_give_numbers_or_nan():
             (*OFF, "LOSS.CLASS_WEIGHTS", "balanced"),
             "DATA.MULTI_LABEL: takes no LOSS.CLASS_WEIGHTS; set LOSS.CLASS_WEIGHTS ''",
         ),
+        (
+            (*OFF, "LOSS.NAME", "bce", "LOSS.BCE_THRESHOLD", "0.5"),
+            "DATA.MULTI_LABEL: takes no LOSS.BCE_THRESHOLD; set LOSS.BCE_THRESHOLD None",
+        ),
         ((*OFF, "DATA.TRAIN_LABELS", ""), "DATA.MULTI_LABEL: needs files with the classes of the images"),
     ],
 )
 def test_recipes_that_do_not_go_with_it_are_refused(image_folder, files, tmp_path, monkeypatch, opts, message):
     args = runs.arguments(image_folder, tmp_path, *files, "MODEL.LABEL_SMOOTHING", "0", *opts)
     assert message_of(runs.train_here, monkeypatch, args).startswith(message)
+
+
+def test_the_loss_is_binary_cross_entropy(image_folder, files, tmp_path, monkeypatch):
+    found = []
+
+    def watched(task):
+        def loss(model, batch):
+            images, targets = batch
+            right = model(images).detach().sigmoid()  # batch norms see the same batch, and no path is dropped
+            total, parts = task.loss(model, batch)
+            by_hand = -(targets * right.log() + (1 - targets) * (1 - right).log()).mean()
+            found.append((total.detach(), by_hand))
+            return total, parts
+
+        return {"loss": loss}
+
+    runs.change_task(monkeypatch, watched)
+    args = runs.arguments(image_folder, tmp_path, *files, *OFF, "MODEL.GMA.DROP_PATH_RATE", "0")
+    assert runs.train_here(monkeypatch, args, stop_at=2) == 75
+    assert len(found) == 2
+    for total, by_hand in found:
+        torch.testing.assert_close(total, by_hand)
 
 
 @pytest.mark.launch

@@ -114,6 +114,22 @@ def test_the_command_draws_the_numbers_that_it_prints_and_writes_and_not_beside_
         assert drawn.width > 1000
 
 
+def test_probabilities_of_several_classes_are_those_of_each_alone(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `test.py --images` gives them: they do not add up to 1."""
+    weights, picture = files
+    found = []
+    for several in ("True", "False"):
+        args = [*CFG, "--resume", str(weights), "--image", str(picture), "--out", str(tmp_path / "a.png"), "--json"]
+        assert visualize.main([*args, "-", "--opts", *SIZES, "DATA.MULTI_LABEL", several]) == 0
+        top = json.loads(capsys.readouterr().out)["top"]
+        found.append(torch.tensor([entry["probability"] for entry in top], dtype=torch.float64))
+    each, one = found
+    assert one.sum() == pytest.approx(1) and each.sum() > 1.2
+    torch.testing.assert_close(each.logit().softmax(0), one, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
