@@ -76,7 +76,7 @@ class Tracker:
             return None
         try:
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library may want to end the program
             self._fail(one_line(error)[:200])
 
     def _fail(self, why: str) -> None:

@@ -119,6 +119,17 @@ def test_a_failure_is_one_warning_and_changes_no_bit(data, tmp_path, monkeypatch
     assert runs.final_state(tmp_path / "plain", 2) == runs.final_state(tmp_path / "failing", 2)
 
 
+def test_a_library_that_ends_the_program_ends_nothing(make_config, tmp_path, monkeypatch, libraries, caplog):
+    """In the thread it would end the thread, and nothing would say that no number arrives."""
+    libraries[0].init = lambda **options: sys.exit("no key")
+    monkeypatch.setattr(trackers, "import_module", lambda name: libraries[0] if name == "wandb" else sys.exit(3))
+    for tracker in trackers.open_trackers(make_config("--opts", *TRACKERS), tmp_path, False, logging.getLogger("t")):
+        tracker.scalars({"loss": 1.0}, 0)
+        tracker.close()
+    ending = "; the run goes on without it"
+    assert sorted(caplog.messages) == [f"LOG_MLFLOW: 3{ending}", f"LOG_WANDB: no key{ending}"]
+
+
 def test_a_server_that_does_not_answer_holds_nothing_up(make_config, tmp_path, monkeypatch, libraries, caplog):
     answer = threading.Event()
     libraries[0].log = lambda values, step: answer.wait()
