@@ -262,3 +262,10 @@ def test_splits_of_yolo_are_those_of_data_yaml(how, tmp_path):
     found = {split: [i["file_name"] for i in c["images"]] for split, c in convert(tmp_path, read_yolo).items()}
     of_b = [f"images/b/{number}.jpg" for number in (4, 5)]
     assert found["val"] == (["images/b/4.jpg"] if how in ("elsewhere", "same") else of_b)
+
+
+def test_pictures_in_no_split_of_data_yaml_are_counted(yolo, capsys):
+    picture(yolo / "others" / "c.png")
+    (yolo / "data.yaml").write_text("train: train/images\nval: valid/images\nnames: [dog, cat]\n")
+    assert main(["yolo", "--data-path", str(yolo)]) == 0
+    assert f"1 pictures are in no split of {yolo / 'data.yaml'}: they are left out" in capsys.readouterr().out

@@ -109,10 +109,11 @@ def read_yolo(root: Path) -> Iterator[tuple[str, Picture]]:
     described, content = _yolo_description(root)
     names = _yolo_names(root, described, content)
     split_of = _described_splits(root, content)
-    found = False
+    found, left_out = False, 0
     for path in _files(root, is_image_name):
         split = split_of(path) if split_of else _split_of(path, root)
         if split is None:
+            left_out += 1
             continue
         beside = _text_of(path, root)
         found |= beside.is_file()
@@ -124,6 +125,8 @@ def read_yolo(root: Path) -> Iterator[tuple[str, Picture]]:
         yield split, picture
     if not found:
         raise UserError(f"{root}: has no texts of YOLO, in labels/ or beside the pictures")
+    if left_out:
+        print(f"{left_out} pictures are in no split of {described}: they are left out")
 
 
 def _text_of(picture: Path, root: Path) -> Path:
