@@ -13,6 +13,7 @@ from configs import UserError, read_config, with_num_classes
 from configs.errors import first_line
 from models import VARIANTS, GroupMixFormer
 from models.weights import (
+    FIRST_CONVOLUTION,
     Architecture,
     architecture_of,
     map_head,
@@ -177,6 +178,10 @@ def _fill(network: GroupMixFormer, weights: Weights, origin: str | Path) -> None
 def _whose(network: GroupMixFormer, checkpoint: dict[str, Any], state: dict[str, Tensor]) -> str:
     """Of which network weights are that do not fit this one, and what to do where that is not what was done."""
     other = "weights of another network than the configuration describes"
+    stem, own = state.get(FIRST_CONVOLUTION), network.in_chans
+    if stem is not None and stem.ndim == 4 and stem.shape[1] in {1, 3} - {own}:
+        channels = stem.shape[1]
+        return f"weights for images of {channels} channels, not {own}; set MODEL.GMA.IN_DIM {channels}"
     if architecture_of(state) == architecture_of(network.state_dict()):
         return "not all weights of this network, or more"
     if stored := stored_config(checkpoint):

@@ -134,6 +134,9 @@ def test_a_grey_network_starts_from_the_summed_stem_of_a_colour_one(tmp_path):
     images = torch.randn(2, 1, 40, 64)
     torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)))
     assert "summed" not in load_pretrained(colour, tmp_path / "w.pth")
+    torch.save({"model": grey.state_dict()}, tmp_path / "grey.pth")
+    with pytest.raises(UserError, match=r"grey.pth: weights for images of 1 channels, not 3; set MODEL.GMA.IN_DIM 1"):
+        load_pretrained(colour, tmp_path / "grey.pth")
     assert read_weights(tmp_path / "w.pth").state[FIRST_CONVOLUTION].shape[1] == 3
 
 
