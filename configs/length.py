@@ -41,7 +41,7 @@ def follow_length(settings: Iterable[tuple[str, str, Any]], keys: Mapping[str, K
     def follow(name: str, source: str) -> None:
         old_unit, old_length = meant_for[source]
         if (old_unit, old_length) != (unit, length) and values[source]:
-            why = f"follows {unit} = {length}, from {values[source]} for {old_unit} = {old_length}; set it to decide it"
+            why = f"for {unit} = {length} as {values[source]} for {old_unit} = {old_length}; set it to choose another"
             follows[name] = (_scaled(values[source], length / old_length, whole=unit == UPDATES), why)
 
     warmup_unit = UPDATES if values[WARMUP[UPDATES]] else EPOCHS

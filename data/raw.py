@@ -67,6 +67,18 @@ def how_to_prepare(root: Path, name: str, split: str) -> str:
     return ""
 
 
+def raw_annotations(root: Path) -> str:
+    """Boxes as Pascal VOC or YOLO have them, and the command that makes COCO's JSON of them; '' for others."""
+    yolo = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt", "labels/classes.txt")
+    if any((root / name).is_file() for name in yolo):
+        form, what = "yolo", "YOLO's texts"
+    elif any(root.rglob("*.xml")):
+        form, what = "voc", "XML files, as Pascal VOC has them"
+    else:
+        return ""
+    return f"holds {what}: run {shlex.join(['python', '-m', 'tools.prepare', form, '--data-path', str(root)])}"
+
+
 def _command(what: str, form: str, root: Path, out: Path, *flags: str) -> str:
     command = shlex.join(["python", "-m", "tools.prepare", form, "--data-path", str(root), "--out", str(out), *flags])
     return f"holds {what}: run {command}, then give --data-path {shlex.quote(str(out))}"

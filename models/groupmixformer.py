@@ -719,7 +719,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 # Without this file, timm's error shows the architecture that a folder of weights names, tag included. The tag then says
 # what to do. It changes nothing else.
-HUB_TAG = "needs pip install of this folder"
+HUB_TAG = "needs pip install of this folder, then import groupmixformer"
 default_cfgs = generate_default_cfgs({name + tag: _cfg() for tag in ("", f".{HUB_TAG}") for name in VARIANTS})
 
 

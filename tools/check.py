@@ -51,10 +51,10 @@ KINDS = {
     "empty": (ERROR, "empty file"),
     "damaged": (ERROR, "file that does not decode"),
     "bomb": (ERROR, "file that decodes to too much"),
+    "few-images": (ERROR, "fewer training images than one update takes"),
     "train-and-val": (ERROR, "image that is in both train and val"),
     "nearly-constant": (WARNING, "image that comes out nearly constant, though its file is not"),
     "levels": (WARNING, "folders that may be one level too deep"),
-    "few-images": (WARNING, "fewer training images than one update takes"),
     "class-not-in-val": (WARNING, "classes without validation images"),
     "unread-image": (WARNING, "image that training does not read"),
     "duplicate": (WARNING, "image that is in a split twice"),
@@ -114,8 +114,9 @@ def check_data_set(
             problems.append(Problem("split", f"{name}{'.zip' * zipped}", error.one_line()))
     problems += _match_classes(report)
     if "train" in report.splits and (images := len(report.splits["train"].samples)) < images_per_update:
-        few = f"{images} images, and an update takes {images_per_update}: give train.py a smaller --batch-size"
-        problems.append(Problem("few-images", names["train"], f"{few} (docs/fine-tuning.md, few pictures)"))
+        few = f"{images} images, and an update takes {images_per_update}"
+        flags = f"--opts DATA.BATCH_SIZE {max(1, images // 3)}"
+        problems.append(Problem("few-images", names["train"], f"{few}: add {flags} (docs/fine-tuning.md)"))
     for split, source in report.splits.items():
         if split in names and (odd := one_level_too_many(source)):
             problems.append(Problem("levels", SPLIT_NAMES[dataset][split], odd))

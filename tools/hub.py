@@ -59,7 +59,7 @@ def hub_files(source: str, weights: Weights, encoded: bytes, name: str, cfg: str
         "numbers": "\n".join(_numbers(Path(source), weights, config)),
         "data": _data(weights, description),
         "recipe": _recipe(weights, keys),
-        "mode": "an RGB" if config.MODEL.GMA.IN_DIM == 3 else "a grey",
+        "mode": "RGB" if config.MODEL.GMA.IN_DIM == 3 else "L",
         "probabilities": "sigmoid()" if config.DATA.MULTI_LABEL else "softmax(-1)",
     }
     return {
@@ -157,17 +157,19 @@ An image classifier of {num_classes} classes: GroupMixFormer, the network of
 The network is no part of timm. This folder installs it:
 
 ```bash
-pip install FOLDER
+pip install ./FOLDER  # without ./, pip would look for a package of that name
 ```
 
 ```python
 import groupmixformer  # registers the network with timm
 import timm
+from PIL import Image
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or hf-hub:<user>/<repository>
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 classes = model.pretrained_cfg.get("label_names")
-probabilities = model(transform(image)[None]).{probabilities}  # of {mode} image of Pillow's
+image = Image.open("photo.jpg").convert("{mode}")
+probabilities = model(transform(image)[None]).{probabilities}
 ```
 
 In GroupMixFormer's own code: `python test.py --resume FOLDER --data-path DIR`.
@@ -223,9 +225,12 @@ def _numbers(source: Path, weights: Weights, config: CfgNode) -> list[str]:
 
 
 def _data(weights: Weights, description: Mapping[str, Any]) -> str:
-    folder = Path(str((stored_config(weights.checkpoint) or {}).get("DATA.DATA_PATH", ""))).name
+    stored = stored_config(weights.checkpoint) or {}
+    folder = Path(str(stored.get("DATA.DATA_PATH", ""))).name
     folder, names = printable(folder).replace("`", "'"), list(map(_as_markdown, description.get("label_names", [])))
     lines = [f"Trained on a folder called `{folder}`."] * bool(folder)
+    if start := printable(Path(str(stored.get("MODEL.PRETRAINED", ""))).name).replace("`", "'"):
+        lines.append(f"Training started from other weights, a file called `{start}`.")
     lines += [f"Classes, in order: {list_names(names, 20)}."] * bool(names)
     return "\n".join(lines) or NOT_STORED
 

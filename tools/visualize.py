@@ -246,6 +246,11 @@ def visualize(
     network, names, loaded = load_classifier(config, find_weights(config), notify)
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
     result = explain(network, views[0], config.DATA.MULTI_LABEL)
+    if result.cam.size == 1:
+        size = " x ".join(map(str, views.shape[2:]))
+        notify(
+            f"the last map of {size} pixels has one token, so Grad-CAM has no location; larger input has more tokens"
+        )
     chosen = choose_block(result.branches, stage, block)
     shown = denormalize(views[:1])[0].clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()  # -> (H, W, 3), grey too
     draw(out, in_picture(f"{config.MODEL.NAME} on {image.name}"), shown, names, result, chosen)

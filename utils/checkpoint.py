@@ -329,7 +329,9 @@ def load_exactly(
     network: nn.Module,
     state: dict[str, Tensor],
     origin: str,
-    whose: Callable[[dict[str, Tensor]], str] = lambda state: "weights of another network than --cfg describes",
+    whose: Callable[[dict[str, Tensor]], str] = lambda state: (
+        "weights of another network than --cfg describes (without --cfg, a run's checkpoint says which)"
+    ),
 ) -> None:
     """Load a state dict strictly; UserError names missing, unexpected and differently shaped entries.
 

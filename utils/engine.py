@@ -250,8 +250,8 @@ def warn_of_chance(session: Session, task: Task, loop: LoopState) -> None:
     if task.by_chance is not None and not (loop.best_weights and loop.best > task.by_chance):
         session.logger.warning(
             f"best {task.decides} {loop.best:.3f}: guessing may reach {task.by_chance:.3f} on so many images, so "
-            "nothing shows that the network has learnt; look at the learning rate and its warm-up, and check the data "
-            "with python -m tools.check"
+            "nothing shows that the network has learnt; few validation images, fresh weights on few training images, a "
+            "wrong learning rate and wrong data (python -m tools.check) are the usual causes"
         )
 
 

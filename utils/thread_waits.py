@@ -34,7 +34,8 @@ class ThreadWaits:
                 report(
                     f"slow updates: the {torch.get_num_threads()} threads of this process wait "
                     f"{100 * waited / (ran + waited):.0f} % of their time for one of {available_cores()} cores; "
-                    "start again with fewer (environment variable OMP_NUM_THREADS=1, or cores / processes)"
+                    "other programs take the cores, or there are too many threads: then start again with the "
+                    "environment variable OMP_NUM_THREADS at the number of cores divided by that of processes"
                 )
 
 

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from configs import UserError
 from configs.errors import one_line
+from data.raw import raw_annotations
 
 # Where the annotations and images of a split are looked for, below the data path.
 JSON_FILES = {
@@ -114,7 +115,8 @@ def open_split(config: CfgNode, split: str) -> CocoSplit:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         looked_for = named_json or ", ".join(JSON_FILES[split])
-        raise UserError(f"{root}: has no annotations for {split} ({looked_for}); name the file with DATA.{keys[0]}")
+        how = (not named_json and raw_annotations(root)) or f"name the file with DATA.{keys[0]}"
+        raise UserError(f"{root}: has no annotations for {split} ({looked_for}); {how}")
     folders = [root / named_folder] if named_folder else [root / name for name in IMAGE_FOLDERS[split]]
     return read_json(path, folders, f"DATA.{keys[1]}")
 

@@ -34,6 +34,7 @@ def test_commands_of_the_page_are_read():
         for line in commands(script):
             places = {"<YAML>": str(runs.ROOT / "configs" / "detection" / "digits.yaml")}
             args = [places.get(word, word) for word in line[line.index(script) + 1 :]]
+            args = args if "--cfg" in args else ["--cfg", places["<YAML>"], *args]  # else a checkpoint holds it
             assert read_config(args, keys_of, notify=lambda line: None).TASK == "detection"
     (check,), (prepare,) = commands("tools.check"), commands("tools.prepare")
     assert all(name in PAGE for name in importlib.import_module("tools.check")._parse(check[3:]).cfg)

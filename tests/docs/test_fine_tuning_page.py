@@ -95,7 +95,7 @@ def test_the_other_commands_train(command, data, weights, tmp_path, monkeypatch)
         torch.save(timm.create_model("groupmixformer_miny", num_classes=3).state_dict(), teacher)
     quickstart = "output/groupmixformer_digits/quickstart/ckpt_best.pth"
     places = {"<weights>": weights, "<teacher>": teacher, quickstart: weights, "datasets/digits": data}
-    places |= dict.fromkeys(("<first>", "<others>", "<all>"), data)
+    places |= dict.fromkeys(("<first>", "<others>", "<all>", "<photographs>"), data)
     assert command[:2] == ["python", "train.py"]
     words = [str(places.get(word, runs.ROOT / word if word.startswith("configs/") else word)) for word in command[2:]]
     words += ["--output", str(tmp_path / "output"), "--batch-size", "6", "--opts", "MODEL.NAME", "tiny", *SHORT]

@@ -106,7 +106,7 @@ def test_a_run_that_continues_keeps_the_warm_up_that_it_began_with(data, tmp_pat
     assert digests[0] == digests[1]
     assert runs.train_here(monkeypatch, runs.arguments(data, tmp_path, "TRAIN.EPOCHS", "1")) == 0
     log = (runs.run_folder(tmp_path) / "log_rank0.txt").read_text()
-    assert "TRAIN.WARMUP_EPOCHS = 0.1: follows TRAIN.EPOCHS = 1, from 2 for TRAIN.EPOCHS = 20; set it" in log
+    assert "TRAIN.WARMUP_EPOCHS = 0.1: for TRAIN.EPOCHS = 1 as 2 for TRAIN.EPOCHS = 20; set it" in log
     assert "4 in all, 0 of warm-up" in log
 
 

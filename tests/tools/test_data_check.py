@@ -95,8 +95,8 @@ def test_one_folder_is_checked_as_training_splits_it(root, capsys):
         assert [problem["kind"] for problem in result.json["problems"]] == ["not-image"] and result.exit_code == 0
     assert Result(root, capsys).exit_code == 1, "without it, validation images are missing"
     result = Result(root, capsys, "--cfg", cfg)
-    assert result.problems["few-images", "train"].startswith("4 images, and an update takes 64: give train.py a sm")
-    assert "0 errors, 2 warnings: usable, with what the warnings say" in result.console
+    assert result.problems["few-images", "train"].startswith("4 images, and an update takes 64: add --opts DATA.BATCH")
+    assert "1 errors, 1 warnings: do not train on it as it is" in result.console and result.exit_code == 1
 
 
 def test_progress_bar_on_a_terminal(root, monkeypatch):

@@ -178,9 +178,10 @@ def test_a_process_of_torch_timm_and_the_one_module_gives_equal_logits(folder, t
     torch.save((images, own_network(trained)(images).detach()), tmp_path / "expected.pth")
     card = (folder / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    script = "import torch\nfrom PIL import Image\nimage = Image.new('RGB', (60, 50))\n"
-    script += f"""{code.replace("FOLDER", str(folder))}
-import sys
+    Image.new("RGB", (60, 50)).save(tmp_path / "photo.jpg")
+    code = code.replace("FOLDER", str(folder)).replace("photo.jpg", str(tmp_path / "photo.jpg"))
+    script = f"""{code}
+import sys, torch
 images, expected = torch.load({str(tmp_path / "expected.pth")!r})
 assert torch.equal(model(images), expected) and list(classes) == ["ant", "bee", "cat"]
 assert groupmixformer.__file__.startswith({str(site)!r}) and not {{"configs", "utils", "models"}} & set(sys.modules)
@@ -190,4 +191,5 @@ print(probabilities.shape)
     assert result.returncode == 0 and result.stdout == "torch.Size([1, 3])\n", result.stderr
 
     result = process(tmp_path, f"import timm; timm.create_model('local-dir:{folder}', pretrained=True)")
-    assert result.returncode == 1 and "pip install" in result.stderr.splitlines()[-1]
+    said = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and "needs pip install of this folder, then import groupmixformer" in said

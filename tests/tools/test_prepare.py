@@ -53,6 +53,15 @@ def test_voc_becomes_a_data_set_that_trains(voc, capsys):
     assert split.categories == {1: "cat"} and split.objects(0)[0]["bbox"] == [2, 4, 10, 20]
 
 
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_training_on_boxes_as_they_come_names_the_command(form, request, tmp_path):
+    request.getfixturevalue(form)
+    message = message_of(open_split, detection_data.config_of("--data-path", tmp_path), "train")
+    command = f"python -m tools.prepare {form} --data-path {tmp_path}"
+    assert message.endswith(f"run {command}") and main(command.split()[3:]) == 0
+    assert len(open_split(detection_data.config_of("--data-path", tmp_path), "train"))
+
+
 def test_difficult_objects_are_not_learned_and_count_neither_way(voc):
     xml = voc / "Annotations" / "4.xml"
     hard = "<object><name>cat</name><difficult>1</difficult><bndbox><xmin>21</xmin><ymin>1</ymin><xmax>40</xmax>"
