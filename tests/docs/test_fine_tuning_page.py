@@ -79,6 +79,8 @@ def test_the_five_commands(data, weights, tmp_path, monkeypatch, capsys):
         words = [str(places.get(word, runs.ROOT / word if word.startswith("configs/") else word)) for word in command]
         if "train.py" in words:
             words += ["--output", str(tmp_path / "output"), "--batch-size", "6", "--opts", "MODEL.NAME", "tiny", *SHORT]
+        elif "tools.check" in words:
+            words += ["--opts", "DATA.BATCH_SIZE", "6"]
         text = run_command(words, monkeypatch, capsys)
         assert re.search(rf"^{likeness(shown)}$", text, re.MULTILINE), (shown, text)
     folder = tmp_path / "output" / "tiny" / "fine_tuning"

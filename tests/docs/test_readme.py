@@ -154,7 +154,7 @@ def test_every_command_is_one_that_is_tested_or_named_here():
     assert sorted(" ".join(c[:3]) for c in others if c not in under_slurm) == [
         "pip install -r",  # launch_scripts/setup_env.sh does it
         "pip install .",  # tests/model/test_reuse.py
-        "pip install <folder>",  # tests/tools/test_hub.py
+        "pip install ./<folder>",  # tests/tools/test_hub.py
         "python -m tools.benchmark",  # tests/tools/test_benchmark.py
         "python -m tools.export",  # tests/tools/test_export.py
         "python multi_machine_start.py --machine_num",

@@ -12,7 +12,7 @@ import torch
 import train
 from configs import UserError, read_config, with_num_classes
 from tasks import evaluate, keys_of
-from tasks.classification import evaluation
+from tasks.classification import single_label
 from tasks.networks import build_model
 from utils import files
 from utils.session import start_session
@@ -102,7 +102,7 @@ def test_a_name_that_the_system_refuses_is_told_before_the_pass(weights, data, t
     """240 letters are a name for a file; with what the evaluation adds they are none for its folder."""
     long = tmp_path / f"{'w' * 240}.pth"
     weights.rename(long)
-    monkeypatch.setattr(evaluation, "predict", lambda *args: pytest.fail("the pass began"))
+    monkeypatch.setattr(single_label, "predict", lambda *args: pytest.fail("the pass began"))
     with pytest.raises(
         UserError, match=r"/w+-val-data-32-uncropped: cannot be written: File name too long; name another"
     ):

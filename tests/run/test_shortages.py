@@ -31,7 +31,9 @@ CLONE_NEWNS = 0x20000  # linux/sched.h
 
 def few_files() -> int:
     """No file can be opened any more, as when the batch is sent: by the queue's thread, not the worker's own."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) - 1,) * 2)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, lowest_free))
     return 0
 
 
