@@ -400,9 +400,9 @@ def test_files_without_a_state_dict(content):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"weight": None}, "describes: 1 missing (weight)"),
-        ({"extra": torch.zeros(1)}, "describes: 1 unexpected (extra)"),
-        ({"weight": torch.zeros(2, 9)}, "describes: 1 of another shape (weight (2, 9) for (2, 3))"),
+        ({"weight": None}, "says which): 1 missing (weight)"),
+        ({"extra": torch.zeros(1)}, "says which): 1 unexpected (extra)"),
+        ({"weight": torch.zeros(2, 9)}, "says which): 1 of another shape (weight (2, 9) for (2, 3))"),
     ],
 )
 def test_each_difference_alone_is_refused(change, expected):
