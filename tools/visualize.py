@@ -10,6 +10,7 @@ The flags that choose weights and preprocessing are those of test.py. --json FIL
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from data.normalization import denormalize
 from data.sources import PictureSource
 from models.groupmixformer import SeparableConv2d
 from tasks import keys_of
+from tasks.classification.inference import class_probabilities
 from tasks.classification.transforms import views_transform
 from tasks.classification.weights import load_classifier
 from utils.checkpoint import find_weights
@@ -35,6 +37,7 @@ from utils.origin import check_named_files, config_of, remarks, run_folder_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito's
 TOP = 5
+SOFTMAX = partial(torch.softmax, dim=1)
 DEFAULT_FOLDER = Path("output", "visualized")  # of weights that lie in no run folder
 
 
@@ -68,10 +71,10 @@ class Explanation:
     branches: list[Branches]  # of all blocks, in order of depth
 
 
-def explain(network: nn.Module, image: Tensor, several: bool = False) -> Explanation:
+def explain(network: nn.Module, image: Tensor, to_probabilities: Callable[[Tensor], Tensor] = SOFTMAX) -> Explanation:
     """Run a network in evaluation mode on one normalised image (3, H, W), and record what the picture shows.
 
-    With `several`, DATA.MULTI_LABEL, each class has a probability of its own; else they add up to 1.
+    `to_probabilities` takes logits (1, K), as `class_probabilities` of a configuration does.
 
     The response of a branch at a token is the norm of W_proj[:, segment] y[segment]. The projection after the attention
     is linear, so its output is the sum of these vectors and the bias. A segment's y comes from its own v, and
@@ -104,7 +107,7 @@ def explain(network: nn.Module, image: Tensor, several: bool = False) -> Explana
         values = [proxies[2][0]] if local is None else [proxies[2][0], local[0]]
         norms = _norms(attention.proj.weight, y[0], torch.cat(values, dim=-1), attention.aggregator.segment_dim, size)
         branches.append(Branches(stage, block, names, *norms))
-    probabilities = logits.detach().sigmoid() if several else logits.detach().softmax(0)
+    probabilities = to_probabilities(logits.detach()[None])[0]
     return Explanation(_grad_cam(logits, seen[network.norm4][1]), probabilities.cpu().numpy(), branches)
 
 
@@ -245,7 +248,7 @@ def visualize(
     """Draw the explanation of a picture and return its numbers. UserError for missing weights or block."""
     network, names, loaded = load_classifier(config, find_weights(config), notify)
     views = ImageDataset(PictureSource([image]), views_transform(config))[0][0]
-    result = explain(network, views[0], config.DATA.MULTI_LABEL)
+    result = explain(network, views[0], partial(class_probabilities, config))
     if result.cam.size == 1:
         size = " x ".join(map(str, views.shape[2:]))
         notify(

@@ -68,7 +68,7 @@ class FolderTarget:
         """UserError where an earlier start copied and this one links, or the other way: one would write to the other's
         files, which for links are the source's."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        if any(_is_linked(folder) is not links for folder in self.partial.iterdir() if _is_linked(folder) is not None):
+        if (not links) in map(_is_linked, self.partial.iterdir()):
             kind = "copies" if links else "links"
             raise UserError(f"{self.partial}: holds {kind} of an earlier start; remove it, and start again")
 
